@@ -1,0 +1,254 @@
+"""Stage 1: train a small transformer on Shakespeare, from raw text to held-out bits per byte.
+
+    python 01_pretrain.py                        # RUNTIME
+    python 01_pretrain.py --corpus my.txt        # any UTF-8 text
+
+Reads   data/shakespeare.txt, or ../shared/data/shakespeare.txt, or downloads the complete works.
+Writes  out/base.safetensors (weights, tokenizer, settings, metrics), out/corpus.txt, out/01.jsonl
+
+Decisions a reader may question:
+1. Byte-level BPE, trained on the training part only. Three ids are reserved (start or end of text,
+   happy, sad); they never occur in the corpus and are never sampled.
+2. The held-out text is the last 5 %, in one piece: random windows would leak whole scenes.
+3. Sequences do not overlap within an epoch. Every epoch cuts the text at another offset, so that a
+   model which sees it several times does not meet the same windows again.
+4. Each sequence starts with the start token wherever the text was cut, so an unconditional sample
+   is a random window of Shakespeare, not always an opening line.
+5. Muon for the matrices, AdamW for embedding and head: SWEEP
+6. Bits per byte, because nats per token cannot be compared between tokenizers.
+"""
+import hashlib
+import math
+import re
+import time
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from model import (GPT, RESERVED, GPTConfig, Log, UserError, finish, load, load_optimizers,
+                   resume_from, save, start, write)
+
+HERE = Path(__file__).parent
+SCRIPT = "01_pretrain.py"
+URLS = ("https://www.gutenberg.org/cache/epub/100/pg100.txt",
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
+
+
+@dataclass
+class Config:
+    corpus: str = ""         # a UTF-8 text; empty: look in data/, then ../shared/data/, then download
+    out: Path = Path("out")  # where all stages write
+    seed: int = 0
+    resume: bool = False     # continue a killed run from its last complete checkpoint
+    vocab_size: int = 2048   # reserved tokens included
+    context: int = 128       # tokens of a training sequence
+    n_layer: int = 4
+    n_head: int = 3
+    n_kv_head: int = 3
+    d_model: int = 192
+    batch: int = 64          # sequences a step
+    steps: int = 600
+    muon_lr: float = 0.02    # matrices
+    adam_lr: float = 3e-3    # embedding and head
+    warmup: int = 20         # steps of linear warm-up
+    cooldown: float = 0.7    # last share of the steps, in which both rates fall linearly to 0
+    save_every: int = 100    # steps between checkpoints and held-out measurements
+    n_samples: int = 512     # samples drawn at the end to count real words
+
+
+# ---- Corpus --------------------------------------------------------------------------------------
+def download(url: str, limit_s: float = 120) -> str:
+    """Fetch a text, with progress. Raises UserError if it is refused, slower than `limit_s`, cut
+    off, an HTML page, or not UTF-8. Nothing is written."""
+    parts, deadline = [], time.time() + limit_s
+    try:
+        with urllib.request.urlopen(url, timeout=min(limit_s, 20)) as reply:
+            size = int(reply.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc="download") as bar:
+                while part := reply.read(1 << 16):
+                    parts.append(part)
+                    bar.update(len(part))
+                    if time.time() > deadline:
+                        raise UserError(f"{url}: slower than {limit_s:.0f} s")
+    except (OSError, ValueError, urllib.request.http.client.HTTPException) as error:
+        raise UserError(f"{url}: {error}") from error
+    data = b"".join(parts)
+    if len(data) < size:
+        raise UserError(f"{url}: cut off after {len(data)} of {size} bytes")
+    if data[:1000].lstrip(b"\xef\xbb\xbf \r\n").lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(f"{url}: an HTML page, not the text")
+    print(f"downloaded {url}: {len(data)} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}")
+    return strip_gutenberg(decode(data, url))
+
+
+def decode(data: bytes, name: str) -> str:
+    """Bytes -> text with plain newlines and no byte-order mark. Raises UserError if not UTF-8."""
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; "
+                        "convert it, or choose another with --corpus FILE") from error
+
+
+def strip_gutenberg(text: str) -> str:
+    """Drop Project Gutenberg's licence header and footer, if there are any."""
+    text = re.split(r"\*\*\* ?START OF TH\w+ PROJECT GUTENBERG[^\n]*\n", text)[-1]
+    return re.split(r"\*\*\* ?END OF TH\w+ PROJECT GUTENBERG", text)[0].strip() + "\n"
+
+
+def find_corpus(path: str, urls=URLS) -> str | None:
+    """The corpus, or None if there is none and none can be downloaded."""
+    local = [Path(path)] if path else [HERE / "data" / "shakespeare.txt",
+                                       HERE.parent / "shared" / "data" / "shakespeare.txt"]
+    for file in local:
+        if path or file.exists():
+            print(f"corpus: {file}")
+            if not file.is_file():
+                raise UserError(f"--corpus {file} is not a file: name a UTF-8 text file")
+            return decode(file.read_bytes(), str(file))
+    for url in urls:
+        try:
+            text = download(url)
+            write(local[0], text)
+            return text
+        except UserError as error:
+            print(f"no corpus from {error}")
+    return None
+
+
+def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): any text encodes, and decodes to
+    itself. The reserved tokens get the last ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=max(vocab_size - len(RESERVED), len(alphabet)),
+                                  initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.add_special_tokens(list(RESERVED))
+    return tokenizer
+
+
+# ---- Batches and measurements --------------------------------------------------------------------
+def epoch_windows(ids: torch.Tensor, context: int, seed: int) -> torch.Tensor:
+    """ids (N,) -> (n, context) windows that do not overlap, cut at a random offset, shuffled."""
+    g = torch.Generator().manual_seed(seed)
+    offset = int(torch.randint(min(context, len(ids) - context + 1), (1,), generator=g))
+    n = (len(ids) - offset) // context
+    windows = ids[offset:offset + n * context].view(n, context)
+    return windows[torch.randperm(n, generator=g)]
+
+
+def lr_scale(step: int, steps: int, warmup: int, cooldown: float) -> float:
+    """Linear warm-up, constant, then linear to 0 over the last `cooldown` share of the steps."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / (cooldown * steps))
+
+
+@torch.no_grad()
+def held_out(model: GPT, ids: torch.Tensor, token_bytes: torch.Tensor) -> tuple[float, float]:
+    """Mean nats per token and bits per byte over non-overlapping windows of the model's context,
+    each read from the start token: the first tokens of a window have little to go on."""
+    n = len(ids) // model.config.context
+    windows = ids[: n * model.config.context].view(n, -1).to(model.head.device)
+    nats = -sum(float(model.logprob(y)[0].sum(dtype=torch.float64)) for y in windows.split(64))
+    return nats / windows.numel(), nats / math.log(2) / int(token_bytes[windows.cpu()].sum())
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+(?:['’][a-z]+)*", text.lower())
+
+
+def real_word_share(samples: list[str], vocabulary: set[str]) -> float:
+    """Share of sampled words that occur in the corpus. The first and the last word of each sample
+    are left out: the sample's edge may have cut them."""
+    sampled = [w for text in samples for w in words(text)[1:-1]]
+    return sum(w in vocabulary for w in sampled) / max(len(sampled), 1)
+
+
+# ---- The run -------------------------------------------------------------------------------------
+if __name__ == "__main__":
+    cfg = tyro.cli(Config, description=__doc__)
+    device, dtype = start(cfg)
+    done, state = cfg.out / "base.safetensors", cfg.out / "01-state.safetensors"
+    text = find_corpus(cfg.corpus)
+    if text is None:
+        print("no corpus and no network: using pretrained/base.safetensors, which this script made")
+        write(done, (HERE / "pretrained" / "base.safetensors").read_bytes())
+        _, _, header = load(done, SCRIPT)
+        print("its metrics:", ", ".join(f"{k} {v:.4g}" for k, v in header["metrics"].items()))
+        finish("python 02_sample_label.py")
+        raise SystemExit
+    if any(token in text for token in RESERVED):
+        raise UserError(f"the corpus contains one of the reserved tokens {', '.join(RESERVED)}")
+    cut = int(len(text) * 0.95)
+    if len(text) < 2000:
+        raise UserError(f"the corpus has {len(text)} characters, too few to learn from: "
+                        "choose a larger one with --corpus FILE")
+    write(cfg.out / "corpus.txt", text)
+
+    tokenizer = train_tokenizer(text[:cut], cfg.vocab_size)
+    train_ids = torch.tensor(tokenizer.encode(text[:cut]).ids)
+    test_ids = torch.tensor(tokenizer.encode(text[cut:]).ids)
+    token_bytes = torch.tensor([len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())])
+    per_epoch = (len(train_ids) // cfg.context - 1) // cfg.batch
+    if not per_epoch or len(test_ids) < cfg.context:
+        raise UserError(f"the corpus has {len(train_ids)} training tokens: too few for one batch of "
+                        f"{cfg.batch} x {cfg.context}; lower --batch or --context")
+    print(f"{len(train_ids)} training and {len(test_ids)} held-out tokens, "
+          f"{len(text[:cut].encode()) / len(train_ids):.2f} bytes each")
+
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("corpus", "out", "resume")}
+    settings["corpus_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    resumed = resume_from(state, SCRIPT, settings) if cfg.resume else None
+    model = resumed[0] if resumed else GPT(GPTConfig(
+        tokenizer.get_vocab_size(), cfg.context, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.d_model))
+    model.to(device).dtype = dtype
+    muon = torch.optim.Muon(model.blocks.parameters(), weight_decay=0)
+    adam = torch.optim.AdamW([model.embed.weight, model.head], betas=(0.9, 0.95), weight_decay=0)
+    if resumed:
+        load_optimizers(state, (muon, adam))
+    first = resumed[2]["step"] if resumed else 0
+    log = Log(cfg.out / "01.jsonl", first)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{cfg.steps / per_epoch:.1f} epochs of {per_epoch} steps")
+
+    epoch, windows, began = None, None, time.time()
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="pretrain")
+    for step in bar:
+        if epoch != step // per_epoch:
+            epoch = step // per_epoch
+            windows = epoch_windows(train_ids, cfg.context, cfg.seed * 1000 + epoch).to(device)
+        i = step % per_epoch * cfg.batch
+        loss = -model.logprob(windows[i:i + cfg.batch])[0].mean()
+        loss.backward()
+        scale = lr_scale(step, cfg.steps, cfg.warmup, cfg.cooldown)
+        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = cfg.muon_lr * scale, cfg.adam_lr * scale
+        for optimizer in (muon, adam):
+            optimizer.step()
+            optimizer.zero_grad()
+        row = {"step": step, "nats_per_token": loss.item(), "lr_scale": scale}
+        row["tokens_per_s"] = (step + 1 - first) * cfg.batch * cfg.context / (time.time() - began)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            row["held_out_nats"], row["held_out_bits_per_byte"] = held_out(model, test_ids, token_bytes)
+            save(state, model, tokenizer, (muon, adam), step=step + 1, settings=settings)
+            bar.set_postfix(loss=f"{loss.item():.3f}", bits_per_byte=f"{row['held_out_bits_per_byte']:.3f}")
+        log(**row)
+
+    nats, bits = held_out(model, test_ids, token_bytes)
+    tokens, _ = model.generate(cfg.n_samples, 64, seed=cfg.seed)
+    samples = tokenizer.decode_batch(tokens.tolist())
+    metrics = {"nats_per_token": nats, "bits_per_byte": bits, "perplexity": math.exp(nats),
+               "tokens_per_s": (cfg.steps - first) * cfg.batch * cfg.context / (time.time() - began),
+               "real_word_share": real_word_share(samples, set(words(text[:cut])))}
+    save(done, model, tokenizer, step=cfg.steps, settings=settings, metrics=metrics, seed=cfg.seed)
+    state.unlink(missing_ok=True)
+    for sample in samples[:3]:
+        print(f"--- sample\n{sample}")
+    print("---\nheld out:", ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    finish("python 02_sample_label.py")

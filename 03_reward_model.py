@@ -1,0 +1,343 @@
+"""Stage 3: fine-tune a copy of the base model into a reward model for sentiment.
+
+    python 03_reward_model.py                                   # RUNTIME
+    python 03_reward_model.py --labels out/labels-anna.jsonl out/labels-vader.jsonl
+    python 03_reward_model.py --curve                           # also: AUC against number of labels
+
+Reads   out/base.safetensors, out/labels-*.jsonl
+Writes  out/reward.safetensors, out/03.jsonl, out/curve.json with --curve
+
+Decisions a reader may question:
+1. Sentiment is the next token: after the last token of a sample the model predicts <|happy|> or
+   <|sad|>, logits restricted to the two. Loss on that position alone; a neutral label is the soft
+   target (.5, .5), whose cross-entropy has its minimum at ln 2.
+2. A few hundred labels leave a small model near chance on its own samples. So a person's labels
+   fine-tune a model that was first trained on the machine's (--no-machine-first pools them).
+3. Train, validation and test parts are split by text: a duplicate never sits on both sides.
+4. The mean and standard deviation of log p(happy) and of log p(sad) over fresh samples of the base
+   model are stored here once. 04 normalises with these constants and never updates them.
+5. Accuracy and AUC compare positive with negative items; neutral ones have no right answer. NLL,
+   Brier score and calibration count them as one half.
+"""
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+from model import (GPT, Log, UserError, fingerprint, finish, load, load_optimizers, resume_from,
+                   save, start, write)
+
+SCRIPT = "03_reward_model.py"
+TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0}  # p(happy) that a label asks for
+
+
+@dataclass
+class Config:
+    labels: tuple[Path, ...] = ()  # label files; empty: every labels-*.jsonl in --out
+    machine_first: bool = True     # train on machine labels, then on people's; else on all at once
+    machine_weight: float = 0.2    # of a machine's label where a person has labelled too, or pooled
+    out: Path = Path("out")        # where all stages write
+    seed: int = 0
+    resume: bool = False           # continue a killed run from its last complete checkpoint
+    batch: int = 32                # items a step
+    epochs: float = 2.0            # over the machine's labels
+    person_epochs: float = 8.0     # over a person's, of which there are few
+    lr: float = 5e-4
+    warmup: int = 50               # steps
+    patience: int = 4              # early stopping: evaluations (4 an epoch) without improvement
+    test_share: float = 0.1        # held out for the figures reported
+    val_share: float = 0.05        # held out to stop early and to choose the best step
+    norm_samples: int = 4096       # fresh samples of the base model behind mean and std
+    curve: bool = False            # also measure the AUC of models trained on fewer labels
+
+
+# ---- Labels --------------------------------------------------------------------------------------
+def read_labels(path: Path) -> list[dict]:
+    """Rows of one label file, the last line about an item counting; undone and skipped ones left
+    out. Raises UserError that names the first bad line."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run 02_sample_label.py first")
+    rows: dict[str, dict] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            key, label, _, _, _ = (row[k] for k in ("id", "label", "labeller", "source", "text"))
+            row["tokens"] = [int(t) for t in row["tokens"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it") from error
+        rows.pop(key, None)
+        if label in TARGET:
+            rows[key] = row
+        elif label not in ("skip", "undo"):
+            raise UserError(f"{path} line {number}: label {label!r} is not one of {', '.join(TARGET)}, skip, undo")
+    return list(rows.values())
+
+
+def pool(rows: list[dict], machine_weight: float) -> list[dict]:
+    """One item per id: target = weighted mean of its labels, weight = their sum. A person's label
+    counts 1, the machine's `machine_weight`."""
+    items: dict[str, dict] = {}
+    for row in rows:
+        item = items.setdefault(row["id"], {**row, "sum": 0.0, "weight": 0.0, "person": False})
+        w = machine_weight if row["labeller"] == "vader" else 1.0
+        item["sum"] += w * TARGET[row["label"]]
+        item["weight"] += w
+        item["person"] |= row["labeller"] != "vader"
+    return [item | {"target": item["sum"] / item["weight"]} for item in items.values() if item["weight"]]
+
+
+def cohen_kappa(a: list[str], b: list[str]) -> float:
+    """Agreement of two labellers on the same items beyond chance (Cohen 1960): (po - pe) / (1 - pe)."""
+    n, ca, cb = len(a), Counter(a), Counter(b)
+    observed = sum(x == y for x, y in zip(a, b)) / n
+    expected = sum(ca[k] * cb[k] for k in ca) / n**2
+    return (observed - expected) / (1 - expected) if expected < 1 else 1.0
+
+
+def split(items: list[dict], seed: int, test: float, val: float) -> list[str]:
+    """"train", "val" or "test" for each item, decided by a seeded shuffle of the distinct texts."""
+    texts = sorted({item["text"] for item in items})
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    n_test, n_val = math.ceil(test * len(texts)), math.ceil(val * len(texts))
+    part = {texts[i]: "test" if rank < n_test else "val" if rank < n_test + n_val else "train"
+            for rank, i in enumerate(order)}
+    return [part[item["text"]] for item in items]
+
+
+# ---- Measures ------------------------------------------------------------------------------------
+def auc(score: np.ndarray, target: np.ndarray) -> float:
+    """Chance that a positive item scores above a negative one, ties half; neutral items left out."""
+    pos, neg = score[target > 0.5], score[target < 0.5]
+    if not len(pos) or not len(neg):
+        return float("nan")
+    order = np.sort(neg)
+    below = (np.searchsorted(order, pos, "left") + np.searchsorted(order, pos, "right")) / 2
+    return float(below.mean() / len(neg))
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    if not n:
+        return float("nan"), float("nan")
+    z, p = 1.96, successes / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def measures(log_p: np.ndarray, target: np.ndarray) -> dict:
+    """log_p (N, 2), target (N,) in [0, 1] -> accuracy with its 95 % interval, AUC, NLL (nats), Brier."""
+    p, clear = np.exp(log_p[:, 0]), target != 0.5
+    right = int(((p > 0.5) == (target > 0.5))[clear].sum())
+    return {"n": len(target), "accuracy": right / max(int(clear.sum()), 1),
+            "accuracy_interval": wilson(right, int(clear.sum())), "auc": auc(p, target),
+            "nll": float(-(target * log_p[:, 0] + (1 - target) * log_p[:, 1]).mean()),
+            "brier": float(((p - target) ** 2).mean())}
+
+
+def calibration(p: np.ndarray, target: np.ndarray) -> list[dict]:
+    """Ten bins of p(happy): how many items, mean prediction, mean target."""
+    which = np.minimum((p * 10).astype(int), 9)
+    return [{"n": int((which == b).sum()), "predicted": float(p[which == b].mean()),
+             "target": float(target[which == b].mean())} for b in range(10) if (which == b).any()]
+
+
+def naive_bayes(train: list[dict], test: list[dict]) -> np.ndarray:
+    """Bag-of-words baseline: multinomial naive Bayes with add-one smoothing -> log-odds of happy."""
+    happy, sad = Counter(), Counter()
+    for item in train:
+        for word in item["text"].lower().split():
+            happy[word] += item["target"]
+            sad[word] += 1 - item["target"]
+    size = len(happy | sad)
+    nh, ns = sum(happy.values()) + size, sum(sad.values()) + size
+    return np.array([sum(math.log((happy[w] + 1) / nh * ns / (sad[w] + 1))
+                         for w in item["text"].lower().split()) for item in test])
+
+
+# ---- Training ------------------------------------------------------------------------------------
+def sentiment_loss(log_p: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted mean cross-entropy, nats. log_p (B, 2) of happy and sad; target (B,) = p(happy)."""
+    nll = -(target * log_p[:, 0] + (1 - target) * log_p[:, 1])
+    return (weight * nll).sum() / weight.sum()
+
+
+@torch.no_grad()
+def predict(model: GPT, tokens: torch.Tensor) -> np.ndarray:
+    """tokens (N, T) -> log-probs of happy and sad (N, 2)."""
+    return torch.cat([model.sentiment(y) for y in tokens.split(256)]).numpy(force=True)
+
+
+def tensors(items: list[dict], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (torch.tensor([i["tokens"] for i in items], device=device),
+            torch.tensor([i["target"] for i in items], device=device),
+            torch.tensor([i["weight"] for i in items], device=device))
+
+
+def train(model: GPT, items: list[dict], val: list[dict], epochs: float, cfg: Config, desc: str,
+          log=None, keep=None, at=None) -> GPT:
+    """Fine-tune with early stopping -> the model at its best validation NLL.
+
+    log(**row) gets one row a step; keep(model, optimizer, improved, step, best, waited) is called
+    at every evaluation; `at` = (optimizer file, step, best, waited, best weights) continues a run.
+    """
+    device = model.head.device
+    (tokens, target, weight), (val_tokens, val_target, _) = tensors(items, device), tensors(val, device)
+    per_epoch = math.ceil(len(items) / cfg.batch)
+    steps, every = math.ceil(epochs * per_epoch), max(1, per_epoch // 4)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    first, best, waited, best_weights = 0, math.inf, 0, None
+    if at:
+        load_optimizers(at[0], (optimizer,))
+        first, best, waited, best_weights = at[1:]
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=desc)
+    for step in bar:
+        epoch, i = divmod(step, per_epoch)
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(cfg.seed * 1000 + epoch))
+        b = order[i * cfg.batch:(i + 1) * cfg.batch].to(device)
+        loss = sentiment_loss(model.sentiment(tokens[b]), target[b], weight[b])
+        optimizer.zero_grad()
+        loss.backward()
+        scale = min(1.0, (step + 1) / cfg.warmup, (steps - step) / (0.7 * steps))
+        optimizer.param_groups[0]["lr"] = cfg.lr * scale
+        optimizer.step()
+        row = {"phase": desc, "step": step, "loss": loss.item(), "lr": cfg.lr * scale}
+        if (step + 1) % every == 0 or step + 1 == steps:
+            m = measures(predict(model, val_tokens), val_target.numpy(force=True))
+            row |= {"val_nll": m["nll"], "val_auc": m["auc"]}
+            bar.set_postfix(val_nll=f"{m['nll']:.3f}", val_auc=f"{m['auc']:.3f}")
+            waited += 1
+            if improved := m["nll"] < best:
+                best, waited = m["nll"], 0
+                best_weights = {k: v.clone() for k, v in model.state_dict().items()}
+            if keep:
+                keep(model, optimizer, improved, step + 1, best, waited)
+        if log:
+            log(**row)
+        if waited > cfg.patience:
+            break
+    model.load_state_dict(best_weights)
+    return model
+
+
+# ---- The run -------------------------------------------------------------------------------------
+if __name__ == "__main__":
+    cfg = tyro.cli(Config, description=__doc__)
+    device, dtype = start(cfg)
+    base_path, done = cfg.out / "base.safetensors", cfg.out / "reward.safetensors"
+    state, best_path = cfg.out / "03-state.safetensors", cfg.out / "03-best.safetensors"
+    base, tokenizer, _ = load(base_path, "01_pretrain.py")
+    base.to(device).dtype = dtype
+
+    # -- labels: pool, check, split
+    files = cfg.labels or tuple(sorted(cfg.out.glob("labels-*.jsonl")))
+    if not files:
+        raise UserError(f"there is no {cfg.out / 'labels-*.jsonl'}: run 02_sample_label.py first")
+    rows = [row for path in files for row in read_labels(path)]
+    by_labeller: dict[str, dict[str, str]] = {}
+    for row in rows:
+        by_labeller.setdefault(row["labeller"], {})[row["id"]] = row["label"]
+    for name, labels in by_labeller.items():
+        print(f"{name}: {len(labels)} labels,", ", ".join(f"{k} {v}" for k, v in Counter(labels.values()).items()))
+        for other in (o for o in by_labeller if o > name):
+            both = [i for i in labels if i in by_labeller[other]]
+            if both:
+                kappa = cohen_kappa([labels[i] for i in both], [by_labeller[other][i] for i in both])
+                print(f"{name} and {other}: Cohen's kappa {kappa:.2f} on {len(both)} common items")
+    items = pool(rows, cfg.machine_weight)
+    texts = tokenizer.decode_batch([i["tokens"] for i in items]) if items else []
+    if any(max(i["tokens"]) >= base.n_text or i["text"] != t for i, t in zip(items, texts)):
+        raise UserError(f"the labels in {files[0].parent} were made with another tokenizer than "
+                        f"{base_path}: run 02_sample_label.py again")
+    lengths = {len(i["tokens"]) for i in items}
+    if len(items) < 20 or len({i["target"] for i in items}) < 2 or len(lengths) > 1:
+        why = ("only %d labels, at least 20 are needed" % len(items) if len(items) < 20 else
+               "items of several lengths" if len(lengths) > 1 else "all labels are the same")
+        raise UserError(f"cannot train on {', '.join(map(str, files))}: {why}; label more with 02_sample_label.py")
+    for item, part in zip(items, split(items, cfg.seed, cfg.test_share, cfg.val_share)):
+        item["part"] = part
+
+    # -- phases: the machine's labels first, then a person's
+    people = [i for i in items if i["person"]]
+    machine = [i for i in items if not i["person"]]
+    phases = [("machine", machine, cfg.epochs), ("people", people, cfg.person_epochs)]
+    phases = [p for p in phases if p[1]] if cfg.machine_first else [("all", items, cfg.epochs)]
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "labels", "resume", "curve")}
+    settings |= {"base": fingerprint(base), "labels": [str(f) for f in files], "n_labels": len(rows)}
+    resumed = resume_from(state, SCRIPT, settings) if cfg.resume else None
+    at_phase = resumed[2]["phase"] if resumed else 0
+    log = Log(cfg.out / "03.jsonl", resumed[2]["log_step"] if resumed else 0)
+    model, _, _ = resumed or load(base_path, SCRIPT)
+    model.to(device).dtype = dtype
+    offset = 0
+    for number, (name, data, epochs) in enumerate(phases):
+        parts = {p: [i for i in data if i["part"] == p] for p in ("train", "val", "test")}
+        if number >= at_phase:
+            def keep(model, optimizer, improved, step, best, waited):
+                if improved:
+                    save(best_path, model, tokenizer, optimizers=(optimizer,), step=step)
+                save(state, model, tokenizer, (optimizer,), phase=number, step=step, best=best,
+                     waited=waited, log_step=offset + step, settings=settings)
+
+            at = None
+            if resumed and number == at_phase:
+                h = resumed[2]
+                at = (state, h["step"], h["best"], h["waited"], load(best_path, SCRIPT)[0].state_dict())
+            model = train(model, parts["train"], parts["val"], epochs, cfg, name,
+                          lambda step, **row: log(step=offset + step, **row), keep, at)
+        offset += math.ceil(epochs * math.ceil(len(parts["train"]) / cfg.batch))
+
+    # -- held-out figures, all and per source, against the bag of words
+    test = parts["test"]
+    log_p, target = predict(model, tensors(test, device)[0]), np.array([i["target"] for i in test])
+    bag = naive_bayes([i for i in items if i["part"] == "train"], test)
+    metrics = {"all": measures(log_p, target) | {"bag_of_words_auc": auc(bag, target)}}
+    for source in sorted({i["source"] for i in test}):
+        of = np.array([i["source"] == source for i in test])
+        metrics[source] = measures(log_p[of], target[of]) | {"bag_of_words_auc": auc(bag[of], target[of])}
+    for source, m in metrics.items():
+        low, high = m["accuracy_interval"]
+        print(f"held out, {source}: n {m['n']}, accuracy {m['accuracy']:.3f} [{low:.3f}, {high:.3f}], "
+              f"AUC {m['auc']:.3f} (bag of words {m['bag_of_words_auc']:.3f}), NLL {m['nll']:.3f}, "
+              f"Brier {m['brier']:.3f}")
+    table = calibration(np.exp(log_p[:, 0]), target)
+    print("calibration: p(happy) predicted -> labelled (n):",
+          ", ".join(f"{r['predicted']:.2f} -> {r['target']:.2f} ({r['n']})" for r in table))
+
+    # -- the constants that 04 normalises with
+    length = lengths.pop()
+    fresh, _ = base.generate(cfg.norm_samples, length, seed=cfg.seed << 32 | 3 << 24)
+    scores = predict(model, fresh)
+    norm = {t: {"mean": float(scores[:, i].mean()), "std": float(scores[:, i].std())}
+            for i, t in enumerate(("happy", "sad"))}
+    if not all(v["std"] > 1e-3 for v in norm.values()):
+        raise UserError("the reward model gives every sample the same reward: label more samples")
+    print(f"reward on {cfg.norm_samples} fresh samples of the base model:",
+          ", ".join(f"log p({t}) {v['mean']:.3f} +- {v['std']:.3f}" for t, v in norm.items()))
+    save(done, model, tokenizer, base=fingerprint(base), length=length, normalisation=norm, seed=cfg.seed,
+         metrics=metrics, calibration=table, settings=settings, step=offset)
+    state.unlink(missing_ok=True)
+    best_path.unlink(missing_ok=True)
+
+    if cfg.curve:
+        data = phases[-1][1]
+        part = [i for i in data if i["part"] == "train"]
+        sizes = [n for n in (400, 1600, 6400) if n < len(part)] + [len(part)]
+        curve = []
+        for n in sizes:
+            fresh_model = load(base_path, SCRIPT)[0].to(device)
+            fresh_model.dtype = dtype
+            # few labels get more passes, as they would by anyone who has only them
+            epochs = phases[-1][2] * min(8, (len(part) / n) ** 0.5)
+            m = train(fresh_model, part[:n], parts["val"], epochs, cfg, f"curve {n}")
+            curve.append({"labels": n, "auc": auc(predict(m, tensors(test, device)[0])[:, 0], target),
+                          "bag_of_words_auc": auc(naive_bayes(part[:n], test), target)})
+            print("AUC with {labels} labels: {auc:.3f} (bag of words {bag_of_words_auc:.3f})".format(**curve[-1]))
+        write(cfg.out / "curve.json", json.dumps(curve))
+    finish("python 04_ppo.py")

@@ -1,0 +1,260 @@
+"""Stage 4: PPO against the reward model, from the base model to 10 nats away from it.
+
+    python 04_ppo.py                     # RUNTIME
+    python 04_ppo.py --target sad        # the negative twin, by its own target
+
+Reads   out/base.safetensors, out/reward.safetensors
+Writes  out/policy-happy.safetensors (the last policy measured at or below 10 nats), out/04-happy.jsonl,
+        out/checkpoints/happy-kl-*.safetensors (one at each crossing of .25, .5, 1, 1.5, 2, 3, ... 10)
+
+Decisions a reader may question:
+1. No value function, no GAE: the normalised reward is the advantage of every token.
+2. The reward is log p(target), normalised by two constants that 03 measured on the base model and
+   nobody updates. Whitening each batch instead would blow noise up to unit variance once all
+   samples are alike.
+3. No KL penalty (--kl-coef for comparison): clipping and stopping are what bounds the KL.
+4. The policy is measured before it is updated, on the samples it has just drawn. So KL, reward and
+   entropy of a row belong to one policy and are unbiased, and a checkpoint's KL is its own.
+5. Old log-probs come from the training forward pass in the shapes of the update, not from the
+   sampler: so the ratio on the first minibatch is 1 to the last bit, and that is asserted.
+6. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
+   would maximise -log p(happy), which is not bounded by anything.
+"""
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from kernels import linear_logprob
+from model import (Log, UserError, fingerprint, finish, load, load_optimizers, resume_from, save, start)
+
+SCRIPT = "04_ppo.py"
+CROSSINGS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)  # nats
+
+
+@dataclass
+class Config:
+    target: Literal["happy", "sad"] = "happy"
+    out: Path = Path("out")     # where all stages write
+    seed: int = 0
+    resume: bool = False        # continue a killed run from its last complete iteration
+    batch: int = 2048           # completions an iteration; doubled if the clip fraction stays below 1 %
+    max_batch: int = 4096       # the doubling stops here
+    minibatch: int = 256        # completions an optimizer step
+    epochs: int = 1             # passes over each batch
+    lr: float = 5e-5
+    warmup: int = 20            # optimizer steps of linear warm-up: Adam's first steps are full-size
+    adam_eps: float = 1e-5
+    clip: float = 0.2           # ratios are clipped to [1 - clip, 1 + clip]
+    kl_coef: float = 0.0        # per-token KL penalty (k1), in units of log p(target)
+    kl_stop: float = 10.0       # nats per completion
+    max_iterations: int = 60
+    exact_kl_samples: int = 512  # completions of an iteration on which the exact KL is computed
+
+
+# ---- The mathematics -----------------------------------------------------------------------------
+def normalise(score: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """score (B,) = log p(target), nats -> reward (B,) in standard deviations of the base model."""
+    return (score - mean) / std
+
+
+def advantage(reward, logp, logp_ref, kl_coef: float, std: float) -> torch.Tensor:
+    """reward (B,), logp and logp_ref (B, T) -> advantage (B, T): the reward at every token, less a
+    k1 penalty if kl_coef is not 0. The reward was divided by std, so the coefficient is as well."""
+    return reward[:, None] - kl_coef / std * (logp - logp_ref)
+
+
+def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7), mean over tokens.
+
+    logp (with gradient), logp_old, adv: (B, T) -> loss, and measured over the tokens:
+    clip_fraction: share of ratios outside [1 - clip, 1 + clip]; clip_binding: share where the
+    clipped term is the smaller one, so that the gradient is zero; approx_kl: mean of
+    (logp - logp_old)^2 / 2, nats per token; ratio_off: max |ratio - 1|.
+    """
+    ratio = (logp - logp_old).exp()
+    plain, clipped = ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv
+    with torch.no_grad():
+        stats = {"clip_fraction": ((ratio - 1).abs() > clip).float().mean(),
+                 "clip_binding": (clipped < plain).float().mean(),
+                 "approx_kl": 0.5 * (logp - logp_old).square().mean(),
+                 "ratio_off": (ratio - 1).abs().max()}
+    return -torch.minimum(plain, clipped).mean(), stats
+
+
+def kl_nats(logp: torch.Tensor, logp_ref: torch.Tensor) -> tuple[float, float]:
+    """KL(policy || reference), nats per completion, and its standard error: the k1 estimator, mean
+    over completions of sum_t (logp - logp_ref), on samples of the policy. logp, logp_ref (B, T)."""
+    d = (logp - logp_ref).double().sum(-1)
+    return d.mean().item(), (d.std() / len(d) ** 0.5).item()
+
+
+def exact_kl(hidden, weight, hidden_ref, weight_ref) -> tuple[float, float]:
+    """The same expectation with less variance: at each sampled prefix the KL between the two
+    next-token distributions, over the whole vocabulary, summed over the completion; mean and
+    standard error. hidden, hidden_ref (B, T, D); weight, weight_ref (V, D)."""
+    kl = []
+    for h, h_ref in zip(hidden.split(8), hidden_ref.split(8)):
+        log_p = (h @ weight.T).float().log_softmax(-1)           # (8, T, V)
+        log_q = (h_ref @ weight_ref.T).float().log_softmax(-1)
+        kl.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q).double().sum(-1))
+    d = torch.cat(kl)
+    return d.mean().item(), (d.std() / len(d) ** 0.5).item()
+
+
+def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> int:
+    """The batch rule of the exercise: if on average over the last three iterations at this batch
+    size fewer than 1 % of the ratios were outside the clip range, double it, up to max_batch."""
+    quiet = len(clip_fractions) >= 3 and sum(clip_fractions[-3:]) / 3 < 0.01
+    return min(2 * batch, max_batch) if quiet else batch
+
+
+def divergence(kl: float, kl_before: float, clip_fraction: float, finite: bool) -> str | None:
+    """What went wrong and what to change, or None."""
+    if not finite:
+        return "the loss or its gradient is not a number: lower --lr"
+    if clip_fraction > 0.5:
+        return f"{clip_fraction:.0%} of the ratios are clipped: lower --lr or --epochs, or raise --warmup"
+    if kl - kl_before > 5:
+        return f"the KL jumped from {kl_before:.1f} to {kl:.1f} nats in one iteration: lower --lr or --max-batch"
+    return None
+
+
+# ---- The run -------------------------------------------------------------------------------------
+if __name__ == "__main__":
+    cfg = tyro.cli(Config, description=__doc__)
+    device, dtype = start(cfg)
+    if cfg.batch % cfg.minibatch or cfg.max_batch < cfg.batch:
+        raise UserError("--batch must be a multiple of --minibatch and at most --max-batch")
+    base_path, reward_path = cfg.out / "base.safetensors", cfg.out / "reward.safetensors"
+    state, last = cfg.out / f"04-{cfg.target}-state.safetensors", cfg.out / f"04-{cfg.target}-last.safetensors"
+    reference, tokenizer, _ = load(base_path, "01_pretrain.py")
+    reward_model, _, reward_header = load(reward_path, "03_reward_model.py")
+    if reward_header.get("base") != fingerprint(reference):
+        raise UserError(f"{reward_path} was trained from another base model than {base_path}: "
+                        "run 02_sample_label.py and 03_reward_model.py again")
+    norm, length = reward_header["normalisation"][cfg.target], reward_header["length"]
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume")}
+    settings |= {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
+    resumed = resume_from(state, SCRIPT, settings) if cfg.resume else None
+    policy = (resumed or load(base_path, SCRIPT))[0]
+    for model in (policy, reference, reward_model):
+        model.to(device).dtype = dtype
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps, weight_decay=0)
+    first, batch, kl_before, clips, updates = 0, cfg.batch, 0.0, [], 0
+    if resumed:
+        load_optimizers(state, (optimizer,))
+        first, batch, kl_before, clips, updates = (
+            resumed[2][k] for k in ("step", "batch", "kl", "clip_fractions", "updates"))
+    log = Log(cfg.out / f"04-{cfg.target}.jsonl", first)
+    print(f"{'iter':>4} {'batch':>5} {'KL +- SE':>13} {'exact':>6} {'score':>7} {'p':>5} {'entropy':>7} "
+          f"{'clip %':>6} {'bind %':>6} {'kl old':>7} {'|grad|':>6} {'s':>4}")
+
+    for iteration in range(first, cfg.max_iterations):
+        began = time.time()
+        # 1 -- rollout
+        y, logp_sampler = policy.generate(batch, length, seed=cfg.seed << 32 | 4 << 24 | iteration)
+        rolled = time.time()
+
+        # 2 -- score
+        with torch.no_grad():
+            i = ("happy", "sad").index(cfg.target)
+            score = torch.cat([reward_model.sentiment(mb)[:, i] for mb in y.split(cfg.minibatch)])  # (B,)
+            reward = normalise(score, norm["mean"], norm["std"])
+
+            # 3 -- old and reference log-probs; the exact KL of the first exact_kl_samples completions
+            parts = []
+            for k, mb in enumerate(y.split(cfg.minibatch)):
+                hidden, hidden_ref = policy.before(mb), reference.before(mb)
+                parts.append((*linear_logprob(hidden, policy.unembed(), mb),
+                              linear_logprob(hidden_ref, reference.unembed(), mb)[0],
+                              (hidden, hidden_ref) if k * cfg.minibatch < cfg.exact_kl_samples else None))
+            logp_old, entropy, logp_ref = (torch.cat(p) for p in list(zip(*parts))[:3])          # (B, T)
+            kl, kl_se = kl_nats(logp_old, logp_ref)
+            hidden, hidden_ref = (torch.cat(h) for h in zip(*(p[3] for p in parts if p[3])))
+            kl_exact, kl_exact_se = exact_kl(hidden, policy.unembed(), hidden_ref, reference.unembed())
+            del parts, hidden, hidden_ref
+        scored = time.time()
+        row = {"step": iteration, "batch": batch, "kl": kl, "kl_se": kl_se, "kl_exact": kl_exact,
+               "kl_exact_se": kl_exact_se, "score": score.mean().item(), "score_std": score.std().item(),
+               "p_target": score.exp().mean().item(), "reward": reward.mean().item(),
+               "entropy": entropy.mean().item(), "updates": updates,
+               "sampler_off": (logp_sampler - logp_old).abs().mean().item()}
+
+        # 7 and 8 come before the update: what was measured is the policy as it is now
+        # 7 -- checkpoint at each crossing; one file serves all crossings of one iteration
+        problem = divergence(kl, kl_before, 0.0, math.isfinite(kl))
+        if problem:
+            raise UserError(f"diverged at iteration {iteration}: {problem}; {last} is the last good policy")
+        crossed = [c for c in CROSSINGS if kl_before < c <= kl]
+        header = {k: row[k] for k in ("step", "kl", "kl_se", "kl_exact", "score", "p_target", "entropy")}
+        header |= {"settings": settings, "seed": cfg.seed, "base": settings["base"], "target": cfg.target}
+        if crossed:
+            name = f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
+            save(cfg.out / "checkpoints" / name, policy, tokenizer, crossed=crossed, **header)
+        if kl <= cfg.kl_stop:
+            save(last, policy, tokenizer, **header)
+
+        # 8 -- stop
+        print(f"{iteration:4d} {batch:5d} {kl:6.2f} +- {kl_se:4.2f} {kl_exact:6.2f} {row['score']:7.3f} "
+              f"{row['p_target']:5.2f} {row['entropy']:7.3f}", end="", flush=True)
+        if kl >= cfg.kl_stop:
+            log(**row)
+            print(f"\nstopped: {kl:.2f} nats is at or above {cfg.kl_stop:g}")
+            break
+
+        # 4 -- advantage
+        adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, norm["std"])
+
+        # 5 -- PPO epochs. The first needs no shuffle: rollouts are independent as they come
+        stats = []
+        for epoch in range(cfg.epochs):
+            g = torch.Generator().manual_seed((cfg.seed * 1000 + iteration) * 10 + epoch)
+            order = torch.arange(batch) if epoch == 0 else torch.randperm(batch, generator=g)
+            for b in order.split(cfg.minibatch):
+                logp, _ = policy.logprob(y[b])
+                loss, s = ppo_loss(logp, logp_old[b], adv[b], cfg.clip)
+                if not stats and not s["ratio_off"] < 1e-5:
+                    raise AssertionError(f"max |ratio - 1| is {s['ratio_off']:.1e} before any update")
+                optimizer.zero_grad()
+                loss.backward()
+                s["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), math.inf)
+                updates += 1
+                optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, updates / cfg.warmup)
+                optimizer.step()
+                stats.append(s | {"loss": loss.detach()})
+
+        # 6 -- log: means over all minibatches and epochs, and the clip fraction of the last epoch
+        per_epoch = batch // cfg.minibatch
+        for k in ("clip_fraction", "clip_binding", "approx_kl", "grad_norm", "loss"):
+            row[k] = torch.stack([s[k] for s in stats]).mean().item()
+        row["clip_fraction_last_epoch"] = torch.stack([s["clip_fraction"] for s in stats[-per_epoch:]]).mean().item()
+        row |= {"ratio_off_first": stats[0]["ratio_off"].item(), "lr": optimizer.param_groups[0]["lr"],
+                "s_rollout": rolled - began, "s_score": scored - rolled, "s_update": time.time() - scored}
+        log(**row)
+        print(f" {100 * row['clip_fraction']:6.2f} {100 * row['clip_binding']:6.2f} {row['approx_kl']:7.4f} "
+              f"{row['grad_norm']:6.2f} {time.time() - began:4.0f}", flush=True)
+        problem = divergence(kl, kl, row["clip_fraction"], math.isfinite(row["loss"] + row["grad_norm"]))
+        if problem:
+            raise UserError(f"diverged at iteration {iteration}: {problem}; {last} is the last good policy")
+        clips.append(row["clip_fraction"])
+        if row["clip_fraction"] > 0.2:
+            print("warning: more than 20 % of the ratios are outside the clip range: lower --lr")
+        if (larger := next_batch(clips, batch, cfg.max_batch)) > batch:
+            print(f"batch rule: clip fraction below 1 % for three iterations, batch {batch} -> {larger}")
+            batch, clips = larger, []
+        kl_before = max(kl, kl_before)
+        save(state, policy, tokenizer, (optimizer,), step=iteration + 1, batch=batch, kl=kl_before,
+             clip_fractions=clips, updates=updates, settings=settings)
+
+    _, _, header = load(last, SCRIPT)
+    os.replace(last, cfg.out / f"policy-{cfg.target}.safetensors")
+    state.unlink(missing_ok=True)
+    print(f"final policy: KL {header['kl']:.2f} +- {header['kl_se']:.2f} nats, "
+          f"p({cfg.target}) {header['p_target']:.3f}, entropy {header['entropy']:.3f} nats per token")
+    finish("python 05_eval.py")

@@ -1,0 +1,50 @@
+# make            set up .venv and run the five scripts with their defaults
+# make test       set up .venv and run the tests
+# make seeds      the pipeline on seeds 0, 1, 2 and the table in README
+# make clean      delete out/ and .venv (labels of people are in out/: save them first)
+# make help       this list
+#
+# VENV= PYTHON=python3 make ...   use an existing environment, for example one with a CUDA torch
+# OUT=dir make                    write somewhere else than out/
+SHELL := /bin/sh
+VENV ?= .venv
+PYTHON ?= python3
+OUT ?= out
+RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+READY := $(if $(VENV),$(VENV)/ready)
+SEEDS := 0 1 2
+
+.PHONY: all test seeds clean help
+.DELETE_ON_ERROR:
+
+all: $(OUT)/report.html
+	@echo "the report: $(OUT)/report.html"
+
+help:
+	@sed -n '/^# /s/^# //p' Makefile
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -r requirements.txt
+	@touch $@
+
+$(OUT)/base.safetensors: 01_pretrain.py model.py | $(READY)
+	$(RUN) 01_pretrain.py --resume --out $(OUT)
+
+$(OUT)/labels-vader.jsonl: 02_sample_label.py $(OUT)/base.safetensors | $(READY)
+	$(RUN) 02_sample_label.py --resume --out $(OUT)
+
+$(OUT)/reward.safetensors: 03_reward_model.py $(OUT)/labels-vader.jsonl | $(READY)
+	$(RUN) 03_reward_model.py --resume --out $(OUT)
+
+$(OUT)/policy-happy.safetensors: 04_ppo.py $(OUT)/reward.safetensors | $(READY)
+	$(RUN) 04_ppo.py --resume --out $(OUT)
+
+$(OUT)/report.html: 05_eval.py $(OUT)/policy-happy.safetensors | $(READY)
+	$(RUN) 05_eval.py --resume --out $(OUT)
+
+test: | $(READY)
+	$(RUN) -m pytest -q
+
+clean:
+	rm -rf $(OUT) $(VENV)

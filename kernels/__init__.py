@@ -1,0 +1,15 @@
+"""The four operations a language model spends its time in, behind one public function each.
+
+    attention         causal self-attention over whole sequences          (training and scoring)
+    decode_attention  one new token against a KV cache                    (rollouts)
+    linear_logprob    hidden @ W.T -> log-prob of the target and entropy  (training and scoring)
+    sample            hidden @ W.T -> a drawn token and its log-prob      (rollouts)
+
+The scripts and model.py call these names and nothing else, so a faster implementation slots in
+here without a change to them. This is the PyTorch path; it runs on any device.
+"""
+from kernels.attention import attention, decode_attention
+from kernels.logprob import linear_logprob
+from kernels.sample import philox_uniform, sample
+
+__all__ = ["attention", "decode_attention", "linear_logprob", "philox_uniform", "sample"]

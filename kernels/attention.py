@@ -1,0 +1,65 @@
+"""Causal attention: whole sequences (training, scoring) and one new token (rollouts).
+
+    S = Q K^T / sqrt(Dh),   P = softmax(S where column <= row, else -inf),   O = P V
+
+At T <= 256 the score matrix of one head is small enough to stay in cache, so on a CPU a masked
+soft-max between two batched products beats `scaled_dot_product_attention`, whose backward
+recomputes the scores in blocks. Longer sequences go to SDPA, which never stores S.
+
+Grouped-query heads (Ainslie et al. 2023, arXiv:2305.13245): H query heads share Hkv <= H key and
+value heads. The queries of one group are stacked along the time axis, so that K and V are read
+once for the whole group and never repeated in memory.
+"""
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+DENSE_UP_TO = 256  # longest T for which the (T, T) scores are materialised
+
+
+@lru_cache(maxsize=8)
+def causal_mask(T: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(T, T): 0 where column <= row, -inf above the diagonal. Added to the scores."""
+    with torch.inference_mode(False):  # a cached inference tensor could not enter autograd later
+        return torch.full((T, T), float("-inf"), dtype=dtype, device=device).triu(1)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention. q (B, T, H, Dh); k, v (B, T, Hkv, Dh), H % Hkv == 0 -> (B, T, H * Dh).
+
+    The three may be strided views of one packed projection. Vaswani et al. 2017, section 3.2.1.
+    Raises ValueError if the shapes do not fit.
+    """
+    B, T, H, Dh = q.shape
+    if k.shape != v.shape or k.shape[:2] != (B, T) or k.size(3) != Dh or H % k.size(2):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
+    Hkv, G = k.size(2), H // k.size(2)
+    if T > DENSE_UP_TO or q.is_cuda:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G > 1)
+        return out.transpose(1, 2).reshape(B, T, H * Dh)
+    q = q.view(B, T, Hkv, G, Dh).permute(0, 2, 3, 1, 4).reshape(B * Hkv, G * T, Dh)
+    k, v = (x.transpose(1, 2).reshape(B * Hkv, T, Dh) for x in (k, v))
+    mask = causal_mask(T, q.dtype, q.device).repeat(G, 1)           # (G T, T)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=Dh**-0.5)
+    out = torch.bmm(scores.softmax(-1), v)                          # (B Hkv, G T, Dh)
+    return out.view(B, H, T, Dh).transpose(1, 2).reshape(B, T, H * Dh)
+
+
+def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor,
+                     v_cache: torch.Tensor, pos: int) -> torch.Tensor:
+    """Attention of one new token per sequence; also appends its key and value to the cache.
+
+    q (B, H, Dh); k, v (B, Hkv, Dh); k_cache, v_cache (B, Hkv, Tmax, Dh), slots [0, pos) filled;
+    0 <= pos < Tmax -> (B, H * Dh). Writes slot `pos` of both caches in place. Equals row `pos` of
+    `attention` over the whole sequence.
+    """
+    B, H, Dh = q.shape
+    Hkv, Tmax = k_cache.shape[1:3]
+    k_cache[:, :, pos] = k
+    v_cache[:, :, pos] = v
+    keys = k_cache.view(B * Hkv, Tmax, Dh)[:, : pos + 1]
+    values = v_cache.view(B * Hkv, Tmax, Dh)[:, : pos + 1]
+    scores = torch.bmm(q.reshape(B * Hkv, H // Hkv, Dh), keys.transpose(1, 2)) * Dh**-0.5
+    return torch.bmm(scores.softmax(-1), values).view(B, H * Dh)

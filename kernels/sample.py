@@ -1,0 +1,45 @@
+"""Draw one token per row from softmax(hidden W^T / tau) and report its log-prob and entropy.
+
+Noise is counter-based: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3") maps (seed, row, step) to a uniform number without any state. So sample 17 of seed 3 is
+the same tokens whichever batch it is drawn in, and a killed run needs no generator state to go on.
+
+On a CPU inverse-CDF sampling needs one uniform a row; a Gumbel race needs one a logit.
+"""
+import torch
+
+_M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
+
+
+def philox_uniform(seed: int, row: torch.Tensor, step: int, stream: int = 0) -> torch.Tensor:
+    """row (B,) int64 in [0, 2^32) -> (B,) float64 uniforms in (0, 1), 2^-32 apart.
+
+    Philox4x32-10 with key = seed (64 bits), counter = (row, step, stream, 0); first output word.
+    """
+    def mul_hi_lo(m, x):  # the 64-bit product in 16-bit steps: int64 has no room for its top bit
+        low, high = m * (x & 0xFFFF), m * (x >> 16)
+        return high + (low >> 16) >> 16, (high << 16) + low & _LOW
+
+    c0, c1 = row & _LOW, torch.full_like(row, step & _LOW)
+    c2, c3 = torch.full_like(row, stream & _LOW), torch.zeros_like(row)
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    for _ in range(10):
+        (hi0, lo0), (hi1, lo1) = mul_hi_lo(_M0, c0), mul_hi_lo(_M1, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return (c0.double() + 0.5) * 2.0**-32
+
+
+def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int, row: torch.Tensor, step: int,
+           temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden (B, D), weight (V, D), row (B,) global sample numbers, step = position in the sample
+    -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`."""
+    z = (hidden @ weight.T).float().div_(temperature)               # (B, V)
+    lse = z.logsumexp(-1)
+    p = (z - lse[:, None]).exp_()
+    entropy = lse - torch.linalg.vecdot(p, z)
+    cdf = p.cumsum_(-1)
+    # scaled by its own last entry, so that rounding can never leave a uniform beyond the end
+    u = philox_uniform(seed, row, step).float() * cdf[:, -1]
+    token = torch.searchsorted(cdf, u[:, None]).clamp_max_(len(weight) - 1)
+    return token[:, 0], z.gather(1, token)[:, 0] - lse, entropy

@@ -1,0 +1,326 @@
+"""The transformer that all five stages share, its sampler, and its file format.
+
+A decoder-only transformer (pre-norm, rotary positions, squared-ReLU MLP, no biases) of a size that
+a laptop trains in minutes. Attention, log-probs and sampling come from kernels/; everything else
+is below: position encoding, block, model, cached sampling, `save` and `load`, and at the end the
+few lines every script needs to start, to log and to fail in one line instead of a traceback.
+
+The last three token ids are reserved: start or end of text, happy, sad. The policy is a
+distribution over the others, so no sample can ever contain one of them.
+"""
+import copy
+import ctypes
+import hashlib
+import json
+import os
+import re
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from tokenizers import Tokenizer
+
+from kernels import attention, decode_attention, linear_logprob, sample
+
+RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
+
+
+# ---- The transformer -----------------------------------------------------------------------------
+@dataclass
+class GPTConfig:
+    vocab_size: int  # reserved tokens included
+    context: int     # longest sequence it is trained on, tokens
+    n_layer: int
+    n_head: int
+    n_kv_head: int   # key and value heads; each serves n_head / n_kv_head query heads
+    d_model: int
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position encoding (Su et al. 2021, arXiv:2104.09864). x (..., H, Dh); cos, sin
+    (..., 1, Dh / 2), of the angle position * frequency. The dot product of two rotated vectors
+    depends on their positions only through the distance between them."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:])  # no learned scale: the next matrix can absorb it
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2 (So et al. 2021, arXiv:2109.08668). Its derivative is 2 relu(x): by saying so, the
+    backward pass needs one tensor and no mask, which saves a tenth of a training step on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = x.relu()
+        ctx.save_for_backward(r)
+        return r.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad * ctx.saved_tensors[0]).mul_(2)
+
+
+class Linear(nn.Linear):
+    """A linear map without bias. Weights stay in float32 for the optimizer; the product runs in
+    the dtype of its input. Starts uniform with variance 1 / in_features, or at zero."""
+
+    def __init__(self, d_in: int, d_out: int, zero: bool = False):
+        super().__init__(d_in, d_out, bias=False)
+        bound = 0.0 if zero else (3 / d_in) ** 0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Block(nn.Module):
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)
+        self.qkv = Linear(c.d_model, sum(self.heads) * c.d_model // c.n_head)
+        self.proj = Linear(c.d_model, c.d_model, zero=True)  # zero: at the start each block
+        self.up = Linear(c.d_model, 4 * c.d_model)           # passes its input on unchanged
+        self.down = Linear(4 * c.d_model, c.d_model, zero=True)
+
+    def forward(self, x, cos, sin, cache=None, pos=0):
+        """x (B, T, D), or (B, D) for one new token at position `pos` with its (k, v) cache."""
+        H, Hkv, _ = self.heads
+        q, k, v = self.qkv(norm(x)).unflatten(-1, (H + 2 * Hkv, -1)).split(self.heads, dim=-2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)      # (..., heads, Dh)
+        y = attention(q, k, v) if cache is None else decode_attention(q, k, v, *cache, pos)
+        x = x + self.proj(y)
+        return x + self.down(SquaredReLU.apply(self.up(norm(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = c = config
+        self.n_text = c.vocab_size - len(RESERVED)  # ids below this are text
+        self.bos, self.happy, self.sad = range(self.n_text, c.vocab_size)
+        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        nn.init.normal_(self.embed.weight)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.head = nn.Parameter(torch.zeros(c.vocab_size, c.d_model))
+        self.dtype = torch.float32  # of the activations; `fast_dtype` says what the machine likes
+
+    def angles(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the rotary angles, each (T, 1, Dh / 2)."""
+        half = self.config.d_model // self.config.n_head // 2
+        frequency = 10_000.0 ** (-torch.arange(half, device=self.head.device) / half)
+        angle = torch.outer(torch.arange(T, device=self.head.device), frequency)[:, None]
+        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Token ids x (B, T) -> hidden states (B, T, D); causal: row t depends on x[:, :t+1]."""
+        h = norm(self.embed(x).to(self.dtype))
+        cos, sin = self.angles(x.size(1))
+        for block in self.blocks:
+            h = block(h, cos, sin)
+        return norm(h)
+
+    def unembed(self) -> torch.Tensor:
+        """The rows of the output head that can be sampled: (n_text, D), in the compute dtype."""
+        return self.head[: self.n_text].to(self.dtype)
+
+    def before(self, y: torch.Tensor) -> torch.Tensor:
+        """Completions y (B, T), each preceded by the start token -> the hidden state (B, T, D) from
+        which each token of y is predicted."""
+        start = torch.full_like(y[:, :1], self.bos)
+        return self(torch.cat((start, y[:, :-1]), dim=1))
+
+    def logprob(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions y (B, T) -> log-prob of every token of y, and entropy of the distribution it
+        was drawn from, both (B, T), nats."""
+        return linear_logprob(self.before(y), self.unembed(), y)
+
+    def sentiment(self, y: torch.Tensor) -> torch.Tensor:
+        """Completions y (B, T) -> (B, 2): log p(happy), log p(sad) after the last token of y, the
+        soft-max restricted to the two. Only a reward model has learned to predict them."""
+        start = torch.full_like(y[:, :1], self.bos)
+        last = self(torch.cat((start, y), dim=1))[:, -1]
+        return (last.float() @ self.head[[self.happy, self.sad]].float().T).log_softmax(-1)
+
+    @torch.no_grad()
+    def generate(self, n: int, length: int, seed: int, first_row: int = 0, batch: int = 512):
+        """n unconditional completions at temperature 1 from the whole distribution.
+
+        -> tokens (n, length) int64, the sampler's log-probs (n, length) float32, nats. Sample i is
+        determined by (seed, first_row + i) alone, not by `batch`, which only bounds the cache.
+        """
+        model, c = copy.deepcopy(self).to(self.dtype), self.config  # weights cast once, not per step
+        device, weight = self.head.device, model.unembed()
+        cos, sin = self.angles(length)
+        shape = (c.n_layer, 2, min(batch, n), c.n_kv_head, length, c.d_model // c.n_head)
+        cache = torch.zeros(shape, dtype=self.dtype, device=device)
+        tokens = torch.empty(n, length, dtype=torch.long, device=device)
+        logps = torch.empty(n, length, device=device)
+        for i in range(0, n, batch):
+            rows = torch.arange(i, min(i + batch, n), device=device)
+            token = torch.full_like(rows, self.bos)
+            for t in range(length):
+                h = norm(model.embed(token))                 # (B, D)
+                for block, kv in zip(model.blocks, cache[:, :, : len(rows)]):
+                    h = block(h, cos[t], sin[t], kv, t)
+                token, logp, _ = sample(norm(h), weight, seed, rows + first_row, t)
+                tokens[rows, t], logps[rows, t] = token, logp
+        return tokens, logps
+
+
+# ---- Files: safetensors with a JSON header -------------------------------------------------------
+class UserError(Exception):
+    """Something the user can put right; shown as one line, exit code 2."""
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Write to a temporary name, then rename: `path` holds the old or the new content, whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+
+
+def save(path, model: GPT, tokenizer: Tokenizer, optimizers=(), **header) -> None:
+    """Weights, in the dtype they compute in (float32 with optimizers, to continue from), and all
+    that a later stage needs: model config, tokenizer, and whatever JSON-able `header` adds."""
+    dtype = torch.float32 if optimizers else model.dtype
+    tensors = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{k}": v.contiguous() for k, v in state.items()}
+    header |= {"model": asdict(model.config), "tokenizer": tokenizer.to_str()}
+    write(path, safetensors_bytes(tensors, metadata={"rlhf-shakespeare": json.dumps(header)}))
+
+
+def load(path, made_by: str) -> tuple[GPT, Tokenizer, dict]:
+    """-> model (float32 weights), tokenizer, header. `made_by` names the script to run if there
+    is no such file. Raises UserError if it is missing, truncated, or not one of ours."""
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing: run {made_by} first")
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {})["rlhf-shakespeare"])
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        model = GPT(GPTConfig(**header["model"]))
+        tokenizer = Tokenizer.from_str(header["tokenizer"])
+        model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        what = "is truncated or damaged" if isinstance(error, SafetensorError) else \
+            "was not written by this project"
+        raise UserError(f"{path} {what}: delete it and run {made_by} again") from error
+    return model, tokenizer, header
+
+
+def load_optimizers(path, optimizers) -> None:
+    """Give `optimizers`, built over the parameters of a loaded model, the state saved with it."""
+    with safe_open(path, "pt") as f:
+        for i, optimizer in enumerate(optimizers):
+            state: dict = {}
+            for name in (k for k in f.keys() if k.startswith(f"optimizer.{i}.")):
+                j, key = name.split(".")[2:]
+                state.setdefault(int(j), {})[key] = f.get_tensor(name)
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def resume_from(path, made_by: str, settings: dict) -> tuple[GPT, Tokenizer, dict] | None:
+    """What `load` returns, or None if there is nothing to resume. Raises UserError if the state
+    was written by a run with other settings: continuing it would mix the two."""
+    if not Path(path).exists():
+        print("nothing to resume: starting from the beginning")
+        return None
+    model, tokenizer, header = load(path, made_by)
+    differ = [k for k, v in settings.items() if header["settings"].get(k) != v]
+    if differ:
+        raise UserError(f"{path} was written with another {', '.join(differ)}: use the same "
+                        "settings, or start anew without --resume")
+    print(f"resuming at step {header['step']}")
+    return model, tokenizer, header
+
+
+def fingerprint(model: GPT) -> str:
+    """Which weights these are: 16 hex digits of a SHA-256, the same before and after `save`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.float().numpy(force=True).tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- Starting, logging, ending a script ----------------------------------------------------------
+def report(kind, error, trace) -> None:
+    """sys.excepthook: what the user can mend is one line and exit code 2; a bug keeps its traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        line = "interrupted; nothing is lost: the same command with --resume continues"
+    elif issubclass(kind, UserError):
+        line = str(error)
+    elif issubclass(kind, OSError) and error.errno is not None:
+        line = f"{error.filename or 'writing'}: {error.strerror}; make room or choose another --out"
+    else:
+        return sys.__excepthook__(kind, error, trace)
+    sys.stdout.flush()
+    print(f"\nerror: {line}" if sys.stderr.isatty() else f"error: {line}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where it is fast: GPUs, and CPUs with AMX or AVX512-BF16. Else float32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
+    fast = device.type == "cuda" or re.search(r"\b(amx_bf16|avx512_bf16)\b", flags)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def start(settings) -> tuple[torch.device, torch.dtype]:
+    """Print the settings, seed torch, choose device and dtype."""
+    sys.excepthook = report
+    if sys.platform == "linux":  # glibc: keep freed pages. Zeroing them anew costs a fifth of a step
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
+    torch.manual_seed(settings.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = fast_dtype(device)
+    start.time = time.time()
+    print("settings:", ", ".join(f"{k} {v}" for k, v in asdict(settings).items()))
+    print(f"device: {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads", flush=True)
+    return device, dtype
+
+
+def finish(next_command: str) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    print(f"wall time {time.time() - start.time:.0f} s, peak memory {peak:.2f} GiB")
+    print(f"next: {next_command}")
+
+
+class Log:
+    """One JSON line per step. Resuming at step n first drops what a killed run wrote from n on."""
+
+    def __init__(self, path: Path, resume_at: int = 0):
+        kept = []
+        if resume_at and path.exists():
+            lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
+            kept = [line for line in lines if json.loads(line)["step"] < resume_at]
+        write(path, "".join(line + "\n" for line in kept))
+        self.file = open(path, "a", buffering=1)
+
+    def __call__(self, **row):
+        self.file.write(json.dumps(row) + "\n")
