@@ -49,15 +49,15 @@ class Config:
     context: int = 128       # tokens of a training sequence
     n_layer: int = 4
     n_head: int = 3
-    n_kv_head: int = 3
+    n_kv_head: int = 1
     d_model: int = 192
-    batch: int = 64          # sequences a step
-    steps: int = 600
+    batch: int = 32          # sequences a step
+    steps: int = 1150
     muon_lr: float = 0.02    # matrices
     adam_lr: float = 3e-3    # embedding and head
     warmup: int = 20         # steps of linear warm-up
     cooldown: float = 0.7    # last share of the steps, in which both rates fall linearly to 0
-    save_every: int = 100    # steps between checkpoints and held-out measurements
+    save_every: int = 230    # steps between checkpoints and held-out measurements
     n_samples: int = 512     # samples drawn at the end to count real words
 
 

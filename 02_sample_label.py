@@ -19,6 +19,7 @@ Decisions a reader may question:
 """
 import json
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -142,7 +143,7 @@ def read_key() -> str:
 def show(item: dict, labels: dict[str, str], total: int) -> None:
     counts = "  ".join(f"{v} {list(labels.values()).count(v)}" for v in KEYS.values())
     text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in item["text"])
-    width = min(os.get_terminal_size().columns, 90) - 4
+    width = min(shutil.get_terminal_size().columns, 90) - 4
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]
     print(f"\033[2J\033[H{len(labels) + 1} of {total}   {counts}\n")
     print("\n".join("    " + line for line in lines) + f"\n\n{HELP}", flush=True)

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 from collections import Counter
@@ -370,7 +371,7 @@ def rate(items: list[tuple[str, str]], path: Path) -> dict[str, str]:
             if answers.get(key) in keys.values():
                 i += 1
                 continue
-            width = min(os.get_terminal_size().columns, 90) - 4
+            width = min(shutil.get_terminal_size().columns, 90) - 4
             lines = [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]
             print(f"\033[2J\033[H{i + 1} of {len(items)}\n\n" + "\n".join("    " + x for x in lines)
                   + "\n\np positive   n negative   0 neutral   u undo   q quit (and go on later)", flush=True)

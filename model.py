@@ -152,7 +152,7 @@ class GPT(nn.Module):
         return (last.float() @ self.head[[self.happy, self.sad]].float().T).log_softmax(-1)
 
     @torch.no_grad()
-    def generate(self, n: int, length: int, seed: int, first_row: int = 0, batch: int = 512):
+    def generate(self, n: int, length: int, seed: int, first_row: int = 0, batch: int = 1024):
         """n unconditional completions at temperature 1 from the whole distribution.
 
         -> tokens (n, length) int64, the sampler's log-probs (n, length) float32, nats. Sample i is

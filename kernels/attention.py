@@ -51,15 +51,19 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache:
                      v_cache: torch.Tensor, pos: int) -> torch.Tensor:
     """Attention of one new token per sequence; also appends its key and value to the cache.
 
-    q (B, H, Dh); k, v (B, Hkv, Dh); k_cache, v_cache (B, Hkv, Tmax, Dh), slots [0, pos) filled;
-    0 <= pos < Tmax -> (B, H * Dh). Writes slot `pos` of both caches in place. Equals row `pos` of
-    `attention` over the whole sequence.
+    q (B, H, Dh); k, v (B, Hkv, Dh); k_cache, v_cache (B, Hkv, Tmax, Dh), slots [0, pos) filled and
+    the rest finite; 0 <= pos < Tmax -> (B, H * Dh). Writes slot `pos` of both caches in place.
+    Equals row `pos` of `attention` over the whole sequence.
+
+    The products run over the whole cache and a mask hides the slots after `pos`: slicing it would
+    halve the arithmetic, but the batched product then copies both slices first, which costs twice
+    to five times as much as is saved (0.48 ms a step against 1.07 at B 512, H 3, Hkv 1, Dh 64).
     """
     B, H, Dh = q.shape
     Hkv, Tmax = k_cache.shape[1:3]
     k_cache[:, :, pos] = k
     v_cache[:, :, pos] = v
-    keys = k_cache.view(B * Hkv, Tmax, Dh)[:, : pos + 1]
-    values = v_cache.view(B * Hkv, Tmax, Dh)[:, : pos + 1]
-    scores = torch.bmm(q.reshape(B * Hkv, H // Hkv, Dh), keys.transpose(1, 2)) * Dh**-0.5
+    keys, values = k_cache.view(B * Hkv, Tmax, Dh), v_cache.view(B * Hkv, Tmax, Dh)
+    mask = causal_mask(Tmax, q.dtype, q.device)[pos].expand(H // Hkv, Tmax)
+    scores = torch.baddbmm(mask, q.reshape(B * Hkv, H // Hkv, Dh), keys.transpose(1, 2), alpha=Dh**-0.5)
     return torch.bmm(scores.softmax(-1), values).view(B, H * Dh)

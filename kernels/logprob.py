@@ -1,6 +1,6 @@
 """Log-probability of the target and entropy of the distribution, without keeping the logits.
 
-    z = hidden W^T / tau        logp = z_target - LSE(z)        H = LSE(z) - sum_j p_j z_j
+    z = hidden W^T / tau        logp = z_target - LSE(z)        H = -sum_j p_j log p_j
 
 Eager PyTorch writes the (N, V) logits, their float copy and their log-softmax to memory and keeps
 them for the backward pass: at N = 8,192 and V = 2,048 that is 168 MB to obtain 8,192 numbers.
@@ -29,8 +29,9 @@ class LinearLogprob(torch.autograd.Function):
             z = _logits(h, weight, temperature)                     # (chunk, V)
             lse.append(z.logsumexp(-1))
             logp.append(z.gather(1, t.clamp_min(0)[:, None])[:, 0] - lse[-1])
-            p = (z - lse[-1][:, None]).exp_()
-            entropy.append(lse[-1] - torch.linalg.vecdot(p, z))
+            log_p = z.sub_(lse[-1][:, None])
+            # not LSE - sum p z, which cancels: two numbers of 50 for an entropy of 0.01
+            entropy.append(-torch.linalg.vecdot(log_p.exp(), log_p))
         logp, entropy, lse = torch.cat(logp), torch.cat(entropy), torch.cat(lse)
         ctx.save_for_backward(hidden, weight, target, lse, entropy)
         ctx.temperature = temperature

@@ -35,11 +35,11 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int, row: torch.Ten
     """hidden (B, D), weight (V, D), row (B,) global sample numbers, step = position in the sample
     -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`."""
     z = (hidden @ weight.T).float().div_(temperature)               # (B, V)
-    lse = z.logsumexp(-1)
-    p = (z - lse[:, None]).exp_()
-    entropy = lse - torch.linalg.vecdot(p, z)
+    log_p = z.sub_(z.logsumexp(-1, keepdim=True))
+    p = log_p.exp()
+    entropy = -torch.linalg.vecdot(p, log_p)
     cdf = p.cumsum_(-1)
     # scaled by its own last entry, so that rounding can never leave a uniform beyond the end
     u = philox_uniform(seed, row, step).float() * cdf[:, -1]
     token = torch.searchsorted(cdf, u[:, None]).clamp_max_(len(weight) - 1)
-    return token[:, 0], z.gather(1, token)[:, 0] - lse, entropy
+    return token[:, 0], log_p.gather(1, token)[:, 0], entropy

@@ -1,0 +1,69 @@
+import importlib
+import itertools
+import math
+
+import numpy as np
+
+ev = importlib.import_module("05_eval")
+
+
+def test_distinct_and_self_similarity():
+    assert ev.distinct(["a b a", "a b"], 1) == 2 / 5 and ev.distinct(["a b a", "a b"], 2) == 2 / 3
+    assert math.isclose(ev.self_similarity(["a b", "a b"]), 1, rel_tol=1e-6)
+    assert abs(ev.self_similarity(["a", "b"])) < 1e-6
+    assert math.isclose(ev.self_similarity(["a b", "a c"]), 0.5, rel_tol=1e-6)
+
+
+def test_longest_copied_run_against_substring_search():
+    rng = np.random.default_rng(0)
+    alphabet = np.array(["ay", "be", "cee", "dee", "ee"])
+    corpus = " ".join(alphabet[rng.integers(0, 4, 400)])
+    texts = [" ".join(alphabet[rng.integers(0, 5, 12)]) for _ in range(40)] + ["", "never", corpus[:200]]
+
+    def brute(text):
+        w = text.split()
+        runs = (n for n in range(len(w), 0, -1) for i in range(len(w) - n + 1)
+                if f" {' '.join(w[i:i + n])} " in f" {corpus} ")
+        return next(runs, 0)
+    known = ev.Corpus(corpus)
+    expected = [brute(t) for t in texts[:-1]]
+    assert known.longest_runs(texts[:-1]).tolist() == expected and max(expected) > 3
+    assert known.longest_runs([texts[-1]])[0] >= len(texts[-1].split()) - 1
+
+
+def test_best_of_n_by_enumerating_subsets():
+    proxy, gold = np.array([0.3, -1.0, 2.0, 0.5, 0.1]), np.array([1.0, 5.0, -2.0, 0.0, 3.0])
+    for n in range(1, 6):
+        best = [gold[max(s, key=lambda i: proxy[i])] for s in itertools.combinations(range(5), n)]
+        assert math.isclose(ev.best_of_n(proxy, gold, n), np.mean(best), abs_tol=1e-9)
+    assert math.isclose(ev.best_of_n_kl(4), 0.636, abs_tol=1e-3) and ev.best_of_n_kl(1) == 0
+
+
+def test_fisher_and_its_power():
+    """The lady tasting tea: 3 of 4 against 1 of 4 gives p = 17/70; and the power of 20 v 20."""
+    assert math.isclose(ev.fisher_exact(1, 4, 3, 4), 17 / 70)
+    assert math.isclose(ev.fisher_exact(0, 4, 4, 4), 1 / 70)
+    assert abs(ev.fisher_power(0.2, 0.6, 20) - 0.75) < 0.02 and abs(ev.fisher_power(0.3, 0.6, 20) - 0.46) < 0.02
+    assert ev.fisher_power(0.5, 0.5, 20) < 0.05
+
+
+def test_fit_line():
+    slope, intercept, r2 = ev.fit_line([0, 1, 2, 3], [1.0, 3.0, 5.0, 7.0])
+    assert math.isclose(slope, 2) and math.isclose(intercept, 1) and math.isclose(r2, 1)
+    assert ev.fit_line([0, 1, 2, 3], [0, 1, 0, 1])[2] < 0.5
+
+
+def test_where_over_optimisation_starts():
+    def rows(*gold):
+        return [{"gold": g, "gold_se": 0.1} for g in gold]
+    r = rows(0, 0.5, 0.9, 0.7, 0.5)
+    assert ev.over_optimisation(r) == (r[2], r[4])   # 0.7 is within 2 SE of the difference (0.28)
+    r = rows(0, 0.5, 0.9, 0.85)
+    assert ev.over_optimisation(r) == (r[2], None)
+    r = rows(0.9, 0.2)
+    assert ev.over_optimisation(r) == (r[0], r[1])
+
+
+def test_the_page_escapes_what_a_model_says():
+    cell = ev.table({"x": lambda r: r}, ["<script>alert(1)</script> & \"q\""])
+    assert "<script>" not in cell and "&lt;script&gt;" in cell and "&amp;" in cell

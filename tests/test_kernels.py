@@ -1,0 +1,186 @@
+"""Every kernel against an independent float64 computation."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import attention, decode_attention, linear_logprob, philox_uniform, sample
+from kernels.attention import DENSE_UP_TO
+from kernels.logprob import CHUNK
+
+
+def attention_by_loops(q, k, v):
+    """One row, one head at a time, in float64 NumPy: no mask is needed if the future is never read."""
+    q, k, v = (x.detach().double().numpy() for x in (q, k, v))
+    B, T, H, Dh = q.shape
+    out = np.zeros((B, T, H, Dh))
+    for b in range(B):
+        for h in range(H):
+            kv = h // (H // k.shape[2])
+            for t in range(T):
+                s = k[b, : t + 1, kv] @ q[b, t, h] / math.sqrt(Dh)
+                p = np.exp(s - s.max())
+                out[b, t, h] = p / p.sum() @ v[b, : t + 1, kv]
+    return torch.from_numpy(out.reshape(B, T, H * Dh))
+
+
+def qkv(B, T, H, Hkv, Dh, dtype=torch.float32, seed=0):
+    """q, k, v as strided views of one packed projection, as the model passes them."""
+    g = torch.Generator().manual_seed(seed)
+    packed = torch.randn(B, T, H + 2 * Hkv, Dh, generator=g, dtype=torch.float64).to(dtype)
+    return packed.split([H, Hkv, Hkv], dim=2)
+
+
+@pytest.mark.parametrize("T", [1, 2, 17, 64, DENSE_UP_TO, DENSE_UP_TO + 3])
+@pytest.mark.parametrize("H, Hkv, Dh", [(4, 4, 16), (4, 2, 24), (3, 1, 64)])
+def test_attention_equals_double_loop(T, H, Hkv, Dh):
+    q, k, v = qkv(2, T, H, Hkv, Dh)
+    torch.testing.assert_close(attention(q, k, v).double(), attention_by_loops(q, k, v), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [5, DENSE_UP_TO + 3])
+def test_attention_never_looks_ahead(T):
+    """Guards against a mask that is missing or off by one: a change at j leaves rows < j bit-equal."""
+    q, k, v = (x.clone() for x in qkv(1, T, 4, 2, 16))
+    before = attention(q, k, v)
+    j = T // 2
+    k[:, j:], v[:, j:] = 7, 7
+    after = attention(q, k, v)
+    assert torch.equal(before[:, :j], after[:, :j]) and not torch.equal(before[:, j], after[:, j])
+
+
+def test_attention_gradients():
+    q, k, v = (x.detach().requires_grad_() for x in qkv(2, 6, 4, 2, 4, torch.float64))
+    assert torch.autograd.gradcheck(attention, (q, k, v))
+
+
+def test_attention_in_bf16_is_as_exact_as_sdpa():
+    q, k, v = qkv(4, 64, 4, 4, 32, torch.bfloat16)
+    exact = attention_by_loops(q, k, v)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2).reshape(4, 64, -1)
+    error, error_sdpa = ((x.double() - exact).norm() for x in (attention(q, k, v), sdpa))
+    assert error <= 2 * error_sdpa
+
+
+def test_attention_refuses_shapes_that_do_not_fit():
+    q, k, v = qkv(2, 5, 4, 2, 16)
+    with pytest.raises(ValueError, match="do not fit"):
+        attention(q, k[:, :4], v[:, :4])
+    with pytest.raises(ValueError, match="do not fit"):
+        attention(q[:, :, :3], k, v)
+
+
+@pytest.mark.parametrize("H, Hkv", [(4, 4), (4, 2), (3, 1)])
+def test_decode_step_equals_row_of_prefill(H, Hkv):
+    """Guards against a cache written at the wrong slot and against reading unfilled slots (1e6)."""
+    B, T, Dh = 3, 9, 16
+    q, k, v = qkv(B, T, H, Hkv, Dh)
+    whole = attention(q, k, v)
+    k_cache, v_cache = (torch.full((B, Hkv, T + 2, Dh), 1e6) for _ in range(2))
+    for t in range(T):
+        row = decode_attention(q[:, t], k[:, t], v[:, t], k_cache, v_cache, t)
+        torch.testing.assert_close(row, whole[:, t], rtol=1e-5, atol=1e-6)
+    assert torch.equal(k_cache[:, :, :T], k.transpose(1, 2)) and (k_cache[:, :, T:] == 1e6).all()
+
+
+def reference_logprob(hidden, weight, target, tau):
+    log_p = (hidden.double() @ weight.double().T / tau).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, target.clamp_min(0)[..., None])[..., 0], entropy
+
+
+@pytest.mark.parametrize("N, V", [(1, 65), (CHUNK - 1, 129), (CHUNK + 1, 2048), (3 * CHUNK, 257)])
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
+def test_linear_logprob_equals_float64(N, V, tau):
+    g = torch.Generator().manual_seed(N + V)
+    hidden, weight = (torch.randn(n, 24, generator=g) for n in (N, V))
+    target = torch.randint(V, (N,), generator=g)
+    target[0] = V - 1
+    logp, entropy = linear_logprob(hidden, weight, target, tau)
+    exact_logp, exact_entropy = reference_logprob(hidden, weight, target, tau)
+    torch.testing.assert_close(logp.double(), exact_logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-5, atol=1e-5)
+    assert (entropy >= -1e-5).all() and (entropy <= math.log(V) + 1e-5).all()
+
+
+def test_linear_logprob_gradients(monkeypatch):
+    """Of log-prob and entropy, to hidden and weight, across a chunk boundary, with an ignored target."""
+    monkeypatch.setattr("kernels.logprob.CHUNK", 3)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 4, generator=g, dtype=torch.float64, requires_grad=True) for n in (7, 5))
+    target = torch.tensor([0, 4, 2, -1, 1, 1, 3])
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, target, 1.7), (hidden, weight))
+    logp, entropy = linear_logprob(hidden, weight, target)
+    assert logp[3] == entropy[3] == 0
+    (logp.sum() + entropy.sum()).backward()
+    assert hidden.grad[3].abs().max() == 0 and hidden.grad[2].abs().max() > 0
+
+
+def test_linear_logprob_of_extreme_logits_and_slices():
+    hidden = torch.tensor([[1e4, 0.0], [-1e4, 0.0], [0.0, 0.0]])
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.5, 9.0]])
+    logp, entropy = linear_logprob(hidden, weight, torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(logp, torch.tensor([0.0, 0.0, -math.log(3)]))
+    torch.testing.assert_close(entropy, torch.tensor([0.0, 0.0, math.log(3)]))
+    h = torch.randn(2, 6, 2)
+    sliced, _ = linear_logprob(h[:, 1:4], weight, torch.zeros(2, 3, dtype=torch.long))
+    whole, _ = linear_logprob(h, weight, torch.zeros(2, 6, dtype=torch.long))
+    torch.testing.assert_close(sliced, whole[:, 1:4])
+
+
+def test_linear_logprob_refuses_targets_out_of_range_and_takes_none():
+    hidden, weight = torch.randn(2, 4), torch.randn(5, 4)
+    for bad in ([0, 5], [-2, 0]):
+        with pytest.raises(ValueError, match="targets"):
+            linear_logprob(hidden, weight, torch.tensor(bad))
+    logp, entropy = linear_logprob(hidden[:0], weight, torch.zeros(0, dtype=torch.long))
+    assert logp.shape == entropy.shape == (0,)
+
+
+def philox_reference(key, counter):
+    """Philox4x32-10 in Python integers, after the paper."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [p1 >> 32 ^ c[1] ^ k[0], p1 % 2**32, p0 >> 32 ^ c[3] ^ k[1], p0 % 2**32]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def test_philox_equals_the_published_vectors():
+    """Known-answer tests of the Random123 distribution (kat_vectors), then ours against it."""
+    assert philox_reference((0, 0), (0, 0, 0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    full = 0xFFFFFFFF
+    assert philox_reference((full, full), (full,) * 4) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    rows = torch.tensor([0, 1, 17, 2**31, 2**32 - 1])
+    for seed, step, stream in ((0, 0, 0), (3, 5, 1), (2**63 + 12345, 2**32 - 1, 7)):
+        ours = philox_uniform(seed, rows, step, stream)
+        theirs = [(philox_reference((seed % 2**32, seed >> 32), (r, step, stream, 0))[0] + 0.5) / 2**32
+                  for r in rows.tolist()]
+        assert ours.tolist() == theirs
+
+
+def test_sample_frequencies_match_the_probabilities():
+    """Chi-square over 40,000 draws; the same statistic must reject a slightly wrong distribution."""
+    g = torch.Generator().manual_seed(1)
+    weight, hidden = torch.randn(23, 8, generator=g), torch.randn(1, 8, generator=g)
+    n = 40_000
+    token, logp, entropy = sample(hidden.expand(n, -1), weight, 5, torch.arange(n), 0, temperature=1.3)
+    exact_logp, exact_entropy = reference_logprob(hidden.expand(n, -1), weight, token, 1.3)
+    torch.testing.assert_close(logp.double(), exact_logp, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-4, atol=1e-4)
+
+    def chi_square(p):
+        return float(((token.bincount(minlength=23) - n * p) ** 2 / (n * p)).sum())
+    logits = (hidden.double() @ weight.double().T)[0]
+    limit = 22 + 4 * math.sqrt(2 * 22)  # mean + 4 standard deviations at 22 degrees of freedom
+    assert chi_square((logits / 1.3).softmax(-1)) < limit < chi_square((logits / 1.2).softmax(-1))
+
+
+def test_sample_never_draws_the_impossible():
+    weight = torch.eye(4) * 200.0
+    hidden = torch.eye(4)[[2] * 1000]
+    token, logp, _ = sample(hidden, weight, 0, torch.arange(1000), 0)
+    assert (token == 2).all() and (logp.abs() < 1e-6).all()

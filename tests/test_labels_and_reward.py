@@ -1,0 +1,127 @@
+import importlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from model import UserError
+
+label = importlib.import_module("02_sample_label")
+rm = importlib.import_module("03_reward_model")
+
+
+def row(i, label, labeller="anna", text=None):
+    return {"id": str(i), "label": label, "labeller": labeller, "source": "model", "tokens": [1, 2],
+            "text": text or f"text {i}"}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def test_vader_thresholds():
+    assert [label.vader_label(c) for c in (-1, -0.05, -0.049, 0, 0.049, 0.05)] == [
+        "negative", "negative", "neutral", "neutral", "neutral", "positive"]
+
+
+def test_the_last_line_about_an_item_counts(tmp_path):
+    rows = [row(1, "positive"), row(2, "skip"), row(3, "negative"), row(1, "undo"), row(1, "neutral"), row(3, "undo")]
+    assert label.current_labels(rows) == {"2": "skip", "1": "neutral"}
+    read = rm.read_labels(write_rows(tmp_path / "l.jsonl", rows))
+    assert [(r["id"], r["label"]) for r in read] == [("1", "neutral")]
+
+
+@pytest.mark.parametrize("bad, why", [('{"id": 1,', "line 2 is broken"), ("[]", "line 2 is broken"),
+                                      (json.dumps({"id": "x"}), "line 2 is broken"),
+                                      (json.dumps(row(2, "joyful")), "line 2: label 'joyful' is not one of")])
+def test_a_bad_line_is_named(tmp_path, bad, why):
+    path = tmp_path / "labels-anna.jsonl"
+    path.write_text(json.dumps(row(1, "positive")) + "\n" + bad + "\n")
+    with pytest.raises(UserError, match=why):
+        rm.read_labels(path)
+
+
+def test_an_unfinished_last_line_is_dropped_by_the_labeller(tmp_path):
+    path = tmp_path / "l.jsonl"
+    path.write_text('{"id": "1"}\n{"id": "2", "lab')
+    label.drop_unfinished_line(path)
+    assert path.read_text() == '{"id": "1"}\n'
+
+
+def test_pooling_weighs_a_machine_below_a_person():
+    rows = [row(1, "positive", "vader"), row(1, "negative", "anna"), row(1, "neutral", "bert"),
+            row(2, "positive", "vader")]
+    a, b = rm.pool(rows, machine_weight=0.5)
+    assert a["target"] == (0.5 * 1 + 0 + 0.5) / 2.5 and a["weight"] == 2.5 and a["person"]
+    assert b["target"] == 1 and b["weight"] == 0.5 and not b["person"]
+
+
+def test_cohen_kappa_of_a_worked_example():
+    """50 items, 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: po = .7, pe = .5, kappa = .4."""
+    a = ["y"] * 25 + ["n"] * 25
+    b = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
+    assert math.isclose(rm.cohen_kappa(a, b), 0.4)
+    assert rm.cohen_kappa(a, a) == 1 and rm.cohen_kappa(["y"] * 4, ["y"] * 4) == 1
+
+
+def test_a_duplicate_never_crosses_the_split():
+    items = [row(i, "positive", text=f"t{i % 40}") for i in range(200)]
+    parts = rm.split(items, 0, 0.2, 0.1)
+    assert [parts.count(p) for p in ("test", "val", "train")] == [40, 20, 140]
+    by_text = {}
+    for item, part in zip(items, parts):
+        assert by_text.setdefault(item["text"], part) == part
+    assert parts == rm.split(items, 0, 0.2, 0.1) != rm.split(items, 1, 0.2, 0.1)
+
+
+def test_auc_by_counting_pairs():
+    g = np.random.default_rng(0)
+    score, target = g.integers(0, 5, 60), g.choice([0, 0.5, 1], 60)
+    pairs = [(p > n) + 0.5 * (p == n) for p in score[target == 1] for n in score[target == 0]]
+    assert math.isclose(rm.auc(score, target), np.mean(pairs))
+    assert math.isnan(rm.auc(score[target == 1], target[target == 1]))
+
+
+def test_loss_and_measures_in_closed_form():
+    """A neutral label costs at least ln 2; the mean is weighted; neutral items have no accuracy."""
+    half = torch.tensor([[0.5, 0.5]]).log()
+    assert math.isclose(rm.sentiment_loss(half, torch.tensor([0.5]), torch.ones(1)).item(), math.log(2), rel_tol=1e-6)
+    log_p = torch.tensor([[0.8, 0.2], [0.4, 0.6], [0.9, 0.1]]).log()
+    target, weight = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([1.0, 3.0, 2.0])
+    nll = [-math.log(0.8), -math.log(0.6), -(math.log(0.9) + math.log(0.1)) / 2]
+    expected = (nll[0] + 3 * nll[1] + 2 * nll[2]) / 6
+    assert math.isclose(rm.sentiment_loss(log_p, target, weight).item(), expected, rel_tol=1e-6)
+    out = rm.measures(log_p.numpy(), target.numpy())
+    assert out["accuracy"] == 1 and out["auc"] == 1 and math.isclose(out["nll"], sum(nll) / 3, rel_tol=1e-6)
+    assert math.isclose(out["brier"], (0.04 + 0.16 + 0.16) / 3, rel_tol=1e-5)
+
+
+def test_wilson_interval_of_a_known_case():
+    low, high = rm.wilson(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
+    assert abs(low - 0.2553) < 5e-4 and abs(high - 0.3662) < 5e-4
+
+
+def test_calibration_bins():
+    bins = rm.calibration(np.array([0.05, 0.07, 0.95, 1.0]), np.array([0, 1, 1, 0.5]))
+    assert [(b["n"], round(b["predicted"], 3), b["target"]) for b in bins] == [(2, 0.06, 0.5), (2, 0.975, 0.75)]
+
+
+def test_the_loss_touches_the_last_position_alone():
+    """Guards against a loss averaged over positions: the gradient of the embedding of a token that
+    only follows the read-out position would be nonzero, and reserved rows alone may learn."""
+    from tests.test_model import tiny
+    gpt = tiny()
+    y = torch.randint(17, (4, 8))
+    loss = rm.sentiment_loss(gpt.sentiment(y), torch.ones(4), torch.ones(4))
+    loss.backward()
+    touched = gpt.head.grad.abs().sum(1).nonzero()[:, 0].tolist()
+    assert touched == [gpt.happy, gpt.sad]
+
+
+def test_naive_bayes_separates_what_words_separate():
+    train = [row(i, "", text=t) | {"target": y} for i, (t, y) in enumerate([("joy joy", 1), ("woe", 0), ("day joy", 1)])]
+    odds = rm.naive_bayes(train, [{"text": "joy"}, {"text": "woe"}, {"text": "unseen"}])
+    assert odds[0] > odds[2] > odds[1]

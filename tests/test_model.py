@@ -1,0 +1,174 @@
+import json
+import os
+
+import pytest
+import torch
+
+import model as m
+from model import GPT, GPTConfig, UserError, load, load_optimizers, save
+
+
+def tiny(vocab=20, context=12, kv=1, seed=0, noise=0.3, dtype=torch.float32):
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(vocab, context, n_layer=2, n_head=2, n_kv_head=kv, d_model=16))
+    with torch.no_grad():  # away from the zero start, where every distribution is uniform
+        for p in gpt.parameters():
+            p.add_(noise * torch.randn_like(p))
+    gpt.dtype = dtype
+    return gpt
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from importlib import import_module
+    return import_module("01_pretrain").train_tokenizer("to be or not to be " * 50, 300)
+
+
+def test_reversing_needs_the_first_half_and_cannot_foresee_it():
+    """Chapter 1's check of the mask: on random sequences followed by their reverse, a causal model
+    learns the second half and stays at ln(10) on the first. A leaking mask learns both."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(13, 12, n_layer=2, n_head=2, n_kv_head=2, d_model=32))
+    optimizer = torch.optim.Adam(gpt.parameters(), lr=3e-3)
+    for step in range(500):
+        half = torch.randint(10, (64, 6))
+        nll = -gpt.logprob(torch.cat((half, half.flip(1)), dim=1))[0]
+        optimizer.zero_grad()
+        nll.mean().backward()
+        optimizer.step()
+    first, second = nll[:, :6].mean().item(), nll[:, 6:].mean().item()
+    assert second < 0.2 and first > 2.2, (first, second)
+
+
+def test_hidden_states_are_causal_and_positions_matter():
+    gpt, x = tiny(), torch.randint(17, (2, 10))
+    before = gpt(x)
+    y = x.clone()
+    y[:, 6] = (y[:, 6] + 1) % 17
+    assert torch.equal(before[:, :6], gpt(y)[:, :6]) and not torch.allclose(before[:, 6:], gpt(y)[:, 6:])
+    same = gpt(torch.full((1, 4), 3))   # attention over equal tokens: only the position could differ,
+    assert torch.allclose(same[0, 0], same[0, 3], atol=1e-5)  # and values carry none
+    ab, ba = gpt(torch.tensor([[1, 2, 3], [2, 1, 3]]))[:, 2]
+    assert not torch.allclose(ab, ba, atol=1e-3)
+
+
+@pytest.mark.parametrize("kv", [1, 2])
+def test_cached_sampling_equals_the_full_forward(kv):
+    """Guards against a cache, position or head slice that differs between rollout and scoring."""
+    gpt = tiny(kv=kv)
+    tokens, logp = gpt.generate(50, 12, seed=3, batch=16)
+    full, _ = gpt.logprob(tokens)
+    torch.testing.assert_close(logp, full.detach(), rtol=0, atol=1e-5)
+    assert tokens.max() < gpt.n_text  # reserved tokens are never sampled
+
+
+def test_a_sample_depends_on_seed_and_number_alone():
+    gpt = tiny()
+    whole = gpt.generate(40, 12, seed=3)[0]
+    assert torch.equal(whole, gpt.generate(40, 12, seed=3, batch=7)[0])
+    assert torch.equal(whole[25:], gpt.generate(15, 12, seed=3, first_row=25)[0])
+    assert not torch.equal(whole, gpt.generate(40, 12, seed=4)[0])
+    assert len(set(map(tuple, whole.tolist()))) == 40
+
+
+def test_sampled_sequences_follow_the_model():
+    """Chi-square of 30,000 two-token samples against the enumerated joint distribution."""
+    gpt = tiny(vocab=9, noise=0.5)
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    p = gpt.logprob(pairs)[0].double().sum(1).exp().detach()
+    assert abs(p.sum() - 1) < 1e-5
+    n = 30_000
+    tokens, _ = gpt.generate(n, 2, seed=0, batch=10_000)
+    counts = (tokens[:, 0] * 6 + tokens[:, 1]).bincount(minlength=36)
+    chi = ((counts - n * p) ** 2 / (n * p)).sum()
+    assert chi < 35 + 4 * 70**0.5
+
+
+def test_sentiment_reads_the_whole_sample_and_two_tokens():
+    """Guards against a reward that misses the last sampled token."""
+    gpt, y = tiny(), torch.randint(17, (4, 8))
+    log_p = gpt.sentiment(y)
+    assert torch.allclose(log_p.exp().sum(1), torch.ones(4))
+    changed = y.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 17
+    assert not torch.allclose(log_p, gpt.sentiment(changed))
+
+
+def test_squared_relu_gradient():
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64, requires_grad=True)
+    y = m.SquaredReLU.apply(x)
+    y.sum().backward()
+    assert torch.equal(y, x.clamp_min(0) ** 2) and torch.equal(x.grad, 2 * x.detach().clamp_min(0))
+
+
+def test_save_and_load(tmp_path, tokenizer):
+    gpt = tiny(vocab=tokenizer.get_vocab_size())
+    save(tmp_path / "x.safetensors", gpt, tokenizer, step=7, metrics={"a": 1.5})
+    again, tok, header = load(tmp_path / "x.safetensors", "01")
+    assert header["step"] == 7 and header["metrics"] == {"a": 1.5} and again.config == gpt.config
+    assert tok.to_str() == tokenizer.to_str() and m.fingerprint(again) == m.fingerprint(gpt)
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+    gpt.dtype = torch.bfloat16
+    save(tmp_path / "half.safetensors", gpt, tokenizer)
+    size = [(tmp_path / f).stat().st_size - len(tokenizer.to_str()) for f in ("x.safetensors", "half.safetensors")]
+    assert size[1] < 0.75 * size[0]
+
+
+def test_optimizers_continue_exactly(tmp_path, tokenizer):
+    def make(gpt):
+        return (torch.optim.Muon(gpt.blocks.parameters(), lr=0.01),
+                torch.optim.AdamW([gpt.embed.weight, gpt.head], lr=0.01))
+
+    def step(gpt, optimizers, seed):
+        y = torch.randint(200, (4, 6), generator=torch.Generator().manual_seed(seed))
+        (-gpt.logprob(y)[0].mean()).backward()
+        for o in optimizers:
+            o.step(), o.zero_grad()
+
+    gpt = tiny(vocab=tokenizer.get_vocab_size())
+    optimizers = make(gpt)
+    for s in range(3):
+        step(gpt, optimizers, s)
+    save(tmp_path / "s.safetensors", gpt, tokenizer, optimizers, step=3)
+    again = load(tmp_path / "s.safetensors", "01")[0]
+    more = make(again)
+    load_optimizers(tmp_path / "s.safetensors", more)
+    for s in range(3, 6):
+        step(gpt, optimizers, s), step(again, more, s)
+    assert m.fingerprint(gpt) == m.fingerprint(again)
+
+
+def test_load_refuses_what_it_cannot_use(tmp_path, tokenizer):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(UserError, match="missing: run 01_pretrain.py first"):
+        load(path, "01_pretrain.py")
+    save(path, tiny(vocab=tokenizer.get_vocab_size()), tokenizer)
+    whole = path.read_bytes()
+    for cut in (0, 5, 1000, len(whole) - 10):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="truncated or damaged"):
+            load(path, "01")
+    from safetensors.torch import save_file
+    save_file({"w": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="not written by this project"):
+        load(path, "01")
+
+
+def test_write_keeps_the_old_file_if_it_cannot_write_the_new(tmp_path, monkeypatch):
+    m.write(tmp_path / "a", "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        m.write(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_log_drops_what_a_resumed_run_will_write_again(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    m.Log(path, resume_at=2)(step=2, again=True)
+    assert [json.loads(x)["step"] for x in path.read_text().splitlines()] == [0, 1, 2]
+    m.Log(path)
+    assert path.read_text() == ""

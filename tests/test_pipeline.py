@@ -1,0 +1,337 @@
+"""The five scripts as a user runs them: end to end, killed and resumed, and given bad input."""
+import json
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from model import fingerprint, load
+
+ROOT = Path(__file__).parent.parent
+STAGES = {
+    "01_pretrain.py": ["--vocab-size", "300", "--context", "32", "--n-layer", "1", "--n-head", "2", "--n-kv-head",
+                       "1", "--d-model", "32", "--batch", "32", "--steps", "200", "--save-every", "20", "--n-samples", "64"],
+    "02_sample_label.py": ["--n", "3000", "--length", "24", "--corpus-fraction", "0.2"],
+    "03_reward_model.py": ["--epochs", "3", "--lr", "2e-3", "--norm-samples", "512"],
+    "04_ppo.py": ["--batch", "256", "--max-batch", "512", "--minibatch", "64", "--lr", "5e-4", "--warmup", "5",
+                  "--kl-stop", "3", "--max-iterations", "12", "--exact-kl-samples", "64"],
+    "05_eval.py": ["--n", "256", "--n-ends", "256"],
+}
+ARTEFACT = {"01_pretrain.py": "base.safetensors", "02_sample_label.py": "labels-vader.jsonl",
+            "03_reward_model.py": "reward.safetensors", "04_ppo.py": "policy-happy.safetensors",
+            "05_eval.py": "report.json"}
+LOG = {"01_pretrain.py": "01.jsonl", "02_sample_label.py": "samples.jsonl", "03_reward_model.py": "03.jsonl",
+       "04_ppo.py": "04-happy.jsonl", "05_eval.py": "05.jsonl"}
+
+
+def make_corpus() -> str:
+    """Speeches of happy, sad and neutral words: text with a sentiment to learn, of nobody's pen."""
+    rng = random.Random(0)
+    words = {"happy": "love joy sweet glad happy delight dear win".split(), "sad": "hate death cruel foul sad grief kill dead".split(),
+             "plain": "the house and road to town by noon with a horse or cart for thee".split()}
+    lines = []
+    for _ in range(4000):
+        mood = rng.choice(["happy", "sad", "plain"])
+        line = [rng.choice(words[mood] if rng.random() < 0.4 else words["plain"]) for _ in range(rng.randint(4, 8))]
+        lines.append((rng.choice(["\nKING:\n", "\nFOOL:\n", "", ""])) + " ".join(line).capitalize() + rng.choice(",.!"))
+    return "\n".join(lines)
+
+
+def command(script, out, *args):
+    return [sys.executable, str(ROOT / script), *STAGES[script], "--out", str(out), *args]
+
+
+def run(script, out, *args, **kw):
+    return subprocess.run(command(script, out, *args), capture_output=True, text=True, timeout=200, **kw)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text(make_corpus())
+    return path
+
+
+@pytest.fixture(scope="session")
+def pipeline(corpus, tmp_path_factory):
+    """out/ after an uninterrupted run of all five scripts, and what they printed."""
+    out, printed = tmp_path_factory.mktemp("pipeline") / "out", {}
+    for script in STAGES:
+        done = run(script, out, *(["--corpus", str(corpus)] if script.startswith("01") else []))
+        assert done.returncode == 0, done.stderr
+        printed[script] = done.stdout
+    return out, printed
+
+
+def rows(path):
+    return [json.loads(x) for x in path.read_text().splitlines()]
+
+
+def test_the_pipeline_does_what_it_is_for(pipeline):
+    out, printed = pipeline
+    base = load(out / "base.safetensors", "")[2]
+    uniform = __import__("math").log2(257) / 1  # bits per byte of a model that knows nothing
+    assert base["metrics"]["bits_per_byte"] < 0.45 * uniform and base["metrics"]["real_word_share"] > 0.5
+    reward = load(out / "reward.safetensors", "")[2]
+    assert reward["metrics"]["all"]["auc"] > 0.85 and {"model", "corpus", "all"} == set(reward["metrics"])
+    log = rows(out / "04-happy.jsonl")
+    assert log[0]["kl"] == 0 and abs(log[0]["reward"]) < 0.3
+    assert log[-1]["kl"] > 0.5 and log[-1]["score"] > log[0]["score"] and log[-1]["p_target"] > log[0]["p_target"]
+    assert all(r["ratio_off_first"] < 1e-5 for r in log if "ratio_off_first" in r)
+    assert all(abs(r["kl"] - r["kl_exact"]) < 5 * (r["kl_se"] + r["kl_exact_se"]) for r in log)
+    report = json.loads((out / "report.json").read_text())
+    assert report["happy"][-1]["positive"] > report["happy"][0]["positive"] + 0.05
+    assert report["happy"][0]["kl"] == 0 and report["happy"][-1]["kl"] <= 3
+    for script, text in printed.items():
+        assert "settings:" in text and "wall time" in text and "peak memory" in text and "next:" in text, script
+
+
+def test_constants_never_change_and_checkpoints_know_their_kl(pipeline):
+    """Guards against running normalisation: the constants of iteration 0 reproduce every reward."""
+    out, _ = pipeline
+    norm = load(out / "reward.safetensors", "")[2]["normalisation"]["happy"]
+    for r in rows(out / "04-happy.jsonl"):
+        assert abs((r["score"] - norm["mean"]) / norm["std"] - r["reward"]) < 1e-4
+    kept = sorted((out / "checkpoints").glob("happy-kl-*"))
+    crossed = []
+    for path in kept:
+        header = load(path, "")[2]
+        crossed += header["crossed"]
+        assert header["crossed"][-1] <= header["kl"] and header["kl_se"] > 0 and f"{header['crossed'][-1]:05.2f}" in path.name
+    top = max(r["kl"] for r in rows(out / "04-happy.jsonl"))
+    assert crossed == [c for c in (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6) if c <= top]
+
+
+def test_the_report_is_one_page_without_scripts(pipeline):
+    page = (pipeline[0] / "report.html").read_text()
+    assert "<script" not in page and "http://" not in page and "https://" not in page
+    assert page.count("data:image/png;base64,") >= 6 and "default-src 'none'" in page
+
+
+def comparable(path: Path):
+    """What must be bit-identical after a resume: everything but the times."""
+    if path.suffix == ".safetensors":
+        model, _, header = load(path, "")
+        header["metrics"] = {k: v for k, v in header.get("metrics", {}).items() if k != "tokens_per_s"}
+        return fingerprint(model), header
+    report = path.read_text()
+    return re.sub(r'"tokens_per_s": [\d.]+', "", report)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_killed_and_resumed_equals_uninterrupted(script, pipeline, corpus, tmp_path):
+    """kill -9 at a random moment, twice, then --resume."""
+    before, out = pipeline[0], tmp_path / "out"
+    later = {"01": ("",), "02": ("base.", "corpus."), "03": ("base.", "labels", "corpus."),
+             "04": ("base.", "reward."), "05": ("base.", "reward.", "policy", "corpus.", "check", "04", "01")}[script[:2]]
+    out.mkdir()
+    for item in before.iterdir():
+        if item.name.startswith(later) and later != ("",):
+            (shutil.copytree if item.is_dir() else shutil.copy)(item, out / item.name)
+    args = ["--resume"] + (["--corpus", str(corpus)] if script.startswith("01") else [])
+    rng, log = random.Random(script), out / LOG[script]
+    total = len(rows(before / LOG[script]))
+    for _ in range(2):
+        seen = len(log.read_text().splitlines()) if log.exists() else 0
+        target = rng.randint(seen + 1, max(seen + 1, int(0.8 * total)))
+        process = subprocess.Popen(command(script, out, *args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < target):
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run(script, out, *args)
+    assert done.returncode == 0, done.stderr
+    assert comparable(out / ARTEFACT[script]) == comparable(before / ARTEFACT[script])
+    assert not list(out.glob("*.tmp")) or script == "04_ppo.py"
+    if script in ("01_pretrain.py", "03_reward_model.py", "04_ppo.py"):
+        steps = [r["step"] for r in rows(log)]
+        assert steps == [r["step"] for r in rows(before / LOG[script])]
+
+
+# ---- A person in the terminal --------------------------------------------------------------------
+def type_keys(argv, keys, done="wall time"):
+    """Run argv in a pseudo-terminal, press one key whenever a new screen stands -> what it showed."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=subprocess.STDOUT, close_fds=True)
+    os.close(theirs)
+    shown, keys = "", list(keys)
+    deadline = time.time() + 100
+    prompts = 0
+    while time.time() < deadline:
+        try:
+            shown += os.read(ours, 65536).decode("utf-8", "replace")
+        except OSError:
+            break
+        if shown.count("q quit") + shown.count("Any key returns") > prompts and keys:
+            prompts += 1
+            time.sleep(0.05)
+            os.write(ours, keys.pop(0).encode())
+    process.wait(timeout=20)
+    os.close(ours)
+    return process.returncode, shown
+
+
+def test_a_person_labels_undoes_quits_and_goes_on(pipeline, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("base.safetensors", "corpus.txt", "samples.jsonl"):
+        shutil.copy(pipeline[0] / name, out)
+    argv = command("02_sample_label.py", out, "--labeller", "anna", "--resume")
+    code, shown = type_keys(argv, "pn0us?xpq")
+    assert code == 0 and "\x1b[2J" in shown and "source" not in shown and "kl" not in shown
+    path = out / "labels-anna.jsonl"
+    lines = rows(path)
+    assert [r["label"] for r in lines] == ["positive", "negative", "neutral", "undo", "skip", "positive"]
+    assert lines[2]["id"] == lines[3]["id"] == lines[4]["id"]  # the undone item comes back
+    code, shown = type_keys(argv, "nq")
+    assert code == 0 and "5 of 3000" in shown
+    assert len({r["id"] for r in rows(path)}) == 5 and rows(path)[:6] == lines
+
+
+def test_a_person_rates_blind(pipeline, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    argv = command("05_eval.py", out, "--rate", "bo", "--rate-n", "3")
+    code, shown = type_keys(argv, "ppuq")
+    assert code == 0 and "key stays hidden" in shown and "Fisher" not in shown
+    assert not any("base" in line or "final" in line for line in (out / "ratings-bo.jsonl").read_text().splitlines())
+    code, shown = type_keys(argv, "pnp0n")
+    assert code == 0 and "Fisher's exact test" in shown and "power of 3 against 3" in shown
+
+
+# ---- Bad input: one line, exit code 2, nothing lost ----------------------------------------------
+def edit(name, change):
+    def apply(out):
+        path = out / name
+        path.write_bytes(change(path.read_bytes()))
+    return apply
+
+
+def relabel(label):
+    def change(data):
+        return b"".join(json.dumps(json.loads(x) | {"label": label}).encode() + b"\n" for x in data.splitlines())
+    return edit("labels-vader.jsonl", change)
+
+
+def other_base(out):
+    """A base model of the same tokenizer, other weights."""
+    import torch
+    from model import save
+    model, tokenizer, header = load(out / "base.safetensors", "")
+    with torch.no_grad():
+        model.head += 1e-2 * torch.randn_like(model.head)
+    save(out / "base.safetensors", model, tokenizer, metrics=header["metrics"])
+
+
+def other_tokenizer(out):
+    import importlib
+    import torch
+    from model import GPT, GPTConfig, save
+    tokenizer = importlib.import_module("01_pretrain").train_tokenizer("zyx wvu tsr " * 100, 290)
+    torch.manual_seed(0)
+    save(out / "base.safetensors", GPT(GPTConfig(tokenizer.get_vocab_size(), 32, 1, 2, 1, 32)), tokenizer, metrics={})
+
+
+def remove(name):
+    return lambda out: (out / name).unlink()
+
+
+CASES = [
+    ("02_sample_label.py", remove("base.safetensors"), [], "base.safetensors is missing: run 01_pretrain.py first"),
+    ("03_reward_model.py", remove("labels-vader.jsonl"), [], "run 02_sample_label.py first"),
+    ("04_ppo.py", remove("reward.safetensors"), [], "run 03_reward_model.py first"),
+    ("05_eval.py", remove("policy-happy.safetensors"), [], "run 04_ppo.py first"),
+    ("02_sample_label.py", edit("base.safetensors", lambda d: d[:-99]), [], "truncated or damaged.*run 01_pretrain.py again"),
+    ("04_ppo.py", edit("reward.safetensors", lambda d: b"not a checkpoint"), [], "truncated or damaged"),
+    ("03_reward_model.py", other_tokenizer, [], "another tokenizer"),
+    ("04_ppo.py", other_base, [], "another base model.*run"),
+    ("05_eval.py", other_base, [], "another base model"),
+    ("03_reward_model.py", edit("labels-vader.jsonl", lambda d: d.replace(b"\n", b"\n{bro", 1)), [], "line 2 is broken"),
+    ("03_reward_model.py", relabel("glorious"), [], "line 1: label 'glorious' is not one of"),
+    ("03_reward_model.py", relabel("positive"), [], "all labels are the same"),
+    ("03_reward_model.py", edit("labels-vader.jsonl", lambda d: b""), [], "0 labels|only 0 labels"),
+    ("03_reward_model.py", None, ["--labels", "nowhere.jsonl"], "nowhere.jsonl is missing"),
+    ("01_pretrain.py", None, ["--corpus", "nowhere.txt"], "nowhere.txt is not a file"),
+    ("01_pretrain.py", lambda out: (out / "e.txt").write_text(""), ["--corpus", "OUT/e.txt"], "0 characters"),
+    ("01_pretrain.py", lambda out: (out / "e.txt").write_text("To be. " * 300), ["--corpus", "OUT/e.txt"], "too few for one batch"),
+    ("01_pretrain.py", lambda out: (out / "e.txt").write_bytes(b"caf\xe9 " * 999), ["--corpus", "OUT/e.txt"], "not UTF-8: byte 3"),
+    ("01_pretrain.py", lambda out: (out / "e.txt").write_text("<|happy|> " * 999), ["--corpus", "OUT/e.txt"], "reserved tokens"),
+    ("02_sample_label.py", None, ["--labeller", "anna"], "needs a terminal"),
+    ("05_eval.py", None, ["--rate", "anna"], "needs a terminal"),
+    ("02_sample_label.py", None, ["--corpus-fraction", "7"], "corpus-fraction in"),
+    ("04_ppo.py", None, ["--batch", "100"], "multiple of --minibatch"),
+    ("04_ppo.py", None, ["--no-such-option"], "no-such-option"),
+    ("04_ppo.py", None, ["--lr", "0.5", "--warmup", "1"], "diverged at iteration.*lower --lr.*last good policy"),
+    ("01_pretrain.py", None, ["--corpus", "CORPUS", "--out", "/dev/null/out"], "Not a directory"),
+]
+
+
+@pytest.mark.parametrize("script, prepare, args, message", CASES, ids=[f"{c[0][:2]}-{c[3][:30]}" for c in CASES])
+def test_bad_input_is_one_line_and_loses_nothing(script, prepare, args, message, pipeline, corpus, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    if prepare:
+        prepare(out)
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.suffix in (".jsonl", ".safetensors")
+              and not re.match(r"0\d", p.name)}
+    done = run(script, out, *(a.replace("OUT", str(out)).replace("CORPUS", str(corpus)) for a in args))
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and re.search(message, done.stderr, re.S), done.stderr
+    if "no-such-option" not in message:
+        assert len([x for x in done.stderr.splitlines() if x.startswith("error:")]) == 1
+    for name, data in before.items():
+        assert (out / name).read_bytes() == data, name
+
+
+def test_a_full_disk_leaves_the_old_files(pipeline, corpus, tmp_path):
+    """A file-size limit stands in for a full disk: the write fails in the middle."""
+    import resource
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    old = (out / "base.safetensors").read_bytes()
+    done = run("01_pretrain.py", out, "--corpus", str(corpus), preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (200_000, 200_000)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "File too large; make room" in done.stderr
+    assert (out / "base.safetensors").read_bytes() == old and not list(out.glob("*.tmp"))
+
+
+def test_ctrl_c_says_how_to_go_on(pipeline, corpus, tmp_path):
+    process = subprocess.Popen(command("01_pretrain.py", tmp_path / "out", "--corpus", str(corpus)),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "01.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 5:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2 and "Traceback" not in stderr and "--resume continues" in stderr
+
+
+def test_settings_of_another_run_are_not_continued(pipeline, corpus, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(command("01_pretrain.py", out, "--corpus", str(corpus)),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "01-state.safetensors").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = run("01_pretrain.py", out, "--corpus", str(corpus), "--resume", "--muon-lr", "0.01")
+    assert done.returncode == 2 and "another muon_lr" in done.stderr
+
+
+def test_without_corpus_and_network_the_shipped_model_is_used(tmp_path):
+    """A copy of the project with no data/ beside it and a dead proxy: 01 says so in one line."""
+    project = tmp_path / "p" / "project"
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", ".venv", "out*", "data"))
+    done = subprocess.run([sys.executable, "01_pretrain.py"], cwd=project, capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"http_proxy": "http://127.0.0.1:1", "https_proxy": "http://127.0.0.1:1"})
+    assert done.returncode == 0, done.stderr
+    assert "using pretrained/base.safetensors" in done.stdout and (project / "out" / "base.safetensors").exists()

@@ -1,0 +1,79 @@
+import importlib
+import math
+
+import pytest
+import torch
+
+ppo = importlib.import_module("04_ppo")
+
+
+def test_loss_by_hand_and_no_gradient_where_clipped():
+    """Four tokens: ratio 1; above the range with a good and a bad reward; below it with a good one."""
+    logp_old = torch.zeros(1, 4)
+    ratio, adv = torch.tensor([[1.0, 1.5, 1.5, 0.5]]), torch.tensor([[2.0, 1.0, -1.0, 3.0]])
+    logp = ratio.log().requires_grad_()
+    loss, stats = ppo.ppo_loss(logp, logp_old, adv, 0.2)
+    assert math.isclose(loss.item(), -(2.0 + 1.2 - 1.5 + 1.5) / 4, rel_tol=1e-6)
+    loss.backward()
+    # d(-ratio adv / 4)/dlogp = -ratio adv / 4; 0 only where the clipped term is the smaller one
+    torch.testing.assert_close(logp.grad, torch.tensor([[-0.5, 0.0, 0.375, -0.375]]))
+    assert stats["clip_fraction"] == 0.75 and stats["clip_binding"] == 0.25
+    assert math.isclose(stats["ratio_off"].item(), 0.5, rel_tol=1e-6)
+    assert math.isclose(stats["approx_kl"].item(), (logp.detach() ** 2).mean().item() / 2, rel_tol=1e-6)
+
+
+def test_ratio_one_gives_the_policy_gradient():
+    logp = torch.randn(3, 5, requires_grad=True)
+    adv = torch.randn(3, 1).expand(3, 5)
+    loss, stats = ppo.ppo_loss(logp, logp.detach(), adv, 0.2)
+    loss.backward()
+    torch.testing.assert_close(logp.grad, -adv / 15)
+    assert stats["ratio_off"] == stats["clip_fraction"] == stats["clip_binding"] == 0
+
+
+def test_reward_is_the_advantage_of_every_token_and_the_penalty_is_rescaled():
+    reward, logp, ref = torch.tensor([1.0, -2.0]), torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(ppo.advantage(reward, logp, ref, 0.0, 2.0), reward[:, None].expand(2, 3))
+    penalised = ppo.advantage(reward, logp, ref, 0.5, 2.0)
+    # in units of log p the summed objective is score - 0.5 * (logp - ref), and std is 2
+    torch.testing.assert_close(2.0 * penalised, 2.0 * reward[:, None] - 0.5 * (logp - ref))
+    torch.testing.assert_close(ppo.normalise(torch.tensor([-1.0, -3.0]), -1.0, 2.0), torch.tensor([0.0, -1.0]))
+
+
+def test_both_kl_estimators_against_an_enumerated_model():
+    """All 6^3 completions of a tiny vocabulary: the exact KL(policy || reference) by summation; k1
+    and the full-vocabulary estimate on samples lie within four of their own standard errors, and
+    the second has the smaller one. Guards against a per-token mean called KL, and a swapped sign."""
+    from tests.test_model import tiny
+    policy, ref = tiny(vocab=9, seed=1, noise=0.4), tiny(vocab=9, seed=2, noise=0.4)
+    every = torch.cartesian_prod(*[torch.arange(6)] * 3)
+    with torch.no_grad():
+        lp, lq = (x.logprob(every)[0].double().sum(1) for x in (policy, ref))
+        exact = float((lp.exp() * (lp - lq)).sum())
+        y, _ = policy.generate(8000, 3, seed=0)
+        hidden = (policy.before(y), ref.before(y))
+        k1, k1_se = ppo.kl_nats(policy.logprob(y)[0], ref.logprob(y)[0])
+        full, full_se = ppo.exact_kl(hidden[0], policy.unembed(), hidden[1], ref.unembed())
+    assert exact > 0.05
+    assert abs(k1 - exact) < 4 * k1_se and abs(full - exact) < 4 * full_se and full_se < k1_se / 2
+    same, _ = ppo.exact_kl(hidden[0], policy.unembed(), hidden[0], policy.unembed())
+    assert same == 0
+
+
+def test_batch_rule():
+    rule = ppo.next_batch
+    assert rule([0.0, 0.0], 2048, 8192) == 2048                 # two iterations say nothing yet
+    assert rule([0.001, 0.002, 0.003], 2048, 8192) == 4096
+    assert rule([0.001, 0.002, 0.03], 2048, 8192) == 2048       # mean above 1 %
+    assert rule([0.5, 0.0, 0.0, 0.0], 2048, 8192) == 4096       # only the last three count
+    assert rule([0.0] * 3, 8192, 8192) == 8192 and rule([0.0] * 3, 6000, 8192) == 8192
+
+
+@pytest.mark.parametrize("args, word", [((1.0, 0.9, 0.1, False), "lower --lr"), ((1.0, 0.9, 0.6, True), "60%"),
+                                        ((7.0, 1.0, 0.1, True), "jumped from 1.0 to 7.0"), ((math.nan, 1, 0, False), "not a number")])
+def test_divergence_says_what_to_change(args, word):
+    assert word in ppo.divergence(*args)
+
+
+def test_no_divergence():
+    assert ppo.divergence(5.0, 4.0, 0.2, True) is None
