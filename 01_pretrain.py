@@ -54,7 +54,8 @@ class Config:
     batch: int = 32          # sequences a step
     steps: int = 1150
     muon_lr: float = 0.02    # matrices
-    adam_lr: float = 3e-3    # embedding and head
+    embed_lr: float = 0.15   # its rows have unit variance and are normalised when read
+    head_lr: float = 1.2e-2
     warmup: int = 20         # steps of linear warm-up
     cooldown: float = 0.7    # last share of the steps, in which both rates fall linearly to 0
     save_every: int = 230    # steps between checkpoints and held-out measurements
@@ -62,15 +63,15 @@ class Config:
 
 
 # ---- Corpus --------------------------------------------------------------------------------------
-def download(url: str, limit_s: float = 120) -> str:
+def download(url: str, limit_s: float = 120, at_least: int = 500_000) -> str:
     """Fetch a text, with progress. Raises UserError if it is refused, slower than `limit_s`, cut
-    off, an HTML page, or not UTF-8. Nothing is written."""
+    off, shorter than `at_least` bytes, an HTML page, or not UTF-8. Nothing is written."""
     parts, deadline = [], time.time() + limit_s
     try:
         with urllib.request.urlopen(url, timeout=min(limit_s, 20)) as reply:
             size = int(reply.headers.get("Content-Length") or 0)
             with tqdm(total=size or None, unit="B", unit_scale=True, desc="download") as bar:
-                while part := reply.read(1 << 16):
+                while part := reply.read1(1 << 16):
                     parts.append(part)
                     bar.update(len(part))
                     if time.time() > deadline:
@@ -82,6 +83,8 @@ def download(url: str, limit_s: float = 120) -> str:
         raise UserError(f"{url}: cut off after {len(data)} of {size} bytes")
     if data[:1000].lstrip(b"\xef\xbb\xbf \r\n").lower().startswith((b"<!doctype", b"<html")):
         raise UserError(f"{url}: an HTML page, not the text")
+    if len(data) < at_least:
+        raise UserError(f"{url}: only {len(data)} bytes, not the text")
     print(f"downloaded {url}: {len(data)} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}")
     return strip_gutenberg(decode(data, url))
 
@@ -176,13 +179,18 @@ if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     device, dtype = start(cfg)
     done, state = cfg.out / "base.safetensors", cfg.out / "01-state.safetensors"
+    if min(cfg.batch, cfg.steps, cfg.warmup, cfg.save_every, cfg.context, cfg.cooldown) <= 0:
+        raise UserError("--batch, --steps, --warmup, --save-every, --context and --cooldown must be positive")
+    if cfg.d_model % (2 * cfg.n_head) or cfg.n_head % cfg.n_kv_head:
+        raise UserError("--d-model must be a multiple of 2 x --n-head, and --n-head of --n-kv-head")
     text = find_corpus(cfg.corpus)
     if text is None:
         print("no corpus and no network: using pretrained/base.safetensors, which this script made")
         write(done, (HERE / "pretrained" / "base.safetensors").read_bytes())
         _, _, header = load(done, SCRIPT)
         print("its metrics:", ", ".join(f"{k} {v:.4g}" for k, v in header["metrics"].items()))
-        finish("python 02_sample_label.py")
+        (cfg.out / "corpus.txt").unlink(missing_ok=True)
+        finish("python 02_sample_label.py", cfg.out)
         raise SystemExit
     if any(token in text for token in RESERVED):
         raise UserError(f"the corpus contains one of the reserved tokens {', '.join(RESERVED)}")
@@ -190,7 +198,6 @@ if __name__ == "__main__":
     if len(text) < 2000:
         raise UserError(f"the corpus has {len(text)} characters, too few to learn from: "
                         "choose a larger one with --corpus FILE")
-    write(cfg.out / "corpus.txt", text)
 
     tokenizer = train_tokenizer(text[:cut], cfg.vocab_size)
     train_ids = torch.tensor(tokenizer.encode(text[:cut]).ids)
@@ -204,23 +211,25 @@ if __name__ == "__main__":
           f"{len(text[:cut].encode()) / len(train_ids):.2f} bytes each")
 
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("corpus", "out", "resume")}
-    settings["corpus_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    resumed = resume_from(state, SCRIPT, settings) if cfg.resume else None
+    inputs = {"corpus_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
     model = resumed[0] if resumed else GPT(GPTConfig(
         tokenizer.get_vocab_size(), cfg.context, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.d_model))
     model.to(device).dtype = dtype
-    muon = torch.optim.Muon(model.blocks.parameters(), weight_decay=0)
-    adam = torch.optim.AdamW([model.embed.weight, model.head], betas=(0.9, 0.95), weight_decay=0)
+    muon = torch.optim.Muon([{"params": list(model.blocks.parameters()), "peak_lr": cfg.muon_lr}], weight_decay=0)
+    adam = torch.optim.AdamW([{"params": [model.embed.weight], "peak_lr": cfg.embed_lr},
+                              {"params": [model.head], "peak_lr": cfg.head_lr}], betas=(0.9, 0.95), weight_decay=0)
     if resumed:
-        load_optimizers(state, (muon, adam))
+        load_optimizers(resumed[2], (muon, adam))
     first = resumed[2]["step"] if resumed else 0
     log = Log(cfg.out / "01.jsonl", first)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{cfg.steps / per_epoch:.1f} epochs of {per_epoch} steps")
 
-    epoch, windows, began = None, None, time.time()
+    epoch, windows, seconds = None, None, 0.0
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="pretrain")
     for step in bar:
+        began = time.time()
         if epoch != step // per_epoch:
             epoch = step // per_epoch
             windows = epoch_windows(train_ids, cfg.context, cfg.seed * 1000 + epoch).to(device)
@@ -228,27 +237,33 @@ if __name__ == "__main__":
         loss = -model.logprob(windows[i:i + cfg.batch])[0].mean()
         loss.backward()
         scale = lr_scale(step, cfg.steps, cfg.warmup, cfg.cooldown)
-        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = cfg.muon_lr * scale, cfg.adam_lr * scale
         for optimizer in (muon, adam):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * scale
             optimizer.step()
             optimizer.zero_grad()
         row = {"step": step, "nats_per_token": loss.item(), "lr_scale": scale}
-        row["tokens_per_s"] = (step + 1 - first) * cfg.batch * cfg.context / (time.time() - began)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+        seconds += time.time() - began
+        speed = (step + 1 - first) * cfg.batch * cfg.context / seconds
+        bar.set_postfix(nats=f"{row['nats_per_token']:.3f}", tokens_per_s=f"{speed:.0f}", refresh=False)
+        save_now = (step + 1) % cfg.save_every == 0
+        if save_now:
             row["held_out_nats"], row["held_out_bits_per_byte"] = held_out(model, test_ids, token_bytes)
-            save(state, model, tokenizer, (muon, adam), step=step + 1, settings=settings)
-            bar.set_postfix(loss=f"{loss.item():.3f}", bits_per_byte=f"{row['held_out_bits_per_byte']:.3f}")
-        log(**row)
+            tqdm.write(f"step {step + 1}: held out {row['held_out_bits_per_byte']:.3f} bits per byte")
+        log(**row, tokens_per_s=speed)
+        if save_now:
+            save(state, model, tokenizer, (muon, adam), step=step + 1, settings=settings, inputs=inputs)
 
     nats, bits = held_out(model, test_ids, token_bytes)
     tokens, _ = model.generate(cfg.n_samples, 64, seed=cfg.seed)
     samples = tokenizer.decode_batch(tokens.tolist())
     metrics = {"nats_per_token": nats, "bits_per_byte": bits, "perplexity": math.exp(nats),
-               "tokens_per_s": (cfg.steps - first) * cfg.batch * cfg.context / (time.time() - began),
+               "tokens_per_s": speed,
                "real_word_share": real_word_share(samples, set(words(text[:cut])))}
-    save(done, model, tokenizer, step=cfg.steps, settings=settings, metrics=metrics, seed=cfg.seed)
+    write(cfg.out / "corpus.txt", text)
+    save(done, model, tokenizer, step=cfg.steps, settings=settings, inputs=inputs, metrics=metrics, seed=cfg.seed)
     state.unlink(missing_ok=True)
     for sample in samples[:3]:
         print(f"--- sample\n{sample}")
     print("---\nheld out:", ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    finish("python 02_sample_label.py")
+    finish("python 02_sample_label.py", cfg.out)

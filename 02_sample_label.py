@@ -89,9 +89,11 @@ def draw(path: Path, model, tokenizer, cfg: Config, base: str) -> list[dict]:
     drop_unfinished_line(path)
     rows = read_jsonl(path) if path.exists() else []
     same = [row["id"] for row in rows] == ids[: len(rows)]
-    if not same or not (cfg.resume or len(rows) == len(ids)):
+    if len(rows) < len(ids):  # whole batches only, so that each is drawn in the shape it always has
+        rows = rows[: len(rows) // 1024 * 1024] if cfg.resume else []
+    if not same:
         rows = []
-        write(path, "")
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(ids), desc="sample") as bar:
         bar.update(len(rows))
         while len(rows) < len(ids):
@@ -100,7 +102,7 @@ def draw(path: Path, model, tokenizer, cfg: Config, base: str) -> list[dict]:
                 count = min(1024, cfg.n - n_corpus - done)
                 new = model.generate(count, cfg.length, cfg.seed, first_row=done)[0].tolist()
             else:
-                new = [tokens[p:p + cfg.length].tolist() for p in places.tolist()]
+                new = [tokens[p:p + cfg.length].tolist() for p in places[done - (cfg.n - n_corpus):].tolist()]
             source = "model" if done < cfg.n - n_corpus else "corpus"
             fresh = [{"id": ids[done + i], "source": source, "text": text, "tokens": t}
                      for i, (text, t) in enumerate(zip(tokenizer.decode_batch(new), new))]
@@ -127,6 +129,11 @@ def current_labels(rows: list[dict]) -> dict[str, str]:
     return labels
 
 
+def need_terminal() -> None:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UserError("this asks a person for keys and needs a terminal: run the command in one")
+
+
 def read_key() -> str:
     """One key from the terminal, without Enter. Ctrl-C still interrupts; end of input is "q"."""
     import termios  # not on Windows
@@ -151,8 +158,7 @@ def show(item: dict, labels: dict[str, str], total: int) -> None:
 
 def label_in_terminal(items: list[dict], path: Path, labeller: str) -> dict[str, str]:
     """Ask for one key per item and append each answer to `path` at once. -> id -> label."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UserError("labelling needs a terminal: run this command in one, or use --labeller vader")
+    need_terminal()
     drop_unfinished_line(path)
     labels = current_labels(read_jsonl(path)) if path.exists() else {}
     by_id = {item["id"]: item for item in items}
@@ -192,6 +198,8 @@ if __name__ == "__main__":
     device, dtype = start(cfg)
     if not 0 <= cfg.corpus_fraction <= 1 or cfg.n < 1 or not cfg.labeller.replace("-", "").isalnum():
         raise UserError("--n must be positive, --corpus-fraction in [0, 1], --labeller letters and digits")
+    if cfg.labeller != "vader":
+        need_terminal()
     model, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py")
     model.to(device).dtype = dtype
     began = time.time()
@@ -210,4 +218,4 @@ if __name__ == "__main__":
         labels = label_in_terminal([items[i] for i in order], path, cfg.labeller)
     counts = {v: list(labels.values()).count(v) for v in KEYS.values()}
     print(f"{path}: {len(labels)} labels,", ", ".join(f"{k} {v}" for k, v in counts.items()))
-    finish("python 03_reward_model.py" + ("" if cfg.labeller == "vader" else f" --labels {path}"))
+    finish("python 03_reward_model.py", cfg.out)

@@ -2,7 +2,7 @@
 
     python 03_reward_model.py                                   # RUNTIME
     python 03_reward_model.py --labels out/labels-anna.jsonl out/labels-vader.jsonl
-    python 03_reward_model.py --curve                           # also: AUC against number of labels
+    python 03_reward_model.py --curve                           # instead: AUC against number of labels
 
 Reads   out/base.safetensors, out/labels-*.jsonl
 Writes  out/reward.safetensors, out/03.jsonl, out/curve.json with --curve
@@ -19,6 +19,7 @@ Decisions a reader may question:
 5. Accuracy and AUC compare positive with negative items; neutral ones have no right answer. NLL,
    Brier score and calibration count them as one half.
 """
+import hashlib
 import json
 import math
 from collections import Counter
@@ -55,7 +56,7 @@ class Config:
     test_share: float = 0.1        # held out for the figures reported
     val_share: float = 0.05        # held out to stop early and to choose the best step
     norm_samples: int = 4096       # fresh samples of the base model behind mean and std
-    curve: bool = False            # also measure the AUC of models trained on fewer labels
+    curve: bool = False            # instead: the AUC of models trained on fewer labels
 
 
 # ---- Labels --------------------------------------------------------------------------------------
@@ -65,11 +66,13 @@ def read_labels(path: Path) -> list[dict]:
     if not path.exists():
         raise UserError(f"{path} is missing: run 02_sample_label.py first")
     rows: dict[str, dict] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             row = json.loads(line)
-            key, label, _, _, _ = (row[k] for k in ("id", "label", "labeller", "source", "text"))
+            key, label, *_ = (str(row[k]) for k in ("id", "label", "labeller", "source", "text"))
             row["tokens"] = [int(t) for t in row["tokens"]]
+            if not row["tokens"] or min(row["tokens"]) < 0:
+                raise ValueError("tokens")
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it") from error
         rows.pop(key, None)
@@ -102,19 +105,22 @@ def cohen_kappa(a: list[str], b: list[str]) -> float:
 
 
 def split(items: list[dict], seed: int, test: float, val: float) -> list[str]:
-    """"train", "val" or "test" for each item, decided by a seeded shuffle of the distinct texts."""
-    texts = sorted({item["text"] for item in items})
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    n_test, n_val = math.ceil(test * len(texts)), math.ceil(val * len(texts))
-    part = {texts[i]: "test" if rank < n_test else "val" if rank < n_test + n_val else "train"
-            for rank, i in enumerate(order)}
+    """"train", "val" or "test" for each item, by a seeded shuffle of the distinct texts: first of
+    those that a person labelled, then of the others, so that both kinds are in every part."""
+    people = {item["text"] for item in items if item["person"]}
+    g, part = torch.Generator().manual_seed(seed), {}
+    for texts in (sorted(people), sorted({item["text"] for item in items} - people)):
+        order = torch.randperm(len(texts), generator=g).tolist()
+        n_test, n_val = math.ceil(test * len(texts)), math.ceil(val * len(texts))
+        part |= {texts[i]: "test" if rank < n_test else "val" if rank < n_test + n_val else "train"
+                 for rank, i in enumerate(order)}
     return [part[item["text"]] for item in items]
 
 
 # ---- Measures ------------------------------------------------------------------------------------
 def auc(score: np.ndarray, target: np.ndarray) -> float:
     """Chance that a positive item scores above a negative one, ties half; neutral items left out."""
-    pos, neg = score[target > 0.5], score[target < 0.5]
+    pos, neg = score[target > 0.6], score[target < 0.4]  # pooling moves a neutral off one half
     if not len(pos) or not len(neg):
         return float("nan")
     order = np.sort(neg)
@@ -133,7 +139,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 def measures(log_p: np.ndarray, target: np.ndarray) -> dict:
     """log_p (N, 2), target (N,) in [0, 1] -> accuracy with its 95 % interval, AUC, NLL (nats), Brier."""
-    p, clear = np.exp(log_p[:, 0]), target != 0.5
+    p, clear = np.exp(log_p[:, 0]), np.abs(target - 0.5) > 0.1
     right = int(((p > 0.5) == (target > 0.5))[clear].sum())
     return {"n": len(target), "accuracy": right / max(int(clear.sum()), 1),
             "accuracy_interval": wilson(right, int(clear.sum())), "auc": auc(p, target),
@@ -180,26 +186,28 @@ def tensors(items: list[dict], device) -> tuple[torch.Tensor, torch.Tensor, torc
             torch.tensor([i["weight"] for i in items], device=device))
 
 
-def train(model: GPT, items: list[dict], val: list[dict], epochs: float, cfg: Config, desc: str,
-          log=None, keep=None, at=None) -> GPT:
-    """Fine-tune with early stopping -> the model at its best validation NLL.
-
-    log(**row) gets one row a step; keep(model, optimizer, improved, step, best, waited) is called
-    at every evaluation; `at` = (optimizer file, step, best, waited, best weights) continues a run.
-    """
+def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, log=None, keep=None,
+          resumed: dict | None = None) -> GPT:
+    """Fine-tune on the "train" part of items, with early stopping -> the model of the best NLL on
+    their "val" part. log(**row) gets one row a step; keep(model, optimizer, tensors, **header) is
+    called at every evaluation; `resumed` is the header of what it saved."""
     device = model.head.device
-    (tokens, target, weight), (val_tokens, val_target, _) = tensors(items, device), tensors(val, device)
-    per_epoch = math.ceil(len(items) / cfg.batch)
+    tokens, target, weight = tensors([i for i in items if i["part"] == "train"], device)
+    val_tokens, val_target, _ = tensors([i for i in items if i["part"] == "val"], device)
+    per_epoch = math.ceil(len(tokens) / cfg.batch)
     steps, every = math.ceil(epochs * per_epoch), max(1, per_epoch // 4)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    first, best, waited, best_weights = 0, math.inf, 0, None
-    if at:
-        load_optimizers(at[0], (optimizer,))
-        first, best, waited, best_weights = at[1:]
+    first, best, waited, best_weights = 0, math.inf, 0, {}
+    if resumed:
+        load_optimizers(resumed, (optimizer,))
+        first, best, waited = (resumed[k] for k in ("step", "best", "waited"))
+        best_weights = {k[5:]: v for k, v in resumed["tensors"].items() if k.startswith("best.")}
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=desc)
     for step in bar:
+        if waited > cfg.patience:
+            break
         epoch, i = divmod(step, per_epoch)
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(cfg.seed * 1000 + epoch))
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(cfg.seed * 1000 + epoch))
         b = order[i * cfg.batch:(i + 1) * cfg.batch].to(device)
         loss = sentiment_loss(model.sentiment(tokens[b]), target[b], weight[b])
         optimizer.zero_grad()
@@ -208,20 +216,20 @@ def train(model: GPT, items: list[dict], val: list[dict], epochs: float, cfg: Co
         optimizer.param_groups[0]["lr"] = cfg.lr * scale
         optimizer.step()
         row = {"phase": desc, "step": step, "loss": loss.item(), "lr": cfg.lr * scale}
-        if (step + 1) % every == 0 or step + 1 == steps:
+        evaluate = (step + 1) % every == 0 or step + 1 == steps
+        if evaluate:
             m = measures(predict(model, val_tokens), val_target.numpy(force=True))
             row |= {"val_nll": m["nll"], "val_auc": m["auc"]}
             bar.set_postfix(val_nll=f"{m['nll']:.3f}", val_auc=f"{m['auc']:.3f}")
             waited += 1
-            if improved := m["nll"] < best:
+            if m["nll"] < best:
                 best, waited = m["nll"], 0
                 best_weights = {k: v.clone() for k, v in model.state_dict().items()}
-            if keep:
-                keep(model, optimizer, improved, step + 1, best, waited)
         if log:
             log(**row)
-        if waited > cfg.patience:
-            break
+        if evaluate and keep:
+            keep(model, optimizer, {f"best.{k}": v for k, v in best_weights.items()},
+                 step=step + 1, best=best, waited=waited)
     model.load_state_dict(best_weights)
     return model
 
@@ -230,12 +238,19 @@ def train(model: GPT, items: list[dict], val: list[dict], epochs: float, cfg: Co
 if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     device, dtype = start(cfg)
+    if min(cfg.batch, cfg.epochs, cfg.person_epochs, cfg.warmup, cfg.test_share, cfg.val_share, cfg.norm_samples) <= 0:
+        raise UserError("--batch, --epochs, --warmup, --test-share, --val-share and --norm-samples must be positive")
     base_path, done = cfg.out / "base.safetensors", cfg.out / "reward.safetensors"
-    state, best_path = cfg.out / "03-state.safetensors", cfg.out / "03-best.safetensors"
-    base, tokenizer, _ = load(base_path, "01_pretrain.py")
-    base.to(device).dtype = dtype
+    state = cfg.out / "03-state.safetensors"
 
-    # -- labels: pool, check, split
+    def fresh_base():
+        model, tokenizer, _ = load(base_path, "01_pretrain.py")
+        model.to(device).dtype = dtype
+        return model, tokenizer
+
+    base, tokenizer = fresh_base()
+
+    # -- labels: read, compare, pool, check, split
     files = cfg.labels or tuple(sorted(cfg.out.glob("labels-*.jsonl")))
     if not files:
         raise UserError(f"there is no {cfg.out / 'labels-*.jsonl'}: run 02_sample_label.py first")
@@ -246,98 +261,83 @@ if __name__ == "__main__":
     for name, labels in by_labeller.items():
         print(f"{name}: {len(labels)} labels,", ", ".join(f"{k} {v}" for k, v in Counter(labels.values()).items()))
         for other in (o for o in by_labeller if o > name):
-            both = [i for i in labels if i in by_labeller[other]]
-            if both:
+            if both := [i for i in labels if i in by_labeller[other]]:
                 kappa = cohen_kappa([labels[i] for i in both], [by_labeller[other][i] for i in both])
                 print(f"{name} and {other}: Cohen's kappa {kappa:.2f} on {len(both)} common items")
     items = pool(rows, cfg.machine_weight)
-    texts = tokenizer.decode_batch([i["tokens"] for i in items]) if items else []
+    machine, people = ([i for i in items if i["person"] is person] for person in (False, True))
+    phases = [("machine", machine, cfg.epochs), ("people", people, cfg.person_epochs)]
+    phases = [p for p in phases if p[1]] if cfg.machine_first and items else [("all", items, cfg.epochs)]
+    for name, data, _ in phases:
+        for wrong, why in ((len(data) < 20, f"only {len(data)} labels, at least 20 are needed"),
+                           (len({i["target"] for i in data}) < 2, "all labels are the same"),
+                           (len({len(i["tokens"]) for i in items}) > 1, "samples of several lengths")):
+            if wrong:
+                raise UserError(f"{', '.join(map(str, files))} ({name}): {why}; label more with 02_sample_label.py")
+    texts = tokenizer.decode_batch([i["tokens"] for i in items])
     if any(max(i["tokens"]) >= base.n_text or i["text"] != t for i, t in zip(items, texts)):
-        raise UserError(f"the labels in {files[0].parent} were made with another tokenizer than "
+        raise UserError(f"the labels in {', '.join(map(str, files))} were made with another tokenizer than "
                         f"{base_path}: run 02_sample_label.py again")
-    lengths = {len(i["tokens"]) for i in items}
-    if len(items) < 20 or len({i["target"] for i in items}) < 2 or len(lengths) > 1:
-        why = ("only %d labels, at least 20 are needed" % len(items) if len(items) < 20 else
-               "items of several lengths" if len(lengths) > 1 else "all labels are the same")
-        raise UserError(f"cannot train on {', '.join(map(str, files))}: {why}; label more with 02_sample_label.py")
     for item, part in zip(items, split(items, cfg.seed, cfg.test_share, cfg.val_share)):
         item["part"] = part
+    test = [i for i in phases[-1][1] if i["part"] == "test"]
+    test_tokens, target = tensors(test, device)[0], np.array([i["target"] for i in test])
+
+    if cfg.curve:  # the learning curve of the last phase's labels, and nothing else
+        load(done, SCRIPT)
+        labelled, curve = [i for i in phases[-1][1] if i["part"] == "train"], []
+        val = [i for i in phases[-1][1] if i["part"] == "val"]
+        for n in (*(n for n in (400, 1600, 6400) if n < len(labelled)), len(labelled)):
+            # few labels get more passes, as they would from anyone who has only them
+            epochs = cfg.epochs * min(8, (len(labelled) / n) ** 0.5)
+            m = train(fresh_base()[0], labelled[:n] + val, epochs, cfg, f"{n} labels")
+            curve.append({"labels": n, "auc": auc(predict(m, test_tokens)[:, 0], target),
+                          "bag_of_words_auc": auc(naive_bayes(labelled[:n], test), target)})
+            print("AUC with {labels} labels: {auc:.3f} (bag of words {bag_of_words_auc:.3f})".format(**curve[-1]))
+        write(cfg.out / "curve.json", json.dumps(curve))
+        finish("python 05_eval.py", cfg.out)
+        raise SystemExit
 
     # -- phases: the machine's labels first, then a person's
-    people = [i for i in items if i["person"]]
-    machine = [i for i in items if not i["person"]]
-    phases = [("machine", machine, cfg.epochs), ("people", people, cfg.person_epochs)]
-    phases = [p for p in phases if p[1]] if cfg.machine_first else [("all", items, cfg.epochs)]
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "labels", "resume", "curve")}
-    settings |= {"base": fingerprint(base), "labels": [str(f) for f in files], "n_labels": len(rows)}
-    resumed = resume_from(state, SCRIPT, settings) if cfg.resume else None
-    at_phase = resumed[2]["phase"] if resumed else 0
-    log = Log(cfg.out / "03.jsonl", resumed[2]["log_step"] if resumed else 0)
-    model, _, _ = resumed or load(base_path, SCRIPT)
+    inputs = {"base": fingerprint(base), "labels": hashlib.sha256(json.dumps(items).encode()).hexdigest()}
+    resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
+    model, at_phase, offset = (resumed[0], resumed[2]["phase"], resumed[2]["offset"]) if resumed else (fresh_base()[0], 0, 0)
     model.to(device).dtype = dtype
-    offset = 0
-    for number, (name, data, epochs) in enumerate(phases):
-        parts = {p: [i for i in data if i["part"] == p] for p in ("train", "val", "test")}
-        if number >= at_phase:
-            def keep(model, optimizer, improved, step, best, waited):
-                if improved:
-                    save(best_path, model, tokenizer, optimizers=(optimizer,), step=step)
-                save(state, model, tokenizer, (optimizer,), phase=number, step=step, best=best,
-                     waited=waited, log_step=offset + step, settings=settings)
-
-            at = None
-            if resumed and number == at_phase:
-                h = resumed[2]
-                at = (state, h["step"], h["best"], h["waited"], load(best_path, SCRIPT)[0].state_dict())
-            model = train(model, parts["train"], parts["val"], epochs, cfg, name,
-                          lambda step, **row: log(step=offset + step, **row), keep, at)
-        offset += math.ceil(epochs * math.ceil(len(parts["train"]) / cfg.batch))
+    log = Log(cfg.out / "03.jsonl", offset + resumed[2]["step"] if resumed else 0)
+    for number in range(at_phase, len(phases)):
+        name, data, epochs = phases[number]
+        model = train(
+            model, data, epochs, cfg, name, lambda step, **row: log(step=offset + step, **row),
+            lambda model, optimizer, best, **header: save(
+                state, model, tokenizer, (optimizer,), best, phase=number, offset=offset, settings=settings,
+                inputs=inputs, **header),
+            resumed[2] if resumed and number == at_phase else None)
+        offset += math.ceil(epochs * math.ceil(sum(i["part"] == "train" for i in data) / cfg.batch))
 
     # -- held-out figures, all and per source, against the bag of words
-    test = parts["test"]
-    log_p, target = predict(model, tensors(test, device)[0]), np.array([i["target"] for i in test])
+    log_p = predict(model, test_tokens)
     bag = naive_bayes([i for i in items if i["part"] == "train"], test)
-    metrics = {"all": measures(log_p, target) | {"bag_of_words_auc": auc(bag, target)}}
-    for source in sorted({i["source"] for i in test}):
-        of = np.array([i["source"] == source for i in test])
-        metrics[source] = measures(log_p[of], target[of]) | {"bag_of_words_auc": auc(bag[of], target[of])}
-    for source, m in metrics.items():
-        low, high = m["accuracy_interval"]
-        print(f"held out, {source}: n {m['n']}, accuracy {m['accuracy']:.3f} [{low:.3f}, {high:.3f}], "
-              f"AUC {m['auc']:.3f} (bag of words {m['bag_of_words_auc']:.3f}), NLL {m['nll']:.3f}, "
-              f"Brier {m['brier']:.3f}")
+    metrics = {}
+    for source in ("all", *sorted({i["source"] for i in test})):
+        of = np.array([source in ("all", i["source"]) for i in test])
+        m = metrics[source] = measures(log_p[of], target[of]) | {"bag_of_words_auc": auc(bag[of], target[of])}
+        print("held out, {}: n {n}, accuracy {accuracy:.3f} [{:.3f}, {:.3f}], AUC {auc:.3f} (bag of words "
+              "{bag_of_words_auc:.3f}), NLL {nll:.3f}, Brier {brier:.3f}".format(source, *m["accuracy_interval"], **m))
     table = calibration(np.exp(log_p[:, 0]), target)
     print("calibration: p(happy) predicted -> labelled (n):",
           ", ".join(f"{r['predicted']:.2f} -> {r['target']:.2f} ({r['n']})" for r in table))
 
     # -- the constants that 04 normalises with
-    length = lengths.pop()
-    fresh, _ = base.generate(cfg.norm_samples, length, seed=cfg.seed << 32 | 3 << 24)
-    scores = predict(model, fresh)
+    length = test_tokens.size(1)
+    scores = predict(model, base.generate(cfg.norm_samples, length, seed=cfg.seed << 32 | 3 << 24)[0])
     norm = {t: {"mean": float(scores[:, i].mean()), "std": float(scores[:, i].std())}
             for i, t in enumerate(("happy", "sad"))}
     if not all(v["std"] > 1e-3 for v in norm.values()):
         raise UserError("the reward model gives every sample the same reward: label more samples")
     print(f"reward on {cfg.norm_samples} fresh samples of the base model:",
           ", ".join(f"log p({t}) {v['mean']:.3f} +- {v['std']:.3f}" for t, v in norm.items()))
-    save(done, model, tokenizer, base=fingerprint(base), length=length, normalisation=norm, seed=cfg.seed,
-         metrics=metrics, calibration=table, settings=settings, step=offset)
+    save(done, model, tokenizer, step=offset, length=length, normalisation=norm, metrics=metrics,
+         calibration=table, settings=settings, inputs=inputs, seed=cfg.seed)
     state.unlink(missing_ok=True)
-    best_path.unlink(missing_ok=True)
-
-    if cfg.curve:
-        data = phases[-1][1]
-        part = [i for i in data if i["part"] == "train"]
-        sizes = [n for n in (400, 1600, 6400) if n < len(part)] + [len(part)]
-        curve = []
-        for n in sizes:
-            fresh_model = load(base_path, SCRIPT)[0].to(device)
-            fresh_model.dtype = dtype
-            # few labels get more passes, as they would by anyone who has only them
-            epochs = phases[-1][2] * min(8, (len(part) / n) ** 0.5)
-            m = train(fresh_model, part[:n], parts["val"], epochs, cfg, f"curve {n}")
-            curve.append({"labels": n, "auc": auc(predict(m, tensors(test, device)[0])[:, 0], target),
-                          "bag_of_words_auc": auc(naive_bayes(part[:n], test), target)})
-            print("AUC with {labels} labels: {auc:.3f} (bag of words {bag_of_words_auc:.3f})".format(**curve[-1]))
-        write(cfg.out / "curve.json", json.dumps(curve))
-    finish("python 04_ppo.py")
+    finish("python 04_ppo.py", cfg.out)

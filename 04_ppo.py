@@ -21,7 +21,6 @@ Decisions a reader may question:
    would maximise -log p(happy), which is not bounded by anything.
 """
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +30,8 @@ import torch
 import tyro
 
 from kernels import linear_logprob
-from model import (Log, UserError, fingerprint, finish, load, load_optimizers, resume_from, save, start)
+from model import (Log, UserError, fingerprint, finish, load, load_optimizers, resume_from, save, start,
+                   write)
 
 SCRIPT = "04_ppo.py"
 CROSSINGS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)  # nats
@@ -129,26 +129,31 @@ def divergence(kl: float, kl_before: float, clip_fraction: float, finite: bool) 
 if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     device, dtype = start(cfg)
-    if cfg.batch % cfg.minibatch or cfg.max_batch < cfg.batch:
-        raise UserError("--batch must be a multiple of --minibatch and at most --max-batch")
+    if min(cfg.minibatch, cfg.batch, cfg.epochs, cfg.warmup, cfg.max_iterations, cfg.clip) <= 0:
+        raise UserError("--minibatch, --batch, --epochs, --warmup, --max-iterations and --clip must be positive")
+    if cfg.batch % cfg.minibatch or cfg.max_batch < cfg.batch or cfg.max_batch % cfg.minibatch:
+        raise UserError("--batch and --max-batch must be multiples of --minibatch, and --batch the smaller")
     base_path, reward_path = cfg.out / "base.safetensors", cfg.out / "reward.safetensors"
     state, last = cfg.out / f"04-{cfg.target}-state.safetensors", cfg.out / f"04-{cfg.target}-last.safetensors"
     reference, tokenizer, _ = load(base_path, "01_pretrain.py")
     reward_model, _, reward_header = load(reward_path, "03_reward_model.py")
-    if reward_header.get("base") != fingerprint(reference):
+    if reward_header.get("inputs", {}).get("base") != fingerprint(reference):
         raise UserError(f"{reward_path} was trained from another base model than {base_path}: "
                         "run 02_sample_label.py and 03_reward_model.py again")
     norm, length = reward_header["normalisation"][cfg.target], reward_header["length"]
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume")}
-    settings |= {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
-    resumed = resume_from(state, SCRIPT, settings) if cfg.resume else None
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "kl_stop", "max_iterations")}
+    inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
+    resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
+    if not resumed:  # checkpoints of an earlier run must not mix with this one's
+        for old in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
+            old.unlink()
     policy = (resumed or load(base_path, SCRIPT))[0]
     for model in (policy, reference, reward_model):
         model.to(device).dtype = dtype
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps, weight_decay=0)
     first, batch, kl_before, clips, updates = 0, cfg.batch, 0.0, [], 0
     if resumed:
-        load_optimizers(state, (optimizer,))
+        load_optimizers(resumed[2], (optimizer,))
         first, batch, kl_before, clips, updates = (
             resumed[2][k] for k in ("step", "batch", "kl", "clip_fractions", "updates"))
     log = Log(cfg.out / f"04-{cfg.target}.jsonl", first)
@@ -193,7 +198,7 @@ if __name__ == "__main__":
             raise UserError(f"diverged at iteration {iteration}: {problem}; {last} is the last good policy")
         crossed = [c for c in CROSSINGS if kl_before < c <= kl]
         header = {k: row[k] for k in ("step", "kl", "kl_se", "kl_exact", "score", "p_target", "entropy")}
-        header |= {"settings": settings, "seed": cfg.seed, "base": settings["base"], "target": cfg.target}
+        header |= {"settings": settings, "inputs": inputs, "seed": cfg.seed, "target": cfg.target}
         if crossed:
             name = f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
             save(cfg.out / "checkpoints" / name, policy, tokenizer, crossed=crossed, **header)
@@ -250,11 +255,16 @@ if __name__ == "__main__":
             batch, clips = larger, []
         kl_before = max(kl, kl_before)
         save(state, policy, tokenizer, (optimizer,), step=iteration + 1, batch=batch, kl=kl_before,
-             clip_fractions=clips, updates=updates, settings=settings)
+             clip_fractions=clips, updates=updates, settings=settings, inputs=inputs)
+    else:
+        print(f"stopped after {cfg.max_iterations} iterations, below {cfg.kl_stop:g} nats: "
+              "--resume with more --max-iterations goes on")
 
     _, _, header = load(last, SCRIPT)
-    os.replace(last, cfg.out / f"policy-{cfg.target}.safetensors")
-    state.unlink(missing_ok=True)
+    write(cfg.out / f"policy-{cfg.target}.safetensors", last.read_bytes())
+    if kl >= cfg.kl_stop:
+        state.unlink(missing_ok=True)
+        last.unlink()
     print(f"final policy: KL {header['kl']:.2f} +- {header['kl_se']:.2f} nats, "
           f"p({cfg.target}) {header['p_target']:.3f}, entropy {header['entropy']:.3f} nats per token")
-    finish("python 05_eval.py")
+    finish("python 05_eval.py", cfg.out)

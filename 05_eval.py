@@ -16,18 +16,17 @@ Decisions a reader may question:
    later one whose gold is lower by more than two standard errors of the difference.
 4. Best-of-n from the base model stands on the same axes: it needs no training, and for the same
    reward it spends far less KL.
-5. A blind rating stores no source next to an answer: the key is drawn again from the seed at the end.
+5. A blind rating is stored by its place in the shuffled order alone; which model spoke is drawn
+   again from the seed once all are rated.
 """
 import base64
+import hashlib
 import html
+import importlib
 import io
 import json
 import math
-import os
 import re
-import shutil
-import sys
-import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
 
 SCRIPT = "05_eval.py"
+labeller = importlib.import_module("02_sample_label")  # rating asks for the same keys as labelling
 
 
 @dataclass
@@ -87,13 +87,8 @@ class Corpus:
 
     def __init__(self, text: str):
         self.id: dict[str, int] = {}
-        self.hashes = [np.zeros(0, np.uint64)]
-        self.words = self.encode(text, grow=True)
-
-    def encode(self, text: str, grow: bool = False) -> np.ndarray:
-        if grow:
-            return np.array([self.id.setdefault(w, len(self.id) + 1) for w in words(text)], dtype=np.uint64)
-        return np.array([self.id.get(w, 0) for w in words(text)], dtype=np.uint64)
+        self.words = np.array([self.id.setdefault(w, len(self.id) + 1) for w in words(text)], dtype=np.uint64)
+        self.hashes = [np.zeros(0, np.uint64)]  # [n]: sorted hashes of all n-grams, made when asked for
 
     @staticmethod
     def grams(ids: np.ndarray, n: int) -> np.ndarray:
@@ -105,7 +100,8 @@ class Corpus:
 
     def longest_runs(self, texts: list[str]) -> np.ndarray:
         """-> words in the longest copied run of each text."""
-        ids, longest, n = [self.encode(t) for t in texts], np.zeros(len(texts), int), 1
+        longest, n = np.zeros(len(texts), int), 1
+        ids = [np.array([self.id.get(w, 0) for w in words(t)], dtype=np.uint64) for t in texts]
         alive = list(range(len(texts)))
         while alive:
             if n == len(self.hashes):
@@ -165,12 +161,12 @@ def fit_line(x, y) -> tuple[float, float, float]:
     return float(slope), float(intercept), float(1 - residual.var() / np.var(y))
 
 
-def over_optimisation(rows: list[dict]) -> tuple[dict, dict | None]:
-    """Rows by rising KL -> the row of highest gold score, and the first later row whose gold is
-    lower by more than two standard errors of the difference, or None."""
-    best = max(rows, key=lambda r: r["gold"])
+def over_optimisation(rows: list[dict], sign: int = 1) -> tuple[dict, dict | None]:
+    """Rows by rising KL -> the row of highest sign * gold, and the first later row that is lower by
+    more than two standard errors of the difference, or None."""
+    best = max(rows, key=lambda r: sign * r["gold"])
     for row in rows[rows.index(best) + 1:]:
-        if best["gold"] - row["gold"] > 2 * math.hypot(best["gold_se"], row["gold_se"]):
+        if sign * (best["gold"] - row["gold"]) > 2 * math.hypot(best["gold_se"], row["gold_se"]):
             return best, row
     return best, None
 
@@ -188,7 +184,7 @@ def measure(policy, models, tokenizer, corpus: Corpus | None, n: int, seed: int,
     texts = tokenizer.decode_batch(y.tolist())
     vader = SentimentIntensityAnalyzer()
     gold = np.array([vader.polarity_scores(t)["compound"] for t in texts])
-    row = {"n": n, "target": target, "samples": texts[:64],
+    row = {"n": n, "samples": texts[:64],
            "entropy": entropy.mean().item(), "base_perplexity": math.exp(-logp_ref.mean().item()),
            "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2),
            "self_similarity": self_similarity(texts), "duplicates": n - len(set(texts))}
@@ -224,175 +220,113 @@ def table(columns: dict, rows: list[dict], mark=lambda row: "") -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-class Plots:
-    """Each figure is a file in out/plots and a data: URL in the page."""
+def plot(folder: Path, name: str, title: str, xlabel: str, ylabel: str, series, lines=(), log: str = "") -> str:
+    """series: (style, label, x, y, y error or None); lines: heights of dotted lines; log: "x", "y" or
+    "". Writes folder/name.png and returns it as an <img> of the page."""
+    fig, ax = plt.subplots(figsize=(5.6, 3.7), dpi=110, layout="constrained")
+    for style, label, x, y, error in series:
+        ax.errorbar(x, y, error, fmt=style, label=label or None, capsize=2)
+    for height in lines:
+        ax.axhline(height, color="grey", ls=":")
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if "x" in log else "linear",
+           yscale="log" if "y" in log else "linear")
+    ax.grid(alpha=0.3)
+    if any(label for _, label, *_ in series):
+        ax.legend(fontsize=8)
+    png = io.BytesIO()
+    fig.savefig(png, format="png")
+    plt.close(fig)
+    write(folder / f"{name}.png", png.getvalue())
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
-    def __init__(self, folder: Path):
-        self.folder, self.html = folder, ""
 
-    def add(self, name: str, title: str, xlabel: str, ylabel: str, draw) -> None:
-        fig, ax = plt.subplots(figsize=(5.6, 3.7), dpi=110, layout="constrained")
-        draw(ax)
-        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        ax.grid(alpha=0.3)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
-        png = io.BytesIO()
-        fig.savefig(png, format="png")
-        plt.close(fig)
-        write(self.folder / f"{name}.png", png.getvalue())
-        data = base64.b64encode(png.getvalue()).decode()
-        self.html += f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-
-
-def draw_plots(plots: Plots, rows: list[dict], logs: dict, reward_header: dict, fit: tuple, curve: list) -> None:
-    ppo, best_of = logs["04-happy"], rows[0]["best_of_n"]
-    root = [math.sqrt(max(r["kl"], 0)) for r in rows]
-
-    def frontier(key, label):
-        def draw(ax):
-            ax.errorbar(root, [r[key] for r in rows], [2 * r[key + "_se"] for r in rows], fmt="o-", label="PPO, +- 2 SE")
-            ax.plot([math.sqrt(b["kl"]) for b in best_of], [b[key] for b in best_of], "s--", label="best of n = 1 ... 256")
-        plots.add(f"{key}_by_kl", label, "sqrt KL(policy || base), sqrt nats", key, draw)
-
-    frontier("proxy", "Reward model: log p(happy)")
-    frontier("gold", "Gold: VADER compound score")
-
-    def draw_kl(ax):
-        steps = np.array([r["step"] for r in ppo])
-        ax.errorbar(steps, [math.sqrt(max(r["kl"], 0)) for r in ppo], fmt="o", label="measured")
-        ax.plot(steps, fit[0] * steps + fit[1], label=f"{fit[0]:.2f} x iteration {fit[1]:+.2f}, R^2 = {fit[2]:.3f}")
-    plots.add("kl", "sqrt KL grows linearly", "iteration", "sqrt nats per completion", draw_kl)
-
+def plots(folder: Path, report: dict, ppo: list[dict], bins: list[dict], curve: list[dict]) -> str:
+    """All figures of the report, each also a file in `folder` -> HTML."""
+    rows, best, fit = report["happy"], report["happy"][0]["best_of_n"], report["sqrt_kl_fit"]
+    figures, root = [], [math.sqrt(max(r["kl"], 0)) for r in rows]
+    for key, title in (("proxy", "Reward model: log p(happy)"), ("gold", "Gold: VADER compound score")):
+        figures.append(plot(folder, f"{key}_by_kl", title, "sqrt KL(policy || base), sqrt nats", "mean ± 2 SE", [
+            ("o-", "PPO", root, [r[key] for r in rows], [2 * r[key + "_se"] for r in rows]),
+            ("s--", "best of n = 1 ... 256", [math.sqrt(b["kl"]) for b in best], [b[key] for b in best], None)]))
+    x = [r["step"] for r in ppo]
+    figures.append(plot(folder, "kl", "sqrt KL grows linearly", "iteration", "sqrt nats per completion", [
+        ("o", "measured", x, [math.sqrt(max(r["kl"], 0)) for r in ppo], None),
+        ("-", "{slope:.2f} x iteration {intercept:+.2f}, R² = {r2:.3f}".format(**fit),
+         x, [fit["slope"] * i + fit["intercept"] for i in x], None)]))
     updated = [r for r in ppo if "clip_fraction" in r]
-
-    def draw_clip(ax):
-        ax.semilogy([r["step"] for r in updated], [100 * max(r["clip_fraction"], 1e-5) for r in updated], "o-", label="outside the clip range")
-        ax.semilogy([r["step"] for r in updated], [100 * max(r["clip_binding"], 1e-5) for r in updated], "s--", label="clip binding")
-        ax.axhline(1, color="grey", ls=":"), ax.axhline(20, color="grey", ls=":")
-    plots.add("clip", "Share of ratios clipped (healthy: 1 to 20 %)", "iteration", "% of tokens", draw_clip)
-    plots.add("entropy", "Entropy of the policy", "iteration", "nats per token",
-              lambda ax: ax.plot([r["step"] for r in ppo], [r["entropy"] for r in ppo], "o-"))
-
-    def draw_calibration(ax):
-        bins = reward_header["calibration"]
-        ax.plot([0, 1], [0, 1], color="grey", ls=":")
-        ax.plot([b["predicted"] for b in bins], [b["target"] for b in bins], "o-")
-    plots.add("calibration", "Reward model, held out", "predicted p(happy)", "labelled happy", draw_calibration)
+    figures.append(plot(folder, "clip", "Ratios clipped (healthy: 1 to 20 %)", "iteration", "% of tokens", [
+        (style, label, [r["step"] for r in updated], [100 * max(r[key], 1e-5) for r in updated], None)
+        for style, label, key in (("o-", "outside the clip range", "clip_fraction"), ("s--", "clip binding", "clip_binding"))],
+        lines=(1, 20), log="y"))
+    figures.append(plot(folder, "entropy", "Entropy of the policy", "iteration", "nats per token",
+                        [("o-", "", x, [r["entropy"] for r in ppo], None)]))
+    figures.append(plot(folder, "calibration", "Calibration of the reward model, held out", "predicted p(happy)", "labelled happy", [
+        ("o-", "", [b["predicted"] for b in bins], [b["target"] for b in bins], None), (":", "", [0, 1], [0, 1], None)]))
     if curve:
-        def draw_curve(ax):
-            ax.semilogx([c["labels"] for c in curve], [c["auc"] for c in curve], "o-", label="reward model")
-            ax.semilogx([c["labels"] for c in curve], [c["bag_of_words_auc"] for c in curve], "s--", label="bag of words")
-        plots.add("curve", "Learning curve of the reward model", "labels", "held-out AUC", draw_curve)
-    if logs["01"]:
-        plots.add("pretrain", "Pretraining", "step", "nats per token",
-                  lambda ax: ax.plot([r["step"] for r in logs["01"]], [r["nats_per_token"] for r in logs["01"]]))
+        figures.append(plot(folder, "curve", "Learning curve of the reward model", "labels", "held-out AUC", [
+            (style, label, [c["labels"] for c in curve], [c[key] for c in curve], None)
+            for style, label, key in (("o-", "reward model", "auc"), ("s--", "bag of words", "bag_of_words_auc"))], log="x"))
+    return "".join(figures)
 
 
-def render(report: dict, plots: Plots, reward_header: dict, show: int) -> str:
+def render(report: dict, figures: str, show: int) -> str:
     """The page. All text that a model or a file supplied goes through html.escape."""
-    def pm(key, digits=2, scale=1):
-        return lambda r: f"{scale * r[key]:.{digits}f} ± {scale * r[key + '_se']:.{digits}f}"
+    def number(key, digits=2, scale=1):
+        def cell(r):
+            error = f" ± {scale * r[key + '_se']:.{digits}f}" if key + "_se" in r else ""
+            return f"{scale * r[key]:.{digits}f}{error}" if key in r else "n/a"
+        return cell
 
-    def plain(key, digits=2):
-        return lambda r: f"{r[key]:.{digits}f}" if key in r else "n/a"
+    def side_by_side(policies):
+        return "<div class='wide'><table class='s'><tr>" + "".join(
+            f"<th>{html.escape(r['name'])}<br>{r['kl']:.2f} nats</th>" for r in policies) + "</tr>" + "".join(
+            "<tr>" + "".join(f"<td>{html.escape(r['samples'][i])}</td>" for r in policies) + "</tr>"
+            for i in range(show)) + "</table></div>"
 
-    columns = {"policy": lambda r: r["name"], "KL, nats": pm("kl"), "proxy, log p": pm("proxy", 3),
-               "gold": pm("gold", 3), "positive, %": pm("positive", 1, 100), "negative, %": pm("negative", 1, 100),
-               "distinct-1": plain("distinct_1", 3), "distinct-2": plain("distinct_2", 3),
-               "self-similarity": plain("self_similarity", 3), "duplicates": plain("duplicates", 0),
-               "copied run, 99 % / max": lambda r: f"{r['copied_run_99']:.0f} / {r['copied_run_max']}" if "copied_run_99" in r else "n/a",
-               "perplexity under base": plain("base_perplexity", 1), "entropy": plain("entropy")}
-    parts = [f"<h1>Shakespeare, cheered up</h1><p>{html.escape(report['summary'])}</p>"]
+    columns = {"policy": lambda r: r["name"], "KL, nats": number("kl"), "proxy, log p": number("proxy", 3),
+               "gold": number("gold", 3), "positive, %": number("positive", 1, 100), "negative, %": number("negative", 1, 100),
+               "distinct-1": number("distinct_1", 3), "distinct-2": number("distinct_2", 3),
+               "self-similarity": number("self_similarity", 3), "duplicates": number("duplicates", 0),
+               "copied run, 99 %": number("copied_run_99", 0), "longest": number("copied_run_max", 0),
+               "perplexity under base": number("base_perplexity", 1), "entropy": number("entropy")}
     happy = report["happy"]
-    first, last = happy[0], happy[-1]
-    parts.append("<h2>Before and after</h2><div class='wide'><table class='s'><tr><th>base model</th>"
-                 f"<th>policy at {last['kl']:.1f} nats</th></tr>" + "".join(
-                     f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>"
-                     for a, b in zip(first["samples"][:show], last["samples"][:show])) + "</table></div>")
-    parts.append(f"<h2>What happened</h2><div class='plots'>{plots.html}</div>")
-    for target in ("happy", "sad"):
-        if target in report:
-            best, over = report[f"best_{target}"], report[f"over_{target}"]
-            parts.append(f"<h2>Checkpoints towards {target}</h2>" + table(
-                columns, report[target], lambda r: "best" if r["name"] == best else "over" if r["name"] == over else ""))
-            parts.append("<p><small>± one standard error. Proxy: the reward model's log p of its target. Gold: VADER's "
-                         "compound score in [-1, 1]; in the default run it also made the labels. Green: highest gold"
-                         + (", lowest for the sad twin" if target == "sad" else "") + "; red: gold lower than that by "
-                         "more than 2 SE. Copied run: words in a row that stand in the corpus.</small></p>")
-    parts.append("<h2>Best of n from the base model</h2>" + table(
-        {"n": lambda r: str(r["n"]), "KL bound, nats": plain("kl"), "proxy, log p": plain("proxy", 3),
-         "gold": plain("gold", 3), "positive, %": lambda r: f"{100 * r['positive']:.1f}"}, first["best_of_n"]))
-    parts.append("<h2>The same random numbers, checkpoint by checkpoint</h2><div class='wide'><table class='s'><tr>"
-                 + "".join(f"<th>{html.escape(r['name'])}<br>{r['kl']:.2f} nats</th>" for r in happy) + "</tr>"
-                 + "".join("<tr>" + "".join(f"<td>{html.escape(r['samples'][i])}</td>" for r in happy) + "</tr>"
-                           for i in range(show)) + "</table></div>")
-    rm = [{"name": k} | m for k, m in reward_header["metrics"].items()]
-    parts.append("<h2>Reward model, held-out samples</h2>" + table(
-        {"source": lambda r: r["name"], "n": plain("n", 0),
-         "accuracy [95 %]": lambda r: "{:.3f} [{:.3f}, {:.3f}]".format(r["accuracy"], *r["accuracy_interval"]),
-         "AUC": plain("auc", 3), "AUC, bag of words": plain("bag_of_words_auc", 3), "NLL, nats": plain("nll", 3),
-         "Brier": plain("brier", 3)}, rm))
-    parts.append(f"<p><small>seed {report['seed']}, base model {html.escape(str(report['base_metrics']))}</small></p>")
+    parts = [f"<h1>Shakespeare, cheered up</h1><p>{html.escape(report['summary'])}</p>",
+             "<h2>Before and after</h2>", side_by_side([happy[0], happy[-1]]),
+             f"<h2>What happened</h2><div class='plots'>{figures}</div>"]
+    for target in (t for t in ("happy", "sad") if t in report):
+        marks = {report[f"over_{target}"]: "over", report[f"best_{target}"]: "best"}
+        parts += [f"<h2>Checkpoints towards {target}</h2>",
+                  table(columns, report[target], lambda r: marks.get(r["name"], "")),
+                  "<p><small>± one standard error. Proxy: the reward model's log p of its target. Gold: VADER's compound "
+                  "score in [-1, 1]; in the default run it also made the labels. Green: highest gold (lowest, towards "
+                  "sad); red: worse than that by more than 2 SE. Copied run: words in a row that stand in the corpus."
+                  "</small></p>"]
+    parts += ["<h2>Best of n from the base model</h2>", table(
+        {"n": lambda r: str(r["n"]), "KL bound, nats": number("kl"), "proxy, log p": number("proxy", 3),
+         "gold": number("gold", 3), "positive, %": number("positive", 1, 100)}, happy[0]["best_of_n"]),
+        "<h2>The same random numbers, checkpoint by checkpoint</h2>", side_by_side(happy),
+        "<h2>Reward model, held-out samples</h2>", table(
+        {"source": lambda r: r["source"], "n": number("n", 0), "accuracy": number("accuracy", 3),
+         "95 % interval": lambda r: "{:.3f} to {:.3f}".format(*r["accuracy_interval"]), "AUC": number("auc", 3),
+         "AUC, bag of words": number("bag_of_words_auc", 3), "NLL, nats": number("nll", 3), "Brier": number("brier", 3)},
+        [{"source": k} | m for k, m in report["reward_model"].items()])]
+    if report["ratings"]:
+        parts += ["<h2>Blind ratings</h2>", table(
+            {"rater": lambda r: r["rater"], "positive, base": number("base", 0), "positive, final": number("final", 0),
+             "of each": number("n", 0), "p, Fisher, one-sided": number("p", 4)}, report["ratings"])]
+    parts.append("<h2>Base model, held-out text</h2>" + table(
+        {k.replace("_", " "): number(k, 3) for k in report["base_metrics"]}, [report["base_metrics"]]))
     return ("<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
             "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
             f"<title>RLHF on Shakespeare</title><style>{CSS}</style><body>{''.join(parts)}</body></html>")
-
-
-# ---- Blind rating --------------------------------------------------------------------------------
-def read_key() -> str:
-    """One key from the terminal, without Enter; end of input is "q"."""
-    import termios  # not on Windows
-    import tty
-    fd = sys.stdin.fileno()
-    before = termios.tcgetattr(fd)
-    try:
-        tty.setcbreak(fd)
-        return os.read(fd, 1).decode("utf-8", "replace").lower() or "q"
-    finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
-
-
-def rate(items: list[tuple[str, str]], path: Path) -> dict[str, str]:
-    """items (id, text) in blind order; each answer is appended to `path` at once -> id -> answer."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UserError("rating needs a terminal: run this command in one")
-    answers: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        try:
-            answers[json.loads(line)["id"]] = json.loads(line)["rating"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} line {number} is broken: mend or delete it") from error
-    keys = {"p": "positive", "n": "negative", "0": "neutral"}
-    with open(path, "a") as file:
-        i = 0
-        while i < len(items):
-            key, text = items[i]
-            if answers.get(key) in keys.values():
-                i += 1
-                continue
-            width = min(shutil.get_terminal_size().columns, 90) - 4
-            lines = [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]
-            print(f"\033[2J\033[H{i + 1} of {len(items)}\n\n" + "\n".join("    " + x for x in lines)
-                  + "\n\np positive   n negative   0 neutral   u undo   q quit (and go on later)", flush=True)
-            pressed = read_key()
-            if pressed == "q":
-                break
-            if pressed == "u" and i:
-                i -= 1
-                answers[items[i][0]] = "undo"
-                file.write(json.dumps({"id": items[i][0], "rating": "undo"}) + "\n")
-            elif pressed in keys:
-                answers[key] = keys[pressed]
-                file.write(json.dumps({"id": key, "rating": keys[pressed], "text": text}) + "\n")
-            file.flush()
-    return {k: a for k, a in answers.items() if a in keys.values()}
 
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     device, dtype = start(cfg)
+    if min(cfg.n, cfg.n_ends) < 2 or not 0 < cfg.show <= 64 or cfg.rate_n < 1:
+        raise UserError("--n and --n-ends must be at least 2, --show 1 to 64, --rate-n at least 1")
 
     def ready(path, made_by):
         model, tokenizer, header = load(path, made_by)
@@ -402,73 +336,77 @@ if __name__ == "__main__":
     reference, tokenizer, base_header = ready(cfg.out / "base.safetensors", "01_pretrain.py")
     reward_model, _, reward_header = ready(cfg.out / "reward.safetensors", "03_reward_model.py")
     final, _, final_header = ready(cfg.out / "policy-happy.safetensors", "04_ppo.py")
-    base = fingerprint(reference)
-    for name, header in (("reward", reward_header), ("policy-happy", final_header)):
-        if header.get("base") != base:
-            raise UserError(f"{cfg.out / name}.safetensors was made from another base model: run its script again")
+    inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
+    if reward_header["inputs"]["base"] != inputs["base"]:
+        raise UserError(f"{cfg.out}/reward.safetensors was made from another base model: run 03_reward_model.py again")
+    if final_header["inputs"] != inputs:
+        raise UserError(f"{cfg.out}/policy-happy.safetensors was made from another base model or reward model: "
+                        "run 04_ppo.py again")
     length, seed = reward_header["length"], cfg.seed << 32 | 5 << 24
-    if final_header["settings"]["reward_model"] != fingerprint(reward_model):
-        raise UserError(f"{cfg.out}/policy-happy.safetensors was trained with another reward model: run 04_ppo.py again")
 
+    # -- blind rating: arm 0 is the base, arm 1 the final policy; the order alone names an item
+    mixed = [(arm, text) for arm, model in enumerate((reference, final)) for text in
+             tokenizer.decode_batch(model.generate(cfg.rate_n, length, seed + 1 + arm)[0].tolist())]
+    order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(seed)).tolist()
+    series = f"{fingerprint(final)[:8]}-{cfg.seed}-{cfg.rate_n}"
+    arm_of = {f"{series}-{place}": mixed[i][0] for place, i in enumerate(order)}
     if cfg.rate:
-        arms = {"base": reference, "final": final}
-        items = [(f"{i}-{j}", text) for j, arm in enumerate(arms.values()) for i, text in enumerate(
-            tokenizer.decode_batch(arm.generate(cfg.rate_n, length, seed + 1 + j)[0].tolist()))]
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-        answers = rate([items[i] for i in order], cfg.out / f"ratings-{cfg.rate}.jsonl")
-        if len(answers) < len(items):
-            print(f"{len(answers)} of {len(items)} rated; the key stays hidden. The same command goes on")
-            finish(f"python {SCRIPT} --rate {cfg.rate}")
-            raise SystemExit
-        a, b = (sum(answers[k] == "positive" for k, _ in items if k.endswith(f"-{j}")) for j in range(2))
-        print(f"positive: base {a} of {cfg.rate_n}, final {b} of {cfg.rate_n}; "
-              f"Fisher's exact test, one-sided: p = {fisher_exact(a, cfg.rate_n, b, cfg.rate_n):.2g}")
+        items = [{"id": key, "text": mixed[i][1], "source": "hidden", "tokens": []} for key, i in zip(arm_of, order)]
+        labeller.label_in_terminal(items, cfg.out / f"ratings-{cfg.rate}.jsonl", cfg.rate)
+    ratings = []
+    for path in sorted(cfg.out.glob("ratings-*.jsonl")):
+        answers = {k: v for k, v in labeller.current_labels(labeller.read_jsonl(path)).items() if k in arm_of}
+        if len(answers) < len(arm_of):
+            print(f"{path}: {len(answers)} of {len(arm_of)} rated; the key stays hidden until all are")
+            continue
+        a, b = (sum(v == "positive" and arm_of[k] == arm for k, v in answers.items()) for arm in (0, 1))
+        ratings.append({"rater": path.stem[8:], "base": a, "final": b, "n": cfg.rate_n,
+                        "p": fisher_exact(a, cfg.rate_n, b, cfg.rate_n)})
+        print("{rater}: positive {base} of {n} base, {final} of {n} final samples; Fisher's exact test, one-sided: "
+              "p = {p:.2g}".format(**ratings[-1]))
+    if cfg.rate:
         for p, q in ((0.2, 0.6), (0.3, 0.6), (0.57, 0.93)):
             print(f"power of {cfg.rate_n} against {cfg.rate_n} if the shares are {p:.0%} and {q:.0%}: "
                   f"{fisher_power(p, q, cfg.rate_n):.2f}")
-        finish(f"python {SCRIPT}")
+        finish(f"python {SCRIPT}", cfg.out)
         raise SystemExit
 
-    # -- measure the base, every checkpoint by rising KL, and the final policies
-    corpus_path = cfg.out / "corpus.txt"
+    # -- measure the base, every checkpoint and the final policies
+    corpus_path, cache_path = cfg.out / "corpus.txt", cfg.out / "05.jsonl"
     corpus = Corpus(corpus_path.read_text(encoding="utf-8")) if corpus_path.exists() else None
-    cache_path = cfg.out / "05.jsonl"
-    cache = {}
+    source, cache = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8], {}
     if cfg.resume and cache_path.exists():
         cache = {r["key"]: r for r in (json.loads(x) for x in cache_path.read_text().splitlines() if x.endswith("}"))}
     write(cache_path, "".join(json.dumps(r) + "\n" for r in cache.values()))
-    targets = [t for t in ("happy", "sad") if (cfg.out / f"policy-{t}.safetensors").exists()]
-    jobs = [(t, None) for t in targets[:1]] + [(t, path) for t in targets for path in (
-        *sorted((cfg.out / "checkpoints").glob(f"{t}-kl-*.safetensors")), cfg.out / f"policy-{t}.safetensors")]
-    rows, logs = {t: [] for t in targets}, {}
+    jobs, rows = [("happy", cfg.out / "base.safetensors")], {"happy": []}
+    for target in ("happy", "sad"):
+        path = cfg.out / f"policy-{target}.safetensors"
+        if path.exists() and load(path, SCRIPT)[2]["inputs"] == inputs:
+            rows[target] = []
+            jobs += [(target, p) for p in (*sorted((cfg.out / "checkpoints").glob(f"{target}-kl-*.safetensors")), path)]
     with open(cache_path, "a") as file:
         for target, path in tqdm(jobs, desc="evaluate"):
-            policy, _, header = ready(path, "04_ppo.py") if path else (reference, None, {"base": base})
-            if header.get("base") != base:
-                raise UserError(f"{path} was made from another base model: delete it, or run 04_ppo.py again")
-            n = cfg.n_ends if path is None or path.name.startswith("policy") else cfg.n
-            key = f"{fingerprint(policy)} {target} {n} {seed} {fingerprint(reward_model)}"
+            policy = ready(path, SCRIPT)[0]
+            n = cfg.n if path.parent.name == "checkpoints" else cfg.n_ends
+            key = f"{source} {fingerprint(policy)} {inputs['reward_model']} {target} {n} {seed}"
             if key not in cache:
-                cache[key] = {"key": key} | measure(policy, (reference, reward_model, length), tokenizer,
-                                                    corpus, n, seed, target)
+                policy = reference if fingerprint(policy) == inputs["base"] else policy
+                cache[key] = {"key": key, "name": path.stem, "target": target} | measure(
+                    policy, (reference, reward_model, length), tokenizer, corpus, n, seed, target)
                 file.write(json.dumps(cache[key]) + "\n")
                 file.flush()
-            rows[target].append({"name": path.stem if path else "base", "step": header.get("step", 0)} | cache[key])
-    for name in ("01", "04-happy"):
-        path = cfg.out / f"{name}.jsonl"
-        logs[name] = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+            rows[target].append(cache[key])
 
-    ppo = logs["04-happy"]
+    # -- the report
+    ppo = [json.loads(x) for x in (cfg.out / "04-happy.jsonl").read_text().splitlines()]
     fit = fit_line([r["step"] for r in ppo], [math.sqrt(max(r["kl"], 0)) for r in ppo])
     report = {"seed": cfg.seed, "base_metrics": base_header["metrics"], "reward_model": reward_header["metrics"],
-              "sqrt_kl_fit": dict(zip(("slope", "intercept", "r2"), fit)), **rows}
-    for t in targets:
-        by_kl = sorted(rows[t], key=lambda r: r["kl"])
-        signed = [r | {"gold": r["gold"] if t == "happy" else -r["gold"]} for r in by_kl]
-        best, over = over_optimisation(signed)
-        report[f"best_{t}"], report[f"over_{t}"] = best["name"], over and over["name"]
-    best = next(r for r in rows["happy"] if r["name"] == report["best_happy"])
-    over = next((r for r in rows["happy"] if r["name"] == report["over_happy"]), None)
+              "ratings": ratings, "sqrt_kl_fit": dict(zip(("slope", "intercept", "r2"), fit)), **rows}
+    for target, sign in (("happy", 1), ("sad", -1)):
+        if target in rows:
+            best, over = over_optimisation(sorted(rows[target], key=lambda r: r["kl"]), sign)
+            report[f"best_{target}"], report[f"over_{target}"] = best["name"], over and over["name"]
+    best, over = over_optimisation(sorted(rows["happy"], key=lambda r: r["kl"]))
     first, last = rows["happy"][0], rows["happy"][-1]
     report["summary"] = (
         f"VADER calls {first['positive']:.1%} of the base model's samples positive, and {last['positive']:.1%} of the "
@@ -476,15 +414,13 @@ if __name__ == "__main__":
         f"{last['distinct_2']:.3f}. Best checkpoint by gold score: {best['name']} ({best['kl']:.2f} nats). "
         + (f"Over-optimisation starts at {over['kl']:.2f} nats: the gold score falls while the reward rises."
            if over else "The gold score did not fall significantly: no over-optimisation within the KL budget."))
-    plots = Plots(cfg.out / "plots")
     curve_path = cfg.out / "curve.json"
-    draw_plots(plots, rows["happy"], logs, reward_header, fit, json.loads(curve_path.read_text()) if curve_path.exists() else [])
+    figures = plots(cfg.out / "plots", report, ppo, reward_header["calibration"],
+                    json.loads(curve_path.read_text()) if curve_path.exists() else [])
     write(cfg.out / "report.json", json.dumps(report, indent=1))
-    write(cfg.out / "report.html", render(report, plots, reward_header, cfg.show))
-    for r in rows["happy"] + rows.get("sad", []):
-        print(f"{r['name']:>20}: KL {r['kl']:5.2f} +- {r['kl_se']:.2f}, proxy {r['proxy']:.3f}, gold {r['gold']:+.3f} "
-              f"+- {r['gold_se']:.3f}, positive {r['positive']:.1%}, distinct-2 {r['distinct_2']:.3f}, "
-              f"duplicates {r['duplicates']}")
-    print(report["summary"])
-    print(f"sqrt KL against iteration: slope {fit[0]:.3f}, R^2 {fit[2]:.4f}")
-    finish(f"open {cfg.out / 'report.html'}")
+    write(cfg.out / "report.html", render(report, figures, cfg.show))
+    for r in (r for target_rows in rows.values() for r in target_rows):
+        print("{name:>20}: KL {kl:5.2f} +- {kl_se:.2f}, proxy {proxy:.3f}, gold {gold:+.3f} +- {gold_se:.3f}, positive "
+              "{positive:.1%}, distinct-2 {distinct_2:.3f}, duplicates {duplicates}".format(**r))
+    print(f"{report['summary']}\nsqrt KL against iteration: slope {fit[0]:.3f}, R^2 {fit[2]:.4f}")
+    finish(f"open {cfg.out / 'report.html'} in a browser", Path("out"))

@@ -12,7 +12,6 @@ PYTHON ?= python3
 OUT ?= out
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/ready)
-SEEDS := 0 1 2
 
 .PHONY: all test seeds clean help
 .DELETE_ON_ERROR:
@@ -24,6 +23,7 @@ help:
 	@sed -n '/^# /s/^# //p' Makefile
 
 $(VENV)/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -r requirements.txt
 	@touch $@
@@ -34,7 +34,7 @@ $(OUT)/base.safetensors: 01_pretrain.py model.py | $(READY)
 $(OUT)/labels-vader.jsonl: 02_sample_label.py $(OUT)/base.safetensors | $(READY)
 	$(RUN) 02_sample_label.py --resume --out $(OUT)
 
-$(OUT)/reward.safetensors: 03_reward_model.py $(OUT)/labels-vader.jsonl | $(READY)
+$(OUT)/reward.safetensors: 03_reward_model.py $(OUT)/labels-vader.jsonl $(wildcard $(OUT)/labels-*.jsonl) | $(READY)
 	$(RUN) 03_reward_model.py --resume --out $(OUT)
 
 $(OUT)/policy-happy.safetensors: 04_ppo.py $(OUT)/reward.safetensors | $(READY)
@@ -42,6 +42,9 @@ $(OUT)/policy-happy.safetensors: 04_ppo.py $(OUT)/reward.safetensors | $(READY)
 
 $(OUT)/report.html: 05_eval.py $(OUT)/policy-happy.safetensors | $(READY)
 	$(RUN) 05_eval.py --resume --out $(OUT)
+
+seeds: | $(READY)
+	$(RUN) -m benchmarks.seeds
 
 test: | $(READY)
 	$(RUN) -m pytest -q

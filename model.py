@@ -149,7 +149,8 @@ class GPT(nn.Module):
         soft-max restricted to the two. Only a reward model has learned to predict them."""
         start = torch.full_like(y[:, :1], self.bos)
         last = self(torch.cat((start, y), dim=1))[:, -1]
-        return (last.float() @ self.head[[self.happy, self.sad]].float().T).log_softmax(-1)
+        head = self.head[[self.happy, self.sad]].to(self.dtype)  # as `save` rounds it
+        return (last.float() @ head.float().T).log_softmax(-1)
 
     @torch.no_grad()
     def generate(self, n: int, length: int, seed: int, first_row: int = 0, batch: int = 1024):
@@ -199,21 +200,21 @@ def write(path: Path, data: bytes | str) -> None:
         raise
 
 
-def save(path, model: GPT, tokenizer: Tokenizer, optimizers=(), **header) -> None:
+def save(path, model: GPT, tokenizer: Tokenizer, optimizers=(), tensors=None, **header) -> None:
     """Weights, in the dtype they compute in (float32 with optimizers, to continue from), and all
     that a later stage needs: model config, tokenizer, and whatever JSON-able `header` adds."""
     dtype = torch.float32 if optimizers else model.dtype
-    tensors = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
+    data = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()} | (tensors or {})
     for i, optimizer in enumerate(optimizers):
         for j, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{j}.{k}": v.contiguous() for k, v in state.items()}
+            data |= {f"optimizer.{i}.{j}.{k}": v.contiguous() for k, v in state.items()}
     header |= {"model": asdict(model.config), "tokenizer": tokenizer.to_str()}
-    write(path, safetensors_bytes(tensors, metadata={"rlhf-shakespeare": json.dumps(header)}))
+    write(path, safetensors_bytes(data, metadata={"rlhf-shakespeare": json.dumps(header)}))
 
 
 def load(path, made_by: str) -> tuple[GPT, Tokenizer, dict]:
-    """-> model (float32 weights), tokenizer, header. `made_by` names the script to run if there
-    is no such file. Raises UserError if it is missing, truncated, or not one of ours."""
+    """-> model (float32 weights), tokenizer, header; header["tensors"] holds what else the file has.
+    Raises UserError if it is missing (run `made_by`), truncated, or not one of ours."""
     if not Path(path).exists():
         raise UserError(f"{path} is missing: run {made_by} first")
     try:
@@ -222,37 +223,39 @@ def load(path, made_by: str) -> tuple[GPT, Tokenizer, dict]:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
         model = GPT(GPTConfig(**header["model"]))
         tokenizer = Tokenizer.from_str(header["tokenizer"])
-        model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
+        model.load_state_dict({k: tensors.pop(k) for k in model.state_dict()})
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         what = "is truncated or damaged" if isinstance(error, SafetensorError) else \
             "was not written by this project"
         raise UserError(f"{path} {what}: delete it and run {made_by} again") from error
-    return model, tokenizer, header
+    return model, tokenizer, header | {"tensors": tensors}
 
 
-def load_optimizers(path, optimizers) -> None:
+def load_optimizers(header: dict, optimizers) -> None:
     """Give `optimizers`, built over the parameters of a loaded model, the state saved with it."""
-    with safe_open(path, "pt") as f:
-        for i, optimizer in enumerate(optimizers):
-            state: dict = {}
-            for name in (k for k in f.keys() if k.startswith(f"optimizer.{i}.")):
+    for i, optimizer in enumerate(optimizers):
+        state: dict = {}
+        for name, tensor in header["tensors"].items():
+            if name.startswith(f"optimizer.{i}."):
                 j, key = name.split(".")[2:]
-                state.setdefault(int(j), {})[key] = f.get_tensor(name)
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
+                state.setdefault(int(j), {})[key] = tensor
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def resume_from(path, made_by: str, settings: dict) -> tuple[GPT, Tokenizer, dict] | None:
-    """What `load` returns, or None if there is nothing to resume. Raises UserError if the state
-    was written by a run with other settings: continuing it would mix the two."""
+def resume_from(path, made_by: str, settings: dict, inputs: dict) -> tuple[GPT, Tokenizer, dict] | None:
+    """What `load` returns, or None if there is nothing to resume or it stems from other inputs.
+    Raises UserError if it was written with other settings: continuing would mix the two."""
     if not Path(path).exists():
         print("nothing to resume: starting from the beginning")
         return None
     model, tokenizer, header = load(path, made_by)
-    differ = [k for k, v in settings.items() if header["settings"].get(k) != v]
-    if differ:
+    if header["inputs"] != inputs:
+        print(f"{path} stems from other inputs: starting from the beginning")
+        return None
+    if differ := [k for k, v in settings.items() if header["settings"].get(k) != v]:
         raise UserError(f"{path} was written with another {', '.join(differ)}: use the same "
-                        "settings, or start anew without --resume")
+                        "settings, or delete it to start anew")
     print(f"resuming at step {header['step']}")
     return model, tokenizer, header
 
@@ -305,10 +308,10 @@ def start(settings) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-def finish(next_command: str) -> None:
+def finish(next_command: str, out: Path) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     print(f"wall time {time.time() - start.time:.0f} s, peak memory {peak:.2f} GiB")
-    print(f"next: {next_command}")
+    print(f"next: {next_command}" + (f" --out {out}" if str(out) != "out" else ""))
 
 
 class Log:

@@ -68,7 +68,7 @@ def test_cohen_kappa_of_a_worked_example():
 
 
 def test_a_duplicate_never_crosses_the_split():
-    items = [row(i, "positive", text=f"t{i % 40}") for i in range(200)]
+    items = [row(i, "positive", text=f"t{i % 40}") | {"person": i % 40 < 20} for i in range(200)]
     parts = rm.split(items, 0, 0.2, 0.1)
     assert [parts.count(p) for p in ("test", "val", "train")] == [40, 20, 140]
     by_text = {}
@@ -110,15 +110,14 @@ def test_calibration_bins():
 
 
 def test_the_loss_touches_the_last_position_alone():
-    """Guards against a loss averaged over positions: the gradient of the embedding of a token that
-    only follows the read-out position would be nonzero, and reserved rows alone may learn."""
+    """Guards against a loss averaged over positions: only the last hidden state has a gradient."""
     from tests.test_model import tiny
-    gpt = tiny()
-    y = torch.randint(17, (4, 8))
-    loss = rm.sentiment_loss(gpt.sentiment(y), torch.ones(4), torch.ones(4))
-    loss.backward()
-    touched = gpt.head.grad.abs().sum(1).nonzero()[:, 0].tolist()
-    assert touched == [gpt.happy, gpt.sad]
+    gpt, hidden = tiny(), []
+    gpt.register_forward_hook(lambda module, args, out: (out.retain_grad(), hidden.append(out))[0])
+    rm.sentiment_loss(gpt.sentiment(torch.randint(17, (4, 8))), torch.ones(4), torch.ones(4)).backward()
+    touched = hidden[0].grad.abs().sum((0, 2)).nonzero()[:, 0].tolist()
+    assert touched == [8]  # the start token and eight tokens: the last position is number 8
+    assert gpt.head.grad.abs().sum(1).nonzero()[:, 0].tolist() == [gpt.happy, gpt.sad]
 
 
 def test_naive_bayes_separates_what_words_separate():

@@ -18,21 +18,20 @@ BOOK = ("\ufeffThe Project Gutenberg eBook\r\nlicence\r\n*** START OF THE PROJEC
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        body, length, pause = {
-            "/book": (BOOK.encode(), None, 0), "/plain": (TEXT.encode(), None, 0),
-            "/cut": (TEXT.encode()[:500], len(TEXT), 0), "/latin": ("caf\xe9 " * 99).encode("latin-1") and
-            (("caf\xe9 " * 99).encode("latin-1"), None, 0),
-            "/html": (b"<!DOCTYPE html><html><body>Sorry, too many requests</body></html>", None, 0),
-            "/slow": (TEXT.encode(), None, 0.2)}.get(self.path, (None, None, 0))
+        body = {"/book": BOOK.encode(), "/plain": TEXT.encode(), "/cut": TEXT.encode()[:500],
+                "/latin": ("caf\xe9 " * 999).encode("latin-1"), "/short": b"busy, try again later",
+                "/html": b"<!DOCTYPE html><html><body>Sorry, too many requests</body></html>" + b" " * 999,
+                "/slow": TEXT.encode()}.get(self.path)
         if body is None:
             return self.send_error(404)
         self.send_response(200)
-        self.send_header("Content-Length", str(length or len(body)))
+        self.send_header("Content-Length", str(len(TEXT) if self.path == "/cut" else len(body)))
         self.end_headers()
-        for i in range(0, len(body), 1000 if pause else len(body)):
-            time.sleep(pause)
+        step = 10 if self.path == "/slow" else len(body)
+        for i in range(0, len(body), step):
+            time.sleep(0.05 if self.path == "/slow" else 0)
             try:
-                self.wfile.write(body[i:i + (1000 if pause else len(body))])
+                self.wfile.write(body[i:i + step])
             except OSError:
                 return
 
@@ -48,29 +47,36 @@ def server():
     httpd.shutdown()
 
 
+def fetch(url, **kw):
+    return pre.download(url, at_least=1000, **kw)
+
+
 def test_download_strips_the_licence_and_prints_size_and_hash(server, capsys):
-    assert pre.download(server + "/book") == TEXT.strip() + "\n"
-    assert pre.download(server + "/plain") == TEXT.strip() + "\n"
+    assert fetch(server + "/book") == TEXT.strip() + "\n"
+    assert fetch(server + "/plain") == TEXT.strip() + "\n"
     import hashlib
     assert hashlib.sha256(BOOK.encode()).hexdigest() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path, why", [("/cut", "cut off after 500 of"), ("/html", "HTML page"),
-                                       ("/latin", "not UTF-8: byte 3 is 0xe9"), ("/none", "404")])
+                                       ("/latin", "not UTF-8: byte 3 is 0xe9"), ("/none", "404"), ("/short", "only 21 bytes")])
 def test_download_refuses(server, path, why):
     with pytest.raises(UserError, match=why):
-        pre.download(server + path)
+        fetch(server + path)
 
 
 def test_download_has_a_time_limit_and_survives_refusal(server):
-    with pytest.raises(UserError, match="slower than"):
-        pre.download(server + "/slow", limit_s=0.3)
+    began = time.time()
+    with pytest.raises(UserError, match="slower than"):  # the whole would take 16 s
+        fetch(server + "/slow", limit_s=0.5)
+    assert time.time() - began < 3
     with pytest.raises(UserError, match="refused"):
-        pre.download("http://127.0.0.1:1/x")
+        fetch("http://127.0.0.1:1/x")
 
 
 def test_corpus_falls_back_and_is_written_whole(server, tmp_path, monkeypatch):
     monkeypatch.setattr(pre, "HERE", tmp_path / "project")
+    monkeypatch.setattr(pre.download, "__defaults__", (120, 1000))
     assert pre.find_corpus("", [server + "/cut", server + "/html"]) is None
     assert not (tmp_path / "project" / "data").exists()
     text = pre.find_corpus("", [server + "/none", server + "/book"])

@@ -1,0 +1,86 @@
+"""The README's results table: the five scripts with their defaults on three seeds.
+
+    python -m benchmarks.seeds             # about three times `make`; writes out-0, out-1, out-2
+    python -m benchmarks.seeds --collect   # only the table, from runs that are there
+
+Writes benchmarks/results/seeds.json and prints the table in Markdown.
+"""
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from model import load
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("01_pretrain.py", "02_sample_label.py", "03_reward_model.py", "04_ppo.py", "05_eval.py")
+
+
+@dataclass
+class Config:
+    seeds: tuple[int, ...] = (0, 1, 2)
+    collect: bool = False  # run nothing
+
+
+def figures(out: Path) -> dict[str, float]:
+    report = json.loads((out / "report.json").read_text())
+    ppo = [json.loads(x) for x in (out / "04-happy.jsonl").read_text().splitlines()]
+    base, final = report["happy"][0], report["happy"][-1]
+    metrics = report["base_metrics"]
+    reward = report["reward_model"].get("model", report["reward_model"]["all"])
+    return json.loads((out / "times.json").read_text()) | {
+        "base: held-out bits per byte": metrics["bits_per_byte"],
+        "base: held-out nats per token": metrics["nats_per_token"],
+        "base: share of sampled words that are words of the corpus, %": 100 * metrics["real_word_share"],
+        "base: training tokens/s": metrics["tokens_per_s"],
+        "reward model: AUC on held-out model samples": reward["auc"],
+        "reward model: accuracy on held-out model samples, %": 100 * reward["accuracy"],
+        "bag of words: AUC on the same": reward["bag_of_words_auc"],
+        "base: VADER positive, %": 100 * base["positive"],
+        "final policy: VADER positive, %": 100 * final["positive"],
+        "final policy: KL, nats per completion": final["kl"],
+        "final policy: distinct-2 / base": final["distinct_2"] / base["distinct_2"],
+        "final policy: duplicates among 2,048": final["duplicates"],
+        "base: copied run, 99th percentile, words": base["copied_run_99"],
+        "final policy: copied run, 99th percentile, words": final["copied_run_99"],
+        "base: longest copied run, words": base["copied_run_max"],
+        "final policy: longest copied run, words": final["copied_run_max"],
+        "final policy: perplexity under the base / base's own": final["base_perplexity"] / base["base_perplexity"],
+        "sqrt KL against iteration: R^2": report["sqrt_kl_fit"]["r2"],
+        "PPO iterations to the stop": ppo[-1]["step"],
+        "checkpoints kept": len(report["happy"]) - 2,
+        "clip fraction, mean over iterations, %": 100 * float(np.mean([r["clip_fraction"] for r in ppo if "clip_fraction" in r])),
+        "rollout, tokens/s": float(np.median([64 * r["batch"] / r["s_rollout"] for r in ppo if "s_rollout" in r])),
+    }
+
+
+if __name__ == "__main__":
+    cfg = tyro.cli(Config, description=__doc__)
+    for seed in cfg.seeds if not cfg.collect else ():
+        out, times = ROOT / f"out-{seed}", {}
+        for script in SCRIPTS:
+            began = time.time()
+            subprocess.run([sys.executable, script, "--seed", str(seed), "--out", str(out)], cwd=ROOT, check=True)
+            times[f"{script}, s"] = time.time() - began
+        times = {"make, minutes": sum(times.values()) / 60} | times
+        (out / "times.json").write_text(json.dumps(times))
+    runs = [figures(ROOT / f"out-{seed}") for seed in cfg.seeds]
+    cpu = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x] \
+        if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    settings = {s: load(ROOT / f"out-{cfg.seeds[0]}" / f, s)[2]["settings"] for s, f in
+                (("01", "base.safetensors"), ("03", "reward.safetensors"), ("04", "policy-happy.safetensors"))}
+    (ROOT / "benchmarks" / "results" / "seeds.json").write_text(json.dumps(
+        {"torch": torch.__version__, "cpu": cpu[0], "threads": torch.get_num_threads(), "seeds": cfg.seeds,
+         "settings": settings, "runs": runs}, indent=1))
+    print(f"| figure | mean ± sd of seeds {', '.join(map(str, cfg.seeds))} |\n|---|---|")
+    for name in runs[0]:
+        x = np.array([r[name] for r in runs], dtype=float)
+        digits = 0 if x.mean() >= 1000 else 1 if x.mean() >= 20 else 2 if x.mean() >= 2 else 3
+        print(f"| {name} | {x.mean():,.{digits}f} ± {x.std(ddof=1) if len(x) > 1 else 0:,.{digits}f} |")

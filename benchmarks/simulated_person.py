@@ -1,0 +1,74 @@
+"""Do 300 labels of one person move the reward model towards that person?
+
+    python -m benchmarks.simulated_person --out out-0        # a finished run; about 3 minutes
+
+The person is simulated, so that it is known where it disagrees: it feels like VADER, except that
+ten frequent words mean the opposite to it. It labels 300 samples; 03_reward_model.py fine-tunes the
+machine-trained reward model on them with its defaults; both models are then asked about fresh
+samples that nobody has labelled. Writes benchmarks/results/simulated_person.json.
+"""
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from model import load, start
+
+ROOT = Path(__file__).parent.parent
+FLIPPED = ("good", "love", "like", "well", "no", "great", "death", "fair", "true", "sweet")
+label = importlib.import_module("02_sample_label")
+rm = importlib.import_module("03_reward_model")
+
+
+@dataclass
+class Config:
+    out: Path = Path("out")  # a finished run
+    n: int = 300             # labels of the person
+    fresh: int = 8192        # samples to compare on
+    seed: int = 0
+
+
+if __name__ == "__main__":
+    cfg = tyro.cli(Config, description=__doc__)
+    device, dtype = start(cfg)
+    vader, person = SentimentIntensityAnalyzer(), SentimentIntensityAnalyzer()
+    person.lexicon |= {w: -person.lexicon[w] for w in FLIPPED}
+
+    def feels(who, text):
+        return label.vader_label(who.polarity_scores(text)["compound"])
+
+    work = cfg.out / "simulated-person"
+    work.mkdir(exist_ok=True)
+    for name in ("base.safetensors", "labels-vader.jsonl"):
+        shutil.copy(cfg.out / name, work)
+    items = label.read_jsonl(cfg.out / "samples.jsonl")
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(cfg.seed)).tolist()[: cfg.n]
+    (work / "labels-simulated.jsonl").write_text("".join(json.dumps(
+        items[i] | {"label": feels(person, items[i]["text"]), "labeller": "simulated"}) + "\n" for i in order))
+    subprocess.run([sys.executable, "03_reward_model.py", "--out", str(work), "--seed", str(cfg.seed)], cwd=ROOT, check=True)
+
+    base, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py")
+    base.dtype = dtype
+    tokens, _ = base.generate(cfg.fresh, len(items[0]["tokens"]), seed=cfg.seed << 32 | 6 << 24)
+    texts = tokenizer.decode_batch(tokens.tolist())
+    target = np.array([rm.TARGET[feels(person, t)] for t in texts])
+    differ = target != np.array([rm.TARGET[feels(vader, t)] for t in texts])
+    result = {"labels": cfg.n, "fresh samples": cfg.fresh, "share on which person and VADER differ": float(differ.mean())}
+    for name, path in (("before", cfg.out), ("after", work)):
+        model = load(path / "reward.safetensors", "03_reward_model.py")[0]
+        model.dtype = dtype
+        log_p = rm.predict(model, tokens)
+        for part, where in (("all", np.full(len(target), True)), ("where they differ", differ)):
+            m = rm.measures(log_p[where], target[where])
+            result[f"{name}, {part}"] = {k: m[k] for k in ("n", "auc", "accuracy", "accuracy_interval", "nll")}
+    print(json.dumps(result, indent=1))
+    (ROOT / "benchmarks" / "results" / "simulated_person.json").write_text(json.dumps(
+        result | {"torch": torch.__version__, "flipped words": FLIPPED}, indent=1))
