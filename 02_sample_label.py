@@ -5,7 +5,8 @@
     python 02_sample_label.py --labeller anna --corpus-fraction 0.2
 
 Reads   out/base.safetensors
-Writes  out/samples.jsonl (id, source, text, tokens), out/labels-NAME.jsonl (the same and the label)
+Writes  out/samples.jsonl (id, source, text, tokens), out/labels-NAME.jsonl (the same and the label),
+        out/labels-vader-pieces.jsonl
 
 Decisions a reader may question:
 1. Samples are unconditional, 64 tokens, temperature 1, nothing cut off: the distribution that PPO
@@ -15,7 +16,10 @@ Decisions a reader may question:
 3. A person never sees where an item comes from, and its order is shuffled with the seed.
 4. A label file is append-only and complete in itself: every line carries text and tokens, an undo is
    one more line, and the last line about an item counts. No later run can orphan or lose a label.
-5. The tokens are stored, not only the text: a sampled text need not encode to the same tokens.
+5. The machine also labels every sample cut into four pieces. A label of 64 tokens says little
+   about which word it is due to; a label of 16 tokens says more, and the machine's cost nothing.
+   03 trains on them first. People are never asked to do this.
+6. The tokens are stored, not only the text: a sampled text need not encode to the same tokens.
 """
 import json
 import os
@@ -45,6 +49,7 @@ class Config:
     length: int = 64              # tokens of an item
     corpus_fraction: float = 0.0  # share of items that are snippets of the corpus
     out: Path = Path("out")       # where all stages write
+    pieces: int = 4               # pieces of each sample that the machine labels too; 0: none
     seed: int = 0
     resume: bool = False          # keep the samples that a killed run had drawn
 
@@ -117,6 +122,14 @@ def draw(path: Path, model, tokenizer, cfg: Config, base: str) -> list[dict]:
 def vader_label(compound: float) -> str:
     """VADER's own thresholds (Hutto & Gilbert 2014): |compound| < 0.05 is neutral."""
     return "positive" if compound >= 0.05 else "negative" if compound <= -0.05 else "neutral"
+
+
+def cut(items: list[dict], pieces: int, tokenizer) -> list[dict]:
+    """Each item in `pieces` equal parts, with the ids ID#0, ID#1, ..."""
+    size = len(items[0]["tokens"]) // pieces
+    parts = [(f"{item['id']}#{k}", item["tokens"][k * size:(k + 1) * size]) for item in items for k in range(pieces)]
+    texts = tokenizer.decode_batch([tokens for _, tokens in parts])
+    return [{"id": i, "source": "piece", "text": text, "tokens": t} for (i, t), text in zip(parts, texts)]
 
 
 def current_labels(rows: list[dict]) -> dict[str, str]:
@@ -196,8 +209,9 @@ def label_in_terminal(items: list[dict], path: Path, labeller: str) -> dict[str,
 if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     device, dtype = start(cfg)
-    if not 0 <= cfg.corpus_fraction <= 1 or cfg.n < 1 or not cfg.labeller.replace("-", "").isalnum():
-        raise UserError("--n must be positive, --corpus-fraction in [0, 1], --labeller letters and digits")
+    if not 0 <= cfg.corpus_fraction <= 1 or cfg.n < 1 or not 0 <= cfg.pieces <= cfg.length or not cfg.labeller.replace("-", "").isalnum():
+        raise UserError("--n must be positive, --corpus-fraction in [0, 1], --pieces in [0, --length], "
+                        "--labeller letters and digits")
     if cfg.labeller != "vader":
         need_terminal()
     model, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py")
@@ -209,9 +223,11 @@ if __name__ == "__main__":
     path = cfg.out / f"labels-{cfg.labeller}.jsonl"
     if cfg.labeller == "vader":
         vader = SentimentIntensityAnalyzer()
-        rows = [item | {"label": vader_label(vader.polarity_scores(item["text"])["compound"]),
-                        "labeller": "vader"} for item in tqdm(items, desc="label")]
-        write(path, "".join(json.dumps(row) + "\n" for row in rows))
+        jobs = {path.with_name("labels-vader-pieces.jsonl"): cut(items, cfg.pieces, tokenizer) if cfg.pieces else [], path: items}
+        for file, todo in jobs.items():
+            rows = [item | {"label": vader_label(vader.polarity_scores(item["text"])["compound"]),
+                            "labeller": "vader"} for item in tqdm(todo, desc="label")]
+            write(file, "".join(json.dumps(row) + "\n" for row in rows))
         labels = current_labels(rows)
     else:
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(cfg.seed)).tolist()

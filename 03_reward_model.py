@@ -12,11 +12,14 @@ Decisions a reader may question:
    <|sad|>, logits restricted to the two. Loss on that position alone; a neutral label is the soft
    target (.5, .5), whose cross-entropy has its minimum at ln 2.
 2. A few hundred labels leave a small model near chance on its own samples. So a person's labels
-   fine-tune a model that was first trained on the machine's (--no-machine-first pools them).
-3. Train, validation and test parts are split by text: a duplicate never sits on both sides.
-4. The mean and standard deviation of log p(happy) and of log p(sad) over fresh samples of the base
+   fine-tune a model that was first trained on the machine's: on its pieces of 16 tokens, from which
+   it learns what words mean, then on its samples (--no-machine-first: all samples at once).
+3. Muon and AdamW as in 01, with an embedding rate that moves words: @RMSWEEP@
+4. Train, validation and test parts are split by text: a duplicate never sits on both sides, and
+   pieces of a sample stay on its side.
+5. The mean and standard deviation of log p(happy) and of log p(sad) over fresh samples of the base
    model are stored here once. 04 normalises with these constants and never updates them.
-5. Accuracy and AUC compare positive with negative items; neutral ones have no right answer. NLL,
+6. Accuracy and AUC compare positive with negative items; neutral ones have no right answer. NLL,
    Brier score and calibration count them as one half.
 """
 import hashlib
@@ -47,10 +50,13 @@ class Config:
     out: Path = Path("out")        # where all stages write
     seed: int = 0
     resume: bool = False           # continue a killed run from its last complete checkpoint
-    batch: int = 32                # items a step
-    epochs: float = 2.0            # over the machine's labels
+    batch_tokens: int = 2048       # tokens of an optimizer step
+    piece_epochs: float = 1.5      # over the machine's labels of pieces
+    epochs: float = 1.0            # over the machine's labels of samples
     person_epochs: float = 8.0     # over a person's, of which there are few
-    lr: float = 5e-4
+    muon_lr: float = 0.01          # matrices
+    embed_lr: float = 0.1
+    head_lr: float = 0.01
     warmup: int = 50               # steps
     patience: int = 4              # early stopping: evaluations (4 an epoch) without improvement
     test_share: float = 0.1        # held out for the figures reported
@@ -106,15 +112,17 @@ def cohen_kappa(a: list[str], b: list[str]) -> float:
 
 def split(items: list[dict], seed: int, test: float, val: float) -> list[str]:
     """"train", "val" or "test" for each item, by a seeded shuffle of the distinct texts: first of
-    those that a person labelled, then of the others, so that both kinds are in every part."""
+    those that a person labelled, then of the others, so that both kinds are in every part. A piece
+    goes where its sample goes."""
+    text_of = {item["id"]: item["text"] for item in items if item["source"] != "piece"}
     people = {item["text"] for item in items if item["person"]}
     g, part = torch.Generator().manual_seed(seed), {}
-    for texts in (sorted(people), sorted({item["text"] for item in items} - people)):
+    for texts in (sorted(people), sorted({*text_of.values()} - people)):
         order = torch.randperm(len(texts), generator=g).tolist()
         n_test, n_val = math.ceil(test * len(texts)), math.ceil(val * len(texts))
         part |= {texts[i]: "test" if rank < n_test else "val" if rank < n_test + n_val else "train"
                  for rank, i in enumerate(order)}
-    return [part[item["text"]] for item in items]
+    return [part.get(text_of.get(item["id"].split("#")[0]), "train") for item in items]
 
 
 # ---- Measures ------------------------------------------------------------------------------------
@@ -189,17 +197,20 @@ def tensors(items: list[dict], device) -> tuple[torch.Tensor, torch.Tensor, torc
 def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, log=None, keep=None,
           resumed: dict | None = None) -> GPT:
     """Fine-tune on the "train" part of items, with early stopping -> the model of the best NLL on
-    their "val" part. log(**row) gets one row a step; keep(model, optimizer, tensors, **header) is
+    their "val" part. log(**row) gets one row a step; keep(model, optimizers, tensors, **header) is
     called at every evaluation; `resumed` is the header of what it saved."""
     device = model.head.device
     tokens, target, weight = tensors([i for i in items if i["part"] == "train"], device)
     val_tokens, val_target, _ = tensors([i for i in items if i["part"] == "val"], device)
-    per_epoch = math.ceil(len(tokens) / cfg.batch)
+    batch = max(1, cfg.batch_tokens // tokens.size(1))
+    per_epoch = math.ceil(len(tokens) / batch)
     steps, every = math.ceil(epochs * per_epoch), max(1, per_epoch // 4)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = (torch.optim.Muon([{"params": list(model.blocks.parameters()), "peak_lr": cfg.muon_lr}], weight_decay=0),
+                  torch.optim.AdamW([{"params": [model.embed.weight], "peak_lr": cfg.embed_lr},
+                                     {"params": [model.head], "peak_lr": cfg.head_lr}], betas=(0.9, 0.98), weight_decay=0))
     first, best, waited, best_weights = 0, math.inf, 0, {}
     if resumed:
-        load_optimizers(resumed, (optimizer,))
+        load_optimizers(resumed, optimizers)
         first, best, waited = (resumed[k] for k in ("step", "best", "waited"))
         best_weights = {k[5:]: v for k, v in resumed["tensors"].items() if k.startswith("best.")}
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=desc)
@@ -208,14 +219,16 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
             break
         epoch, i = divmod(step, per_epoch)
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(cfg.seed * 1000 + epoch))
-        b = order[i * cfg.batch:(i + 1) * cfg.batch].to(device)
+        b = order[i * batch:(i + 1) * batch].to(device)
         loss = sentiment_loss(model.sentiment(tokens[b]), target[b], weight[b])
-        optimizer.zero_grad()
         loss.backward()
         scale = min(1.0, (step + 1) / cfg.warmup, (steps - step) / (0.7 * steps))
-        optimizer.param_groups[0]["lr"] = cfg.lr * scale
-        optimizer.step()
-        row = {"phase": desc, "step": step, "loss": loss.item(), "lr": cfg.lr * scale}
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * scale
+            optimizer.step()
+            optimizer.zero_grad()
+        row = {"phase": desc, "step": step, "loss": loss.item(), "lr_scale": scale}
         evaluate = (step + 1) % every == 0 or step + 1 == steps
         if evaluate:
             m = measures(predict(model, val_tokens), val_target.numpy(force=True))
@@ -228,7 +241,7 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
         if log:
             log(**row)
         if evaluate and keep:
-            keep(model, optimizer, {f"best.{k}": v for k, v in best_weights.items()},
+            keep(model, optimizers, {f"best.{k}": v for k, v in best_weights.items()},
                  step=step + 1, best=best, waited=waited)
     model.load_state_dict(best_weights)
     return model
@@ -238,8 +251,8 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
 if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     device, dtype = start(cfg)
-    if min(cfg.batch, cfg.epochs, cfg.person_epochs, cfg.warmup, cfg.test_share, cfg.val_share, cfg.norm_samples) <= 0:
-        raise UserError("--batch, --epochs, --warmup, --test-share, --val-share and --norm-samples must be positive")
+    if min(cfg.batch_tokens, cfg.piece_epochs, cfg.epochs, cfg.person_epochs, cfg.warmup, cfg.test_share, cfg.val_share, cfg.norm_samples) <= 0:
+        raise UserError("--batch-tokens, the epochs, --warmup, --test-share, --val-share and --norm-samples must be positive")
     base_path, done = cfg.out / "base.safetensors", cfg.out / "reward.safetensors"
     state = cfg.out / "03-state.safetensors"
 
@@ -265,13 +278,15 @@ if __name__ == "__main__":
                 kappa = cohen_kappa([labels[i] for i in both], [by_labeller[other][i] for i in both])
                 print(f"{name} and {other}: Cohen's kappa {kappa:.2f} on {len(both)} common items")
     items = pool(rows, cfg.machine_weight)
-    machine, people = ([i for i in items if i["person"] is person] for person in (False, True))
-    phases = [("machine", machine, cfg.epochs), ("people", people, cfg.person_epochs)]
-    phases = [p for p in phases if p[1]] if cfg.machine_first and items else [("all", items, cfg.epochs)]
+    whole = [i for i in items if i["source"] != "piece"]
+    phases = [("pieces", [i for i in items if i["source"] == "piece"], cfg.piece_epochs),
+              ("machine", [i for i in whole if not i["person"]], cfg.epochs),
+              ("people", [i for i in whole if i["person"]], cfg.person_epochs)]
+    phases = [p for p in phases if p[1]] if cfg.machine_first and whole else [("all", whole, cfg.epochs)]
     for name, data, _ in phases:
         for wrong, why in ((len(data) < 20, f"only {len(data)} labels, at least 20 are needed"),
                            (len({i["target"] for i in data}) < 2, "all labels are the same"),
-                           (len({len(i["tokens"]) for i in items}) > 1, "samples of several lengths")):
+                           (len({len(i["tokens"]) for i in data}) > 1, "samples of several lengths")):
             if wrong:
                 raise UserError(f"{', '.join(map(str, files))} ({name}): {why}; label more with 02_sample_label.py")
     texts = tokenizer.decode_batch([i["tokens"] for i in items])
@@ -289,7 +304,7 @@ if __name__ == "__main__":
         val = [i for i in phases[-1][1] if i["part"] == "val"]
         for n in (*(n for n in (400, 1600, 6400) if n < len(labelled)), len(labelled)):
             # few labels get more passes, as they would from anyone who has only them
-            epochs = cfg.epochs * min(8, (len(labelled) / n) ** 0.5)
+            epochs = 2 * min(8, (len(labelled) / n) ** 0.5)
             m = train(fresh_base()[0], labelled[:n] + val, epochs, cfg, f"{n} labels")
             curve.append({"labels": n, "auc": auc(predict(m, test_tokens)[:, 0], target),
                           "bag_of_words_auc": auc(naive_bayes(labelled[:n], test), target)})
@@ -309,15 +324,16 @@ if __name__ == "__main__":
         name, data, epochs = phases[number]
         model = train(
             model, data, epochs, cfg, name, lambda step, **row: log(step=offset + step, **row),
-            lambda model, optimizer, best, **header: save(
-                state, model, tokenizer, (optimizer,), best, phase=number, offset=offset, settings=settings,
+            lambda model, optimizers, weights, **header: save(
+                state, model, tokenizer, optimizers, weights, phase=number, offset=offset, settings=settings,
                 inputs=inputs, **header),
             resumed[2] if resumed and number == at_phase else None)
-        offset += math.ceil(epochs * math.ceil(sum(i["part"] == "train" for i in data) / cfg.batch))
+        offset += math.ceil(epochs * math.ceil(sum(i["part"] == "train" for i in data)
+                                               / max(1, cfg.batch_tokens // len(data[0]["tokens"]))))
 
     # -- held-out figures, all and per source, against the bag of words
     log_p = predict(model, test_tokens)
-    bag = naive_bayes([i for i in items if i["part"] == "train"], test)
+    bag = naive_bayes([i for i in whole if i["part"] == "train"], test)
     metrics = {}
     for source in ("all", *sorted({i["source"] for i in test})):
         of = np.array([source in ("all", i["source"]) for i in test])

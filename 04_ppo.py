@@ -48,7 +48,7 @@ class Config:
     minibatch: int = 256        # completions an optimizer step
     epochs: int = 1             # passes over each batch
     lr: float = 5e-5
-    warmup: int = 20            # optimizer steps of linear warm-up: Adam's first steps are full-size
+    warmup: int = 10            # optimizer steps of linear warm-up: Adam's first steps are full-size
     adam_eps: float = 1e-5
     clip: float = 0.2           # ratios are clipped to [1 - clip, 1 + clip]
     kl_coef: float = 0.0        # per-token KL penalty (k1), in units of log p(target)

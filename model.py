@@ -92,12 +92,15 @@ class Block(nn.Module):
         self.up = Linear(c.d_model, 4 * c.d_model)           # passes its input on unchanged
         self.down = Linear(4 * c.d_model, c.d_model, zero=True)
 
-    def forward(self, x, cos, sin, cache=None, pos=0):
-        """x (B, T, D), or (B, D) for one new token at position `pos` with its (k, v) cache."""
+    def forward(self, x, cos, sin, cache=None, pos=0, last_only=False):
+        """x (B, T, D), or (B, D) for one new token at position `pos` with its (k, v) cache.
+        last_only: return the last position alone, (B, 1, D), and compute no more than it needs."""
         H, Hkv, _ = self.heads
         q, k, v = self.qkv(norm(x)).unflatten(-1, (H + 2 * Hkv, -1)).split(self.heads, dim=-2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)      # (..., heads, Dh)
         y = attention(q, k, v) if cache is None else decode_attention(q, k, v, *cache, pos)
+        if last_only:
+            x, y = x[:, -1:], y[:, -1:]
         x = x + self.proj(y)
         return x + self.down(SquaredReLU.apply(self.up(norm(x))))
 
@@ -121,13 +124,14 @@ class GPT(nn.Module):
         angle = torch.outer(torch.arange(T, device=self.head.device), frequency)[:, None]
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Token ids x (B, T) -> hidden states (B, T, D); causal: row t depends on x[:, :t+1]."""
+    def forward(self, x: torch.Tensor, last_only: bool = False) -> torch.Tensor:
+        """Token ids x (B, T) -> hidden states (B, T, D), or of the last position alone (B, 1, D).
+        Causal: row t depends on x[:, :t+1]."""
         h = norm(self.embed(x).to(self.dtype))
         cos, sin = self.angles(x.size(1))
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             h = block(h, cos, sin)
-        return norm(h)
+        return norm(self.blocks[-1](h, cos, sin, last_only=last_only))
 
     def unembed(self) -> torch.Tensor:
         """The rows of the output head that can be sampled: (n_text, D), in the compute dtype."""
@@ -148,7 +152,7 @@ class GPT(nn.Module):
         """Completions y (B, T) -> (B, 2): log p(happy), log p(sad) after the last token of y, the
         soft-max restricted to the two. Only a reward model has learned to predict them."""
         start = torch.full_like(y[:, :1], self.bos)
-        last = self(torch.cat((start, y), dim=1))[:, -1]
+        last = self(torch.cat((start, y), dim=1), last_only=True)[:, 0]
         head = self.head[[self.happy, self.sad]].to(self.dtype)  # as `save` rounds it
         return (last.float() @ head.float().T).log_softmax(-1)
 

@@ -74,6 +74,8 @@ def test_a_duplicate_never_crosses_the_split():
     by_text = {}
     for item, part in zip(items, parts):
         assert by_text.setdefault(item["text"], part) == part
+    pieces = [row(f"{i}#1", "positive", text="x") | {"source": "piece", "person": False} for i in range(200)]
+    assert rm.split(items + pieces, 0, 0.2, 0.1) == parts + parts  # a piece goes where its sample goes
     assert parts == rm.split(items, 0, 0.2, 0.1) != rm.split(items, 1, 0.2, 0.1)
 
 
@@ -109,14 +111,20 @@ def test_calibration_bins():
     assert [(b["n"], round(b["predicted"], 3), b["target"]) for b in bins] == [(2, 0.06, 0.5), (2, 0.975, 0.75)]
 
 
-def test_the_loss_touches_the_last_position_alone():
-    """Guards against a loss averaged over positions: only the last hidden state has a gradient."""
+def test_the_loss_reads_the_last_position_alone():
+    """Guards against a loss averaged over positions and against a shortcut that is not the same
+    function: the sentiment equals the last row of the full forward pass, value and gradient."""
     from tests.test_model import tiny
-    gpt, hidden = tiny(), []
-    gpt.register_forward_hook(lambda module, args, out: (out.retain_grad(), hidden.append(out))[0])
-    rm.sentiment_loss(gpt.sentiment(torch.randint(17, (4, 8))), torch.ones(4), torch.ones(4)).backward()
-    touched = hidden[0].grad.abs().sum((0, 2)).nonzero()[:, 0].tolist()
-    assert touched == [8]  # the start token and eight tokens: the last position is number 8
+    gpt, y = tiny(), torch.randint(17, (4, 8))
+    full = gpt(torch.cat((torch.full((4, 1), gpt.bos), y), dim=1))[:, -1]
+    expected = (full @ gpt.head[[gpt.happy, gpt.sad]].T).log_softmax(-1)
+    gradients = []
+    for log_p in (gpt.sentiment(y), expected):
+        gpt.zero_grad()
+        rm.sentiment_loss(log_p, torch.ones(4), torch.ones(4)).backward()
+        gradients.append([p.grad.clone() for p in gpt.parameters()])
+    torch.testing.assert_close(gpt.sentiment(y), expected)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
     assert gpt.head.grad.abs().sum(1).nonzero()[:, 0].tolist() == [gpt.happy, gpt.sad]
 
 

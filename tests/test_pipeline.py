@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 STAGES = {
     "01_pretrain.py": ["--vocab-size", "300", "--context", "32", "--n-layer", "1", "--n-head", "2", "--n-kv-head",
                        "1", "--d-model", "32", "--batch", "32", "--steps", "200", "--save-every", "20", "--n-samples", "64"],
-    "02_sample_label.py": ["--n", "3000", "--length", "24", "--corpus-fraction", "0.2"],
-    "03_reward_model.py": ["--epochs", "3", "--lr", "2e-3", "--norm-samples", "512"],
+    "02_sample_label.py": ["--n", "3000", "--length", "24", "--corpus-fraction", "0.2", "--pieces", "4"],
+    "03_reward_model.py": ["--epochs", "2", "--norm-samples", "512"],
     "04_ppo.py": ["--batch", "256", "--max-batch", "512", "--minibatch", "64", "--lr", "5e-4", "--warmup", "5",
                   "--kl-stop", "3", "--max-iterations", "12", "--exact-kl-samples", "64"],
     "05_eval.py": ["--n", "256", "--n-ends", "256"],
@@ -310,7 +310,7 @@ def test_bad_input_is_one_line_and_loses_nothing(script, prepare, args, message,
 
 def test_a_full_disk_leaves_the_old_files(pipeline, corpus, tmp_path):
     """A file-size limit stands in for a full disk: the write fails in the middle."""
-        out = tmp_path / "out"
+    out = tmp_path / "out"
     shutil.copytree(pipeline[0], out)
     old = (out / "base.safetensors").read_bytes()
     done = run("01_pretrain.py", out, "--corpus", str(corpus), preexec_fn=lambda: resource.setrlimit(
@@ -362,7 +362,7 @@ def test_few_labels_of_a_person_fine_tune_the_machine_s_model(pipeline, tmp_path
     before = load(out / "reward.safetensors", "")[2]["normalisation"]["happy"]["std"]
     done = run("03_reward_model.py", out)
     assert done.returncode == 0, done.stderr
-    assert "anna and vader: Cohen's kappa -" in done.stdout and {r["phase"] for r in rows(out / "03.jsonl")} == {"machine", "people"}
+    assert "anna and vader: Cohen's kappa -" in done.stdout and {r["phase"] for r in rows(out / "03.jsonl")} == {"pieces", "machine", "people"}
     assert load(out / "reward.safetensors", "")[2]["normalisation"]["happy"]["std"] != before
     done = run("03_reward_model.py", out, "--no-machine-first")
     assert done.returncode == 0 and {r["phase"] for r in rows(out / "03.jsonl")} == {"all"}, done.stderr
