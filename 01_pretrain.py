@@ -54,6 +54,7 @@ class Config:
     batch: int = 32          # sequences a step
     steps: int = 1150
     muon_lr: float = 0.02    # matrices
+    weight_decay: float = 0.1  # of the matrices, times the rate: the text is seen more than once
     embed_lr: float = 0.15   # its rows have unit variance and are normalised when read
     head_lr: float = 1.2e-2
     warmup: int = 20         # steps of linear warm-up
@@ -216,7 +217,8 @@ if __name__ == "__main__":
     model = resumed[0] if resumed else GPT(GPTConfig(
         tokenizer.get_vocab_size(), cfg.context, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.d_model))
     model.to(device).dtype = dtype
-    muon = torch.optim.Muon([{"params": list(model.blocks.parameters()), "peak_lr": cfg.muon_lr}], weight_decay=0)
+    muon = torch.optim.Muon([{"params": list(model.blocks.parameters()), "peak_lr": cfg.muon_lr}],
+                            weight_decay=cfg.weight_decay)
     adam = torch.optim.AdamW([{"params": [model.embed.weight], "peak_lr": cfg.embed_lr},
                               {"params": [model.head], "peak_lr": cfg.head_lr}], betas=(0.9, 0.95), weight_decay=0)
     if resumed:

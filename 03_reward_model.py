@@ -265,9 +265,9 @@ if __name__ == "__main__":
 
     # -- labels: read, compare, pool, check, split
     files = cfg.labels or tuple(sorted(cfg.out.glob("labels-*.jsonl")))
-    if not files:
-        raise UserError(f"there is no {cfg.out / 'labels-*.jsonl'}: run 02_sample_label.py first")
     rows = [row for path in files for row in read_labels(path)]
+    if all(row["source"] == "piece" for row in rows):
+        raise UserError(f"there are no labels in {cfg.out / 'labels-*.jsonl'}: run 02_sample_label.py first")
     by_labeller: dict[str, dict[str, str]] = {}
     for row in rows:
         by_labeller.setdefault(row["labeller"], {})[row["id"]] = row["label"]
@@ -282,7 +282,7 @@ if __name__ == "__main__":
     phases = [("pieces", [i for i in items if i["source"] == "piece"], cfg.piece_epochs),
               ("machine", [i for i in whole if not i["person"]], cfg.epochs),
               ("people", [i for i in whole if i["person"]], cfg.person_epochs)]
-    phases = [p for p in phases if p[1]] if cfg.machine_first and whole else [("all", whole, cfg.epochs)]
+    phases = [p for p in phases if p[1]] if cfg.machine_first else [("all", whole, cfg.epochs)]
     for name, data, _ in phases:
         for wrong, why in ((len(data) < 20, f"only {len(data)} labels, at least 20 are needed"),
                            (len({i["target"] for i in data}) < 2, "all labels are the same"),

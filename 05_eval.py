@@ -73,7 +73,7 @@ def distinct(texts: list[str], n: int) -> float:
 def self_similarity(texts: list[str]) -> float:
     """Mean cosine between the word counts of two different samples, over 512 samples."""
     counts = [Counter(words(t)) for t in texts[:512]]
-    column = {w: i for i, w in enumerate({w for c in counts for w in c})}
+    column = {w: i for i, w in enumerate(dict.fromkeys(w for c in counts for w in c))}
     x = np.zeros((len(counts), len(column)), dtype=np.float32)
     for row, c in zip(x, counts):
         row[[column[w] for w in c]] = list(c.values())

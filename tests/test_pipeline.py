@@ -95,7 +95,7 @@ def test_the_pipeline_does_what_it_is_for(pipeline):
     assert log[0]["kl"] == 0 and abs(log[0]["reward"]) < 0.3
     assert log[-1]["kl"] > 0.5 and log[-1]["score"] > log[0]["score"] and log[-1]["p_target"] > log[0]["p_target"]
     assert all(r["ratio_off_first"] < 1e-5 for r in log if "ratio_off_first" in r)
-    assert all(abs(r["kl"] - r["kl_exact"]) < 5 * (r["kl_se"] + r["kl_exact_se"]) for r in log)
+    assert all(abs(r["kl"] - r["kl_exact"]) <= 5 * (r["kl_se"] + r["kl_exact_se"]) for r in log)
     report = json.loads((out / "report.json").read_text())
     assert report["happy"][-1]["positive"] > report["happy"][0]["positive"] + 0.05
     assert report["happy"][0]["kl"] == 0 and report["happy"][-1]["kl"] <= 3
@@ -274,7 +274,7 @@ CASES = [
     ("03_reward_model.py", edit("labels-vader.jsonl", lambda d: d.replace(b"\n", b"\n{bro", 1)), [], "line 2 is broken"),
     ("03_reward_model.py", relabel("glorious"), [], "line 1: label 'glorious' is not one of"),
     ("03_reward_model.py", relabel("positive"), [], "all labels are the same"),
-    ("03_reward_model.py", edit("labels-vader.jsonl", lambda d: b""), [], "0 labels|only 0 labels"),
+    ("03_reward_model.py", edit("labels-vader.jsonl", lambda d: b""), [], "there are no labels in.*run 02_sample_label.py first"),
     ("03_reward_model.py", None, ["--labels", "nowhere.jsonl"], "nowhere.jsonl is missing"),
     ("01_pretrain.py", None, ["--corpus", "nowhere.txt"], "nowhere.txt is not a file"),
     ("01_pretrain.py", lambda out: (out / "e.txt").write_text(""), ["--corpus", "OUT/e.txt"], "0 characters"),
@@ -284,7 +284,7 @@ CASES = [
     ("02_sample_label.py", None, ["--labeller", "anna"], "needs a terminal"),
     ("05_eval.py", None, ["--rate", "anna"], "needs a terminal"),
     ("02_sample_label.py", None, ["--corpus-fraction", "7"], "corpus-fraction in"),
-    ("04_ppo.py", None, ["--batch", "100"], "multiple of --minibatch"),
+    ("04_ppo.py", None, ["--batch", "100"], "multiples of --minibatch"),
     ("04_ppo.py", None, ["--no-such-option"], "no-such-option"),
     ("04_ppo.py", None, ["--lr", "0.5", "--warmup", "1"], "diverged at iteration.*lower --lr.*last good policy"),
     ("01_pretrain.py", None, ["--corpus", "CORPUS", "--out", "/dev/null/out"], "Not a directory"),
