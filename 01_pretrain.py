@@ -45,21 +45,21 @@ class Config:
     out: Path = Path("out")  # where all stages write
     seed: int = 0
     resume: bool = False     # continue a killed run from its last complete checkpoint
-    vocab_size: int = 2048   # reserved tokens included
+    vocab_size: int = 4096   # reserved tokens included
     context: int = 128       # tokens of a training sequence
     n_layer: int = 4
     n_head: int = 3
     n_kv_head: int = 1
     d_model: int = 192
     batch: int = 32          # sequences a step
-    steps: int = 1150
+    steps: int = 900
     muon_lr: float = 0.02    # matrices
     weight_decay: float = 0.1  # of the matrices, times the rate: the text is seen more than once
-    embed_lr: float = 0.15   # its rows have unit variance and are normalised when read
-    head_lr: float = 1.2e-2
+    embed_lr: float = 0.05   # its rows have unit variance and are normalised when read
+    head_lr: float = 8e-3
     warmup: int = 20         # steps of linear warm-up
     cooldown: float = 0.7    # last share of the steps, in which both rates fall linearly to 0
-    save_every: int = 230    # steps between checkpoints and held-out measurements
+    save_every: int = 225    # steps between checkpoints and held-out measurements
     n_samples: int = 512     # samples drawn at the end to count real words
 
 
@@ -229,7 +229,7 @@ if __name__ == "__main__":
           f"{cfg.steps / per_epoch:.1f} epochs of {per_epoch} steps")
 
     epoch, windows, seconds = None, None, 0.0
-    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="pretrain")
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="pretrain", mininterval=1)
     for step in bar:
         began = time.time()
         if epoch != step // per_epoch:

@@ -45,7 +45,7 @@ HELP = "p positive   n negative   0 neutral   s skip   u undo   q quit   ? help"
 @dataclass
 class Config:
     labeller: str = "vader"       # "vader", or your name: then you label in the terminal
-    n: int = 16_384               # items
+    n: int = 24_576               # items
     length: int = 64              # tokens of an item
     corpus_fraction: float = 0.0  # share of items that are snippets of the corpus
     out: Path = Path("out")       # where all stages write
@@ -226,7 +226,7 @@ if __name__ == "__main__":
         jobs = {path.with_name("labels-vader-pieces.jsonl"): cut(items, cfg.pieces, tokenizer) if cfg.pieces else [], path: items}
         for file, todo in jobs.items():
             rows = [item | {"label": vader_label(vader.polarity_scores(item["text"])["compound"]),
-                            "labeller": "vader"} for item in tqdm(todo, desc="label")]
+                            "labeller": "vader"} for item in tqdm(todo, desc="label", mininterval=1)]
             write(file, "".join(json.dumps(row) + "\n" for row in rows))
         labels = current_labels(rows)
     else:

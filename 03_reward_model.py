@@ -14,7 +14,9 @@ Decisions a reader may question:
 2. A few hundred labels leave a small model near chance on its own samples. So a person's labels
    fine-tune a model that was first trained on the machine's: on its pieces of 16 tokens, from which
    it learns what words mean, then on its samples (--no-machine-first: all samples at once).
-3. Muon and AdamW as in 01, with an embedding rate that moves words: @RMSWEEP@
+3. The embedding learns a hundred times faster than the matrices: sentiment is a property of words.
+   Two epochs of 16,384 labels gave an AUC of .73 with one rate of 5e-4, .80 with these rates, and
+   .84 in the same time with the pieces first (seed 0, 2 cores of an AMD EPYC with AVX512-BF16).
 4. Train, validation and test parts are split by text: a duplicate never sits on both sides, and
    pieces of a sample stay on its side.
 5. The mean and standard deviation of log p(happy) and of log p(sad) over fresh samples of the base
@@ -50,12 +52,12 @@ class Config:
     out: Path = Path("out")        # where all stages write
     seed: int = 0
     resume: bool = False           # continue a killed run from its last complete checkpoint
-    batch_tokens: int = 2048       # tokens of an optimizer step
-    piece_epochs: float = 1.5      # over the machine's labels of pieces
+    batch_tokens: int = 1024       # tokens of an optimizer step
+    piece_epochs: float = 1.0      # over the machine's labels of pieces
     epochs: float = 1.0            # over the machine's labels of samples
     person_epochs: float = 8.0     # over a person's, of which there are few
-    muon_lr: float = 0.01          # matrices
-    embed_lr: float = 0.1
+    lr: float = 1e-3               # matrices
+    embed_lr: float = 0.1          # rows of the embedding are long: a smaller rate moves no word
     head_lr: float = 0.01
     warmup: int = 50               # steps
     patience: int = 4              # early stopping: evaluations (4 an epoch) without improvement
@@ -197,7 +199,7 @@ def tensors(items: list[dict], device) -> tuple[torch.Tensor, torch.Tensor, torc
 def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, log=None, keep=None,
           resumed: dict | None = None) -> GPT:
     """Fine-tune on the "train" part of items, with early stopping -> the model of the best NLL on
-    their "val" part. log(**row) gets one row a step; keep(model, optimizers, tensors, **header) is
+    their "val" part. log(**row) gets one row a step; keep(model, optimizer, tensors, **header) is
     called at every evaluation; `resumed` is the header of what it saved."""
     device = model.head.device
     tokens, target, weight = tensors([i for i in items if i["part"] == "train"], device)
@@ -205,15 +207,15 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
     batch = max(1, cfg.batch_tokens // tokens.size(1))
     per_epoch = math.ceil(len(tokens) / batch)
     steps, every = math.ceil(epochs * per_epoch), max(1, per_epoch // 4)
-    optimizers = (torch.optim.Muon([{"params": list(model.blocks.parameters()), "peak_lr": cfg.muon_lr}], weight_decay=0),
-                  torch.optim.AdamW([{"params": [model.embed.weight], "peak_lr": cfg.embed_lr},
-                                     {"params": [model.head], "peak_lr": cfg.head_lr}], betas=(0.9, 0.98), weight_decay=0))
+    optimizer = torch.optim.AdamW([{"params": list(model.blocks.parameters()), "peak_lr": cfg.lr},
+                                   {"params": [model.embed.weight], "peak_lr": cfg.embed_lr},
+                                   {"params": [model.head], "peak_lr": cfg.head_lr}], betas=(0.9, 0.98), weight_decay=0)
     first, best, waited, best_weights = 0, math.inf, 0, {}
     if resumed:
-        load_optimizers(resumed, optimizers)
+        load_optimizers(resumed, (optimizer,))
         first, best, waited = (resumed[k] for k in ("step", "best", "waited"))
         best_weights = {k[5:]: v for k, v in resumed["tensors"].items() if k.startswith("best.")}
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=desc)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=desc, mininterval=1)
     for step in bar:
         if waited > cfg.patience:
             break
@@ -222,12 +224,12 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
         b = order[i * batch:(i + 1) * batch].to(device)
         loss = sentiment_loss(model.sentiment(tokens[b]), target[b], weight[b])
         loss.backward()
-        scale = min(1.0, (step + 1) / cfg.warmup, (steps - step) / (0.7 * steps))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scale
-            optimizer.step()
-            optimizer.zero_grad()
+        # linear to 0 over the whole phase; the pieces come before another phase and do not cool down
+        scale = min(1.0, (step + 1) / cfg.warmup) * (1 if desc == "pieces" else 1 - step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+        optimizer.step()
+        optimizer.zero_grad()
         row = {"phase": desc, "step": step, "loss": loss.item(), "lr_scale": scale}
         evaluate = (step + 1) % every == 0 or step + 1 == steps
         if evaluate:
@@ -241,7 +243,7 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
         if log:
             log(**row)
         if evaluate and keep:
-            keep(model, optimizers, {f"best.{k}": v for k, v in best_weights.items()},
+            keep(model, optimizer, {f"best.{k}": v for k, v in best_weights.items()},
                  step=step + 1, best=best, waited=waited)
     model.load_state_dict(best_weights)
     return model
@@ -324,8 +326,8 @@ if __name__ == "__main__":
         name, data, epochs = phases[number]
         model = train(
             model, data, epochs, cfg, name, lambda step, **row: log(step=offset + step, **row),
-            lambda model, optimizers, weights, **header: save(
-                state, model, tokenizer, optimizers, weights, phase=number, offset=offset, settings=settings,
+            lambda model, optimizer, weights, **header: save(
+                state, model, tokenizer, (optimizer,), weights, phase=number, offset=offset, settings=settings,
                 inputs=inputs, **header),
             resumed[2] if resumed and number == at_phase else None)
         offset += math.ceil(epochs * math.ceil(sum(i["part"] == "train" for i in data)

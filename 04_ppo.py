@@ -47,7 +47,7 @@ class Config:
     max_batch: int = 4096       # the doubling stops here
     minibatch: int = 256        # completions an optimizer step
     epochs: int = 1             # passes over each batch
-    lr: float = 5e-5
+    lr: float = 7e-5
     warmup: int = 10            # optimizer steps of linear warm-up: Adam's first steps are full-size
     adam_eps: float = 1e-5
     clip: float = 0.2           # ratios are clipped to [1 - clip, 1 + clip]

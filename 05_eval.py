@@ -242,7 +242,8 @@ def plot(folder: Path, name: str, title: str, xlabel: str, ylabel: str, series, 
 
 def plots(folder: Path, report: dict, ppo: list[dict], bins: list[dict], curve: list[dict]) -> str:
     """All figures of the report, each also a file in `folder` -> HTML."""
-    rows, best, fit = report["happy"], report["happy"][0]["best_of_n"], report["sqrt_kl_fit"]
+    best, fit = report["happy"][0]["best_of_n"], report["sqrt_kl_fit"]
+    rows = sorted(report["happy"], key=lambda r: r["kl"])
     figures, root = [], [math.sqrt(max(r["kl"], 0)) for r in rows]
     for key, title in (("proxy", "Reward model: log p(happy)"), ("gold", "Gold: VADER compound score")):
         figures.append(plot(folder, f"{key}_by_kl", title, "sqrt KL(policy || base), sqrt nats", "mean ± 2 SE", [
