@@ -206,8 +206,8 @@ def measure(policy, models, tokenizer, corpus: Corpus | None, n: int, seed: int,
 CSS = """body{font:16px/1.5 Georgia,serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222;background:#fffdf8}
 h1,h2{font-weight:normal;line-height:1.2}h2{margin-top:2em;border-bottom:1px solid #ccb}
 table{border-collapse:collapse;font:13px/1.4 system-ui,sans-serif}td,th{padding:.25em .6em;text-align:right;
-border-bottom:1px solid #e8e4d8}th{font-weight:600}td:first-child,th:first-child{text-align:left}
-.wide{overflow-x:auto}.s td{text-align:left;vertical-align:top;min-width:210px;white-space:pre-wrap;
+border-bottom:1px solid #e8e4d8;white-space:nowrap}th{font-weight:600}td:first-child,th:first-child{text-align:left}
+.wide{overflow-x:auto}.s th{text-align:left}.s td{text-align:left;vertical-align:top;min-width:210px;white-space:pre-wrap;
 font:13px/1.35 Georgia,serif}.plots{display:flex;flex-wrap:wrap;gap:1em}.plots img{width:500px;max-width:100%}
 .best{background:#eef6e4}.over{background:#fbe9e4}small{color:#776}"""
 
