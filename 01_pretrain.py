@@ -220,7 +220,8 @@ if __name__ == "__main__":
     muon = torch.optim.Muon([{"params": list(model.blocks.parameters()), "peak_lr": cfg.muon_lr}],
                             weight_decay=cfg.weight_decay)
     adam = torch.optim.AdamW([{"params": [model.embed.weight], "peak_lr": cfg.embed_lr},
-                              {"params": [model.head], "peak_lr": cfg.head_lr}], betas=(0.9, 0.95), weight_decay=0)
+                              {"params": [model.head], "peak_lr": cfg.head_lr}],
+                             betas=(0.9, 0.95), weight_decay=0)
     if resumed:
         load_optimizers(resumed[2], (muon, adam))
     first = resumed[2]["step"] if resumed else 0
@@ -263,7 +264,8 @@ if __name__ == "__main__":
                "tokens_per_s": speed,
                "real_word_share": real_word_share(samples, set(words(text[:cut])))}
     write(cfg.out / "corpus.txt", text)
-    save(done, model, tokenizer, step=cfg.steps, settings=settings, inputs=inputs, metrics=metrics, seed=cfg.seed)
+    save(done, model, tokenizer, step=cfg.steps, settings=settings, inputs=inputs, metrics=metrics,
+         seed=cfg.seed)
     state.unlink(missing_ok=True)
     for sample in samples[:3]:
         print(f"--- sample\n{sample}")

@@ -127,7 +127,8 @@ def vader_label(compound: float) -> str:
 def cut(items: list[dict], pieces: int, tokenizer) -> list[dict]:
     """Each item in `pieces` equal parts, with the ids ID#0, ID#1, ..."""
     size = len(items[0]["tokens"]) // pieces
-    parts = [(f"{item['id']}#{k}", item["tokens"][k * size:(k + 1) * size]) for item in items for k in range(pieces)]
+    parts = [(f"{item['id']}#{k}", item["tokens"][k * size:(k + 1) * size])
+             for item in items for k in range(pieces)]
     texts = tokenizer.decode_batch([tokens for _, tokens in parts])
     return [{"id": i, "source": "piece", "text": text, "tokens": t} for (i, t), text in zip(parts, texts)]
 
@@ -209,7 +210,8 @@ def label_in_terminal(items: list[dict], path: Path, labeller: str) -> dict[str,
 if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     device, dtype = start(cfg)
-    if not 0 <= cfg.corpus_fraction <= 1 or cfg.n < 1 or not 0 <= cfg.pieces <= cfg.length or not cfg.labeller.replace("-", "").isalnum():
+    if not (0 <= cfg.corpus_fraction <= 1 and cfg.n > 0 and 0 <= cfg.pieces <= cfg.length
+            and cfg.labeller.replace("-", "").isalnum()):
         raise UserError("--n must be positive, --corpus-fraction in [0, 1], --pieces in [0, --length], "
                         "--labeller letters and digits")
     if cfg.labeller != "vader":
@@ -223,8 +225,8 @@ if __name__ == "__main__":
     path = cfg.out / f"labels-{cfg.labeller}.jsonl"
     if cfg.labeller == "vader":
         vader = SentimentIntensityAnalyzer()
-        jobs = {path.with_name("labels-vader-pieces.jsonl"): cut(items, cfg.pieces, tokenizer) if cfg.pieces else [], path: items}
-        for file, todo in jobs.items():
+        pieces = cut(items, cfg.pieces, tokenizer) if cfg.pieces else []
+        for file, todo in ((path.with_name("labels-vader-pieces.jsonl"), pieces), (path, items)):
             rows = [item | {"label": vader_label(vader.polarity_scores(item["text"])["compound"]),
                             "labeller": "vader"} for item in tqdm(todo, desc="label", mininterval=1)]
             write(file, "".join(json.dumps(row) + "\n" for row in rows))

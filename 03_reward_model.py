@@ -33,7 +33,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -87,7 +86,8 @@ def read_labels(path: Path) -> list[dict]:
         if label in TARGET:
             rows[key] = row
         elif label not in ("skip", "undo"):
-            raise UserError(f"{path} line {number}: label {label!r} is not one of {', '.join(TARGET)}, skip, undo")
+            raise UserError(f"{path} line {number}: label {label!r} is not one of "
+                            f"{', '.join(TARGET)}, skip, undo")
     return list(rows.values())
 
 
@@ -209,7 +209,8 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
     steps, every = math.ceil(epochs * per_epoch), max(1, per_epoch // 4)
     optimizer = torch.optim.AdamW([{"params": list(model.blocks.parameters()), "peak_lr": cfg.lr},
                                    {"params": [model.embed.weight], "peak_lr": cfg.embed_lr},
-                                   {"params": [model.head], "peak_lr": cfg.head_lr}], betas=(0.9, 0.98), weight_decay=0)
+                                   {"params": [model.head], "peak_lr": cfg.head_lr}],
+                                  betas=(0.9, 0.98), weight_decay=0)
     first, best, waited, best_weights = 0, math.inf, 0, {}
     if resumed:
         load_optimizers(resumed, (optimizer,))
@@ -253,8 +254,9 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
 if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     device, dtype = start(cfg)
-    if min(cfg.batch_tokens, cfg.piece_epochs, cfg.epochs, cfg.person_epochs, cfg.warmup, cfg.test_share, cfg.val_share, cfg.norm_samples) <= 0:
-        raise UserError("--batch-tokens, the epochs, --warmup, --test-share, --val-share and --norm-samples must be positive")
+    if min(cfg.batch_tokens, cfg.piece_epochs, cfg.epochs, cfg.person_epochs, cfg.warmup,
+           cfg.test_share, cfg.val_share, cfg.norm_samples) <= 0:
+        raise UserError("--batch-tokens, the epochs, --warmup, the shares and --norm-samples must be positive")
     base_path, done = cfg.out / "base.safetensors", cfg.out / "reward.safetensors"
     state = cfg.out / "03-state.safetensors"
 
@@ -267,14 +269,21 @@ if __name__ == "__main__":
 
     # -- labels: read, compare, pool, check, split
     files = cfg.labels or tuple(sorted(cfg.out.glob("labels-*.jsonl")))
-    rows = [row for path in files for row in read_labels(path)]
+    rows = []
+    for path in files:
+        rows += (new := read_labels(path))
+        texts = tokenizer.decode_batch([row["tokens"] for row in new])
+        if any(max(row["tokens"]) >= base.n_text or row["text"] != text for row, text in zip(new, texts)):
+            raise UserError(f"{path} was made with another tokenizer than {base_path}: "
+                            "label again with 02_sample_label.py, or move the file away")
     if all(row["source"] == "piece" for row in rows):
         raise UserError(f"there are no labels in {cfg.out / 'labels-*.jsonl'}: run 02_sample_label.py first")
     by_labeller: dict[str, dict[str, str]] = {}
     for row in rows:
         by_labeller.setdefault(row["labeller"], {})[row["id"]] = row["label"]
     for name, labels in by_labeller.items():
-        print(f"{name}: {len(labels)} labels,", ", ".join(f"{k} {v}" for k, v in Counter(labels.values()).items()))
+        counts = Counter(labels.values())
+        print(f"{name}: {len(labels)} labels,", ", ".join(f"{k} {v}" for k, v in counts.items()))
         for other in (o for o in by_labeller if o > name):
             if both := [i for i in labels if i in by_labeller[other]]:
                 kappa = cohen_kappa([labels[i] for i in both], [by_labeller[other][i] for i in both])
@@ -290,11 +299,8 @@ if __name__ == "__main__":
                            (len({i["target"] for i in data}) < 2, "all labels are the same"),
                            (len({len(i["tokens"]) for i in data}) > 1, "samples of several lengths")):
             if wrong:
-                raise UserError(f"{', '.join(map(str, files))} ({name}): {why}; label more with 02_sample_label.py")
-    texts = tokenizer.decode_batch([i["tokens"] for i in items])
-    if any(max(i["tokens"]) >= base.n_text or i["text"] != t for i, t in zip(items, texts)):
-        raise UserError(f"the labels in {', '.join(map(str, files))} were made with another tokenizer than "
-                        f"{base_path}: run 02_sample_label.py again")
+                raise UserError(f"{', '.join(map(str, files))} ({name}): {why}; "
+                                "label more with 02_sample_label.py")
     for item, part in zip(items, split(items, cfg.seed, cfg.test_share, cfg.val_share)):
         item["part"] = part
     test = [i for i in phases[-1][1] if i["part"] == "test"]
@@ -310,7 +316,8 @@ if __name__ == "__main__":
             m = train(fresh_base()[0], labelled[:n] + val, epochs, cfg, f"{n} labels")
             curve.append({"labels": n, "auc": auc(predict(m, test_tokens)[:, 0], target),
                           "bag_of_words_auc": auc(naive_bayes(labelled[:n], test), target)})
-            print("AUC with {labels} labels: {auc:.3f} (bag of words {bag_of_words_auc:.3f})".format(**curve[-1]))
+            print("AUC with {labels} labels: {auc:.3f} (bag of words {bag_of_words_auc:.3f})"
+                  .format(**curve[-1]))
         write(cfg.out / "curve.json", json.dumps(curve))
         finish("python 05_eval.py", cfg.out)
         raise SystemExit
@@ -319,7 +326,8 @@ if __name__ == "__main__":
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "labels", "resume", "curve")}
     inputs = {"base": fingerprint(base), "labels": hashlib.sha256(json.dumps(items).encode()).hexdigest()}
     resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
-    model, at_phase, offset = (resumed[0], resumed[2]["phase"], resumed[2]["offset"]) if resumed else (fresh_base()[0], 0, 0)
+    model = resumed[0] if resumed else fresh_base()[0]
+    at_phase, offset = (resumed[2]["phase"], resumed[2]["offset"]) if resumed else (0, 0)
     model.to(device).dtype = dtype
     log = Log(cfg.out / "03.jsonl", offset + resumed[2]["step"] if resumed else 0)
     for number in range(at_phase, len(phases)):

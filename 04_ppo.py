@@ -28,6 +28,7 @@ from typing import Literal
 
 import torch
 import tyro
+from tqdm import tqdm
 
 from kernels import linear_logprob
 from model import (Log, UserError, fingerprint, finish, load, load_optimizers, resume_from, save, start,
@@ -47,7 +48,7 @@ class Config:
     max_batch: int = 4096       # the doubling stops here
     minibatch: int = 256        # completions an optimizer step
     epochs: int = 1             # passes over each batch
-    lr: float = 7e-5
+    lr: float = 1e-4
     warmup: int = 10            # optimizer steps of linear warm-up: Adam's first steps are full-size
     adam_eps: float = 1e-5
     clip: float = 0.2           # ratios are clipped to [1 - clip, 1 + clip]
@@ -121,7 +122,8 @@ def divergence(kl: float, kl_before: float, clip_fraction: float, finite: bool) 
     if clip_fraction > 0.5:
         return f"{clip_fraction:.0%} of the ratios are clipped: lower --lr or --epochs, or raise --warmup"
     if kl - kl_before > 5:
-        return f"the KL jumped from {kl_before:.1f} to {kl:.1f} nats in one iteration: lower --lr or --max-batch"
+        return (f"the KL jumped from {kl_before:.1f} to {kl:.1f} nats in one iteration: "
+                "lower --lr or --max-batch")
     return None
 
 
@@ -130,18 +132,21 @@ if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     device, dtype = start(cfg)
     if min(cfg.minibatch, cfg.batch, cfg.epochs, cfg.warmup, cfg.max_iterations, cfg.clip) <= 0:
-        raise UserError("--minibatch, --batch, --epochs, --warmup, --max-iterations and --clip must be positive")
+        raise UserError("--minibatch, --batch, --epochs, --warmup, --max-iterations and --clip "
+                        "must be positive")
     if cfg.batch % cfg.minibatch or cfg.max_batch < cfg.batch or cfg.max_batch % cfg.minibatch:
         raise UserError("--batch and --max-batch must be multiples of --minibatch, and --batch the smaller")
     base_path, reward_path = cfg.out / "base.safetensors", cfg.out / "reward.safetensors"
-    state, last = cfg.out / f"04-{cfg.target}-state.safetensors", cfg.out / f"04-{cfg.target}-last.safetensors"
+    state = cfg.out / f"04-{cfg.target}-state.safetensors"
+    last = cfg.out / f"04-{cfg.target}-last.safetensors"
     reference, tokenizer, _ = load(base_path, "01_pretrain.py")
     reward_model, _, reward_header = load(reward_path, "03_reward_model.py")
     if reward_header.get("inputs", {}).get("base") != fingerprint(reference):
         raise UserError(f"{reward_path} was trained from another base model than {base_path}: "
                         "run 02_sample_label.py and 03_reward_model.py again")
     norm, length = reward_header["normalisation"][cfg.target], reward_header["length"]
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "kl_stop", "max_iterations")}
+    settings = {k: v for k, v in asdict(cfg).items()
+                if k not in ("out", "resume", "kl_stop", "max_iterations")}
     inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
     resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
     if not resumed:  # checkpoints of an earlier run must not mix with this one's
@@ -150,7 +155,8 @@ if __name__ == "__main__":
     policy = (resumed or load(base_path, SCRIPT))[0]
     for model in (policy, reference, reward_model):
         model.to(device).dtype = dtype
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), eps=cfg.adam_eps, weight_decay=0)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=cfg.adam_eps,
+                                  weight_decay=0)
     first, batch, kl_before, clips, updates = 0, cfg.batch, 0.0, [], 0
     if resumed:
         load_optimizers(resumed[2], (optimizer,))
@@ -160,7 +166,8 @@ if __name__ == "__main__":
     print(f"{'iter':>4} {'batch':>5} {'KL +- SE':>13} {'exact':>6} {'score':>7} {'p':>5} {'entropy':>7} "
           f"{'clip %':>6} {'bind %':>6} {'kl old':>7} {'|grad|':>6} {'s':>4}")
 
-    for iteration in range(first, cfg.max_iterations):
+    bar = tqdm(range(first, cfg.max_iterations), initial=first, total=cfg.max_iterations, desc="ppo")
+    for iteration in bar:
         began = time.time()
         # 1 -- rollout
         y, logp_sampler = policy.generate(batch, length, seed=cfg.seed << 32 | 4 << 24 | iteration)
@@ -206,11 +213,12 @@ if __name__ == "__main__":
             save(last, policy, tokenizer, **header)
 
         # 8 -- stop
-        print(f"{iteration:4d} {batch:5d} {kl:6.2f} +- {kl_se:4.2f} {kl_exact:6.2f} {row['score']:7.3f} "
-              f"{row['p_target']:5.2f} {row['entropy']:7.3f}", end="", flush=True)
+        line = (f"{iteration:4d} {batch:5d} {kl:6.2f} +- {kl_se:4.2f} {kl_exact:6.2f} {row['score']:7.3f} "
+                f"{row['p_target']:5.2f} {row['entropy']:7.3f}")
+        bar.set_postfix(kl=f"{kl:.2f} of {cfg.kl_stop:g} nats", p=f"{row['p_target']:.2f}")
         if kl >= cfg.kl_stop:
             log(**row)
-            print(f"\nstopped: {kl:.2f} nats is at or above {cfg.kl_stop:g}")
+            tqdm.write(f"{line}\nstopped: {kl:.2f} nats is at or above {cfg.kl_stop:g}")
             break
 
         # 4 -- advantage
@@ -238,20 +246,21 @@ if __name__ == "__main__":
         per_epoch = batch // cfg.minibatch
         for k in ("clip_fraction", "clip_binding", "approx_kl", "grad_norm", "loss"):
             row[k] = torch.stack([s[k] for s in stats]).mean().item()
-        row["clip_fraction_last_epoch"] = torch.stack([s["clip_fraction"] for s in stats[-per_epoch:]]).mean().item()
+        last_epoch = torch.stack([s["clip_fraction"] for s in stats[-per_epoch:]])
+        row["clip_fraction_last_epoch"] = last_epoch.mean().item()
         row |= {"ratio_off_first": stats[0]["ratio_off"].item(), "lr": optimizer.param_groups[0]["lr"],
                 "s_rollout": rolled - began, "s_score": scored - rolled, "s_update": time.time() - scored}
         log(**row)
-        print(f" {100 * row['clip_fraction']:6.2f} {100 * row['clip_binding']:6.2f} {row['approx_kl']:7.4f} "
-              f"{row['grad_norm']:6.2f} {time.time() - began:4.0f}", flush=True)
+        tqdm.write(f"{line} {100 * row['clip_fraction']:6.2f} {100 * row['clip_binding']:6.2f} "
+                   f"{row['approx_kl']:7.4f} {row['grad_norm']:6.2f} {time.time() - began:4.0f}")
         problem = divergence(kl, kl, row["clip_fraction"], math.isfinite(row["loss"] + row["grad_norm"]))
         if problem:
             raise UserError(f"diverged at iteration {iteration}: {problem}; {last} is the last good policy")
         clips.append(row["clip_fraction"])
         if row["clip_fraction"] > 0.2:
-            print("warning: more than 20 % of the ratios are outside the clip range: lower --lr")
+            tqdm.write("warning: more than 20 % of the ratios are outside the clip range: lower --lr")
         if (larger := next_batch(clips, batch, cfg.max_batch)) > batch:
-            print(f"batch rule: clip fraction below 1 % for three iterations, batch {batch} -> {larger}")
+            tqdm.write(f"batch rule: clip fraction below 1 % for three iterations, batch {batch} -> {larger}")
             batch, clips = larger, []
         kl_before = max(kl, kl_before)
         save(state, policy, tokenizer, (optimizer,), step=iteration + 1, batch=batch, kl=kl_before,

@@ -161,6 +161,14 @@ def fit_line(x, y) -> tuple[float, float, float]:
     return float(slope), float(intercept), float(1 - residual.var() / np.var(y))
 
 
+def risen_words(before: dict[str, int], after: dict[str, int], top: int = 12) -> list[dict]:
+    """Word counts of two policies -> the words whose share of all words rose most, per 1,000 words."""
+    share = [{w: 1000 * n / sum(c.values()) for w, n in c.items()} for c in (before, after)]
+    rise = {w: share[1][w] - share[0].get(w, 0.0) for w in after}
+    return [{"word": w, "before": share[0].get(w, 0.0), "after": share[1][w]}
+            for w in sorted(rise, key=rise.get, reverse=True)[:top]]
+
+
 def over_optimisation(rows: list[dict], sign: int = 1) -> tuple[dict, dict | None]:
     """Rows by rising KL -> the row of highest sign * gold, and the first later row that is lower by
     more than two standard errors of the difference, or None."""
@@ -185,7 +193,7 @@ def measure(policy, models, tokenizer, corpus: Corpus | None, n: int, seed: int,
     vader = SentimentIntensityAnalyzer()
     gold = np.array([vader.polarity_scores(t)["compound"] for t in texts])
     row = {"n": n, "samples": texts[:64],
-           "entropy": entropy.mean().item(), "base_perplexity": math.exp(-logp_ref.mean().item()),
+           "words": Counter(w for t in texts for w in words(t)), "entropy": entropy.mean().item(), "base_perplexity": math.exp(-logp_ref.mean().item()),
            "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2),
            "self_similarity": self_similarity(texts), "duplicates": n - len(set(texts))}
     for name, x in (("kl", (logp - logp_ref).double().sum(-1).numpy(force=True)), ("proxy", proxy),
@@ -293,7 +301,10 @@ def render(report: dict, figures: str, show: int) -> str:
     happy = report["happy"]
     parts = [f"<h1>Shakespeare, cheered up</h1><p>{html.escape(report['summary'])}</p>",
              "<h2>Before and after</h2>", side_by_side([happy[0], happy[-1]]),
-             f"<h2>What happened</h2><div class='plots'>{figures}</div>"]
+             f"<h2>What happened</h2><div class='plots'>{figures}</div>",
+             "<h2>The words that the policy learned to say, per 1,000</h2>",
+             table({"word": lambda r: r["word"], "base": number("before", 1), "final policy": number("after", 1)},
+                   report["risen_words"])]
     for target in (t for t in ("happy", "sad") if t in report):
         marks = {report[f"over_{target}"]: "over", report[f"best_{target}"]: "best"}
         parts += [f"<h2>Checkpoints towards {target}</h2>",
@@ -409,6 +420,7 @@ if __name__ == "__main__":
             report[f"best_{target}"], report[f"over_{target}"] = best["name"], over and over["name"]
     best, over = over_optimisation(sorted(rows["happy"], key=lambda r: r["kl"]))
     first, last = rows["happy"][0], rows["happy"][-1]
+    report["risen_words"] = risen_words(first["words"], last["words"])
     report["summary"] = (
         f"VADER calls {first['positive']:.1%} of the base model's samples positive, and {last['positive']:.1%} of the "
         f"final policy's, {last['kl']:.2f} nats per completion away; distinct-2 went from {first['distinct_2']:.3f} to "
@@ -418,10 +430,12 @@ if __name__ == "__main__":
     curve_path = cfg.out / "curve.json"
     figures = plots(cfg.out / "plots", report, ppo, reward_header["calibration"],
                     json.loads(curve_path.read_text()) if curve_path.exists() else [])
-    write(cfg.out / "report.json", json.dumps(report, indent=1))
+    public = report | {t: [{k: v for k, v in r.items() if k != "words"} for r in rows[t]] for t in rows}
+    write(cfg.out / "report.json", json.dumps(public, indent=1))
     write(cfg.out / "report.html", render(report, figures, cfg.show))
     for r in (r for target_rows in rows.values() for r in target_rows):
         print("{name:>20}: KL {kl:5.2f} +- {kl_se:.2f}, proxy {proxy:.3f}, gold {gold:+.3f} +- {gold_se:.3f}, positive "
               "{positive:.1%}, distinct-2 {distinct_2:.3f}, duplicates {duplicates}".format(**r))
+    print("risen most, per 1,000 words:", ", ".join("{word} {before:.1f} -> {after:.1f}".format(**r) for r in report["risen_words"]))
     print(f"{report['summary']}\nsqrt KL against iteration: slope {fit[0]:.3f}, R^2 {fit[2]:.4f}")
     finish(f"open {cfg.out / 'report.html'} in a browser", Path("out"))

@@ -1,7 +1,7 @@
 # make            set up .venv and run the five scripts with their defaults
 # make test       set up .venv and run the tests
 # make seeds      the pipeline on seeds 0, 1, 2 and the table in README
-# make clean      delete out/ and .venv (labels of people are in out/: save them first)
+# make clean      delete .venv and out/, but for labels and ratings
 # make help       this list
 #
 # VENV= PYTHON=python3 make ...   use an existing environment, for example one with a CUDA torch
@@ -14,7 +14,6 @@ RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/ready)
 
 .PHONY: all test seeds clean help
-.DELETE_ON_ERROR:
 
 all: $(OUT)/report.html
 	@echo "the report: $(OUT)/report.html"
@@ -50,4 +49,5 @@ test: | $(READY)
 	$(RUN) -m pytest -q
 
 clean:
-	rm -rf $(OUT) $(VENV)
+	rm -rf $(VENV)
+	find $(OUT) -type f ! -name 'labels-*' ! -name 'ratings-*' -delete

@@ -35,7 +35,8 @@ def figures(out: Path) -> dict[str, float]:
     base, final = report["happy"][0], report["happy"][-1]
     metrics = report["base_metrics"]
     reward = report["reward_model"].get("model", report["reward_model"]["all"])
-    return json.loads((out / "times.json").read_text()) | {
+    times = json.loads((out / "times.json").read_text())
+    return {"make, set-up excluded, minutes": sum(times.values()) / 60} | times | {
         "base: held-out bits per byte": metrics["bits_per_byte"],
         "base: held-out nats per token": metrics["nats_per_token"],
         "base: share of sampled words that are words of the corpus, %": 100 * metrics["real_word_share"],
@@ -64,13 +65,14 @@ def figures(out: Path) -> dict[str, float]:
 if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     for seed in cfg.seeds if not cfg.collect else ():
-        out, times = ROOT / f"out-{seed}", {}
-        for script in SCRIPTS:
+        out = ROOT / f"out-{seed}"
+        file = out / "times.json"
+        times = json.loads(file.read_text()) if file.exists() else {}  # of a benchmark that was stopped
+        for script in (s for s in SCRIPTS if f"{s}, s" not in times):
             began = time.time()
             subprocess.run([sys.executable, script, "--seed", str(seed), "--out", str(out)], cwd=ROOT, check=True)
             times[f"{script}, s"] = time.time() - began
-        times = {"make, minutes": sum(times.values()) / 60} | times
-        (out / "times.json").write_text(json.dumps(times))
+            file.write_text(json.dumps(times))
     runs = [figures(ROOT / f"out-{seed}") for seed in cfg.seeds]
     cpu = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x] \
         if Path("/proc/cpuinfo").exists() else [platform.processor()]

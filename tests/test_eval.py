@@ -53,6 +53,11 @@ def test_fit_line():
     assert ev.fit_line([0, 1, 2, 3], [0, 1, 0, 1])[2] < 0.5
 
 
+def test_risen_words():
+    risen = ev.risen_words({"woe": 6, "the": 4}, {"joy": 10, "the": 8, "woe": 2}, top=2)
+    assert risen == [{"word": "joy", "before": 0.0, "after": 500.0}, {"word": "the", "before": 400.0, "after": 400.0}]
+
+
 def test_where_over_optimisation_starts():
     def rows(*gold):
         return [{"gold": g, "gold_se": 0.1} for g in gold]

@@ -30,7 +30,7 @@ def test_reversing_needs_the_first_half_and_cannot_foresee_it():
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(13, 12, n_layer=2, n_head=2, n_kv_head=2, d_model=32))
     optimizer = torch.optim.Adam(gpt.parameters(), lr=3e-3)
-    for step in range(500):
+    for _ in range(500):
         half = torch.randint(10, (64, 6))
         nll = -gpt.logprob(torch.cat((half, half.flip(1)), dim=1))[0]
         optimizer.zero_grad()

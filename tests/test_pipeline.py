@@ -350,6 +350,21 @@ def test_a_second_ppo_run_leaves_no_checkpoint_of_the_first(pipeline, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_negative_twin_has_its_own_target(pipeline, tmp_path):
+    """Guards against a flipped sign: the reward of --target sad is log p(sad), at most 0."""
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    done = run("04_ppo.py", out, "--target", "sad")
+    assert done.returncode == 0, done.stderr
+    log = rows(out / "04-sad.jsonl")
+    assert all(r["score"] < 0 for r in log) and log[-1]["score"] > log[0]["score"]
+    done = run("05_eval.py", out)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["sad"][-1]["negative"] > report["happy"][0]["negative"] > report["happy"][-1]["negative"]
+    assert report["sad"][-1]["proxy"] > -1 and "Checkpoints towards sad" in (out / "report.html").read_text()
+
+
 def test_few_labels_of_a_person_fine_tune_the_machine_s_model(pipeline, tmp_path):
     """24 labels that contradict VADER: two phases, every part filled, kappa printed; the model moves
     towards the person. With --no-machine-first the same files are pooled into one phase."""
