@@ -1,7 +1,9 @@
 """Stage 1: train a small transformer on Shakespeare, from raw text to held-out bits per byte.
 
-    python 01_pretrain.py                        # RUNTIME
-    python 01_pretrain.py --corpus my.txt        # any UTF-8 text
+    python 01_pretrain.py                   # 341 s: 1.917 bits per byte held out
+    python 01_pretrain.py --corpus my.txt   # any UTF-8 text
+
+Times and figures here and in 02 to 05: seed 0, two cores of an AMD EPYC with AVX512-BF16, no GPU.
 
 Reads   data/shakespeare.txt, or ../shared/data/shakespeare.txt, or downloads the complete works.
 Writes  out/base.safetensors (weights, tokenizer, settings, metrics), out/corpus.txt, out/01.jsonl
@@ -14,7 +16,9 @@ Decisions a reader may question:
    model which sees it several times does not meet the same windows again.
 4. Each sequence starts with the start token wherever the text was cut, so an unconditional sample
    is a random window of Shakespeare, not always an opening line.
-5. Muon for the matrices, AdamW for embedding and head: SWEEP
+5. Muon for the matrices, AdamW for embedding and head, each with a rate of its own. Vocabulary and
+   weight decay by measurement (seed 0): --vocab-size 2048 --steps 1150 --weight-decay 0 reached 1.95
+   bits per byte in the time in which the defaults reach 1.92.
 6. Bits per byte, because nats per token cannot be compared between tokenizers.
 """
 import hashlib

@@ -1,8 +1,8 @@
 """Stage 3: fine-tune a copy of the base model into a reward model for sentiment.
 
-    python 03_reward_model.py                                   # RUNTIME
+    python 03_reward_model.py               # 141 s: AUC .879 on held-out samples
     python 03_reward_model.py --labels out/labels-anna.jsonl out/labels-vader.jsonl
-    python 03_reward_model.py --curve                           # instead: AUC against number of labels
+    python 03_reward_model.py --curve       # instead: AUC against number of labels
 
 Reads   out/base.safetensors, out/labels-*.jsonl
 Writes  out/reward.safetensors, out/03.jsonl, out/curve.json with --curve
@@ -14,9 +14,8 @@ Decisions a reader may question:
 2. A few hundred labels leave a small model near chance on its own samples. So a person's labels
    fine-tune a model that was first trained on the machine's: on its pieces of 16 tokens, from which
    it learns what words mean, then on its samples (--no-machine-first: all samples at once).
-3. The embedding learns a hundred times faster than the matrices: sentiment is a property of words.
-   Two epochs of 16,384 labels gave an AUC of .73 with one rate of 5e-4, .80 with these rates, and
-   .84 in the same time with the pieces first (seed 0, 2 cores of an AMD EPYC with AVX512-BF16).
+3. The embedding learns a hundred times faster than the matrices: sentiment is a property of words,
+   and its rows are long. One rate of 5e-4 for everything ends below the bag of words.
 4. Train, validation and test parts are split by text: a duplicate never sits on both sides, and
    pieces of a sample stay on its side.
 5. The mean and standard deviation of log p(happy) and of log p(sad) over fresh samples of the base

@@ -1,6 +1,6 @@
 """Stage 5: measure every checkpoint on fresh samples, and write the report.
 
-    python 05_eval.py                    # RUNTIME
+    python 05_eval.py                    # 94 s: VADER positive 58.3 -> 97.6 %
     python 05_eval.py --rate anna        # rate 20 base and 20 final samples blind, in the terminal
 
 Reads   out/*.safetensors, out/checkpoints/*.safetensors, the logs of the other stages
@@ -258,7 +258,7 @@ def plots(folder: Path, report: dict, ppo: list[dict], bins: list[dict], curve: 
             ("o-", "PPO", root, [r[key] for r in rows], [2 * r[key + "_se"] for r in rows]),
             ("s--", "best of n = 1 ... 256", [math.sqrt(b["kl"]) for b in best], [b[key] for b in best], None)]))
     x = [r["step"] for r in ppo]
-    figures.append(plot(folder, "kl", "sqrt KL grows linearly", "iteration", "sqrt nats per completion", [
+    figures.append(plot(folder, "kl", "Distance from the base model", "iteration", "sqrt nats per completion", [
         ("o", "measured", x, [math.sqrt(max(r["kl"], 0)) for r in ppo], None),
         ("-", "{slope:.2f} x iteration {intercept:+.2f}, R² = {r2:.3f}".format(**fit),
          x, [fit["slope"] * i + fit["intercept"] for i in x], None)]))

@@ -3,7 +3,8 @@
     python -m benchmarks.seeds             # about three times `make`; writes out-0, out-1, out-2
     python -m benchmarks.seeds --collect   # only the table, from runs that are there
 
-Writes benchmarks/results/seeds.json and prints the table in Markdown.
+Writes benchmarks/results/seeds.json and prints the tables in Markdown. Speeds are those of the first
+seed, so the other seeds may be run beside each other (one thread each), then collected.
 """
 import json
 import platform
@@ -35,12 +36,10 @@ def figures(out: Path) -> dict[str, float]:
     base, final = report["happy"][0], report["happy"][-1]
     metrics = report["base_metrics"]
     reward = report["reward_model"].get("model", report["reward_model"]["all"])
-    times = json.loads((out / "times.json").read_text())
-    return {"make, set-up excluded, minutes": sum(times.values()) / 60} | times | {
+    return {
         "base: held-out bits per byte": metrics["bits_per_byte"],
         "base: held-out nats per token": metrics["nats_per_token"],
         "base: share of sampled words that are words of the corpus, %": 100 * metrics["real_word_share"],
-        "base: training tokens/s": metrics["tokens_per_s"],
         "reward model: AUC on held-out model samples": reward["auc"],
         "reward model: accuracy on held-out model samples, %": 100 * reward["accuracy"],
         "bag of words: AUC on the same": reward["bag_of_words_auc"],
@@ -58,7 +57,17 @@ def figures(out: Path) -> dict[str, float]:
         "PPO iterations to the stop": ppo[-1]["step"],
         "checkpoints kept": len(report["happy"]) - 2,
         "clip fraction, mean over iterations, %": 100 * float(np.mean([r["clip_fraction"] for r in ppo if "clip_fraction" in r])),
+    }
+
+
+def speeds(out: Path) -> dict[str, float]:
+    times = json.loads((out / "times.json").read_text())
+    ppo = [json.loads(x) for x in (out / "04-happy.jsonl").read_text().splitlines()]
+    return {"make, set-up excluded, minutes": sum(times.values()) / 60} | times | {
+        "pretraining, tokens/s": json.loads((out / "report.json").read_text())["base_metrics"]["tokens_per_s"],
         "rollout, tokens/s": float(np.median([64 * r["batch"] / r["s_rollout"] for r in ppo if "s_rollout" in r])),
+        "PPO iteration of 2,048 completions, s": float(np.median([r["s_rollout"] + r["s_score"] + r["s_update"]
+                                                                  for r in ppo if r.get("s_rollout") and r["batch"] == 2048])),
     }
 
 
@@ -80,9 +89,13 @@ if __name__ == "__main__":
                 (("01", "base.safetensors"), ("03", "reward.safetensors"), ("04", "policy-happy.safetensors"))}
     (ROOT / "benchmarks" / "results" / "seeds.json").write_text(json.dumps(
         {"torch": torch.__version__, "cpu": cpu[0], "threads": torch.get_num_threads(), "seeds": cfg.seeds,
-         "settings": settings, "runs": runs}, indent=1))
+         "settings": settings, "runs": runs, "speeds of the first seed": (fast := speeds(ROOT / f"out-{cfg.seeds[0]}"))},
+        indent=1))
     print(f"| figure | mean ± sd of seeds {', '.join(map(str, cfg.seeds))} |\n|---|---|")
     for name in runs[0]:
         x = np.array([r[name] for r in runs], dtype=float)
         digits = 0 if x.mean() >= 1000 else 1 if x.mean() >= 20 else 2 if x.mean() >= 2 else 3
         print(f"| {name} | {x.mean():,.{digits}f} ± {x.std(ddof=1) if len(x) > 1 else 0:,.{digits}f} |")
+    print(f"\n| speed, seed {cfg.seeds[0]} | |\n|---|---|")
+    for name, x in fast.items():
+        print(f"| {name} | {x:,.{1 if x < 100 else 0}f} |")
