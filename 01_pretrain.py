@@ -17,8 +17,8 @@ Decisions a reader may question:
 4. Each sequence starts with the start token wherever the text was cut, so an unconditional sample
    is a random window of Shakespeare, not always an opening line.
 5. Muon for the matrices, AdamW for embedding and head, each with a rate of its own. Vocabulary and
-   weight decay by measurement (seed 0): --vocab-size 2048 --steps 1150 --weight-decay 0 reached 1.95
-   bits per byte in the time in which the defaults reach 1.92.
+   weight decay by measurement (seed 0): in the same time --vocab-size 2048 --steps 1150
+   --weight-decay 0 --embed-lr 0.15 --head-lr 0.012 reached 1.954 bits per byte.
 6. Bits per byte, because nats per token cannot be compared between tokenizers.
 """
 import hashlib

@@ -1,7 +1,7 @@
 """Stage 2: draw samples from the base model and have them labelled positive, negative or neutral.
 
     python 02_sample_label.py                       # 58 s: 59.6 % of the samples positive
-    python 02_sample_label.py --labeller anna                # one key per sample, in the terminal
+    python 02_sample_label.py --labeller anna       # one key per sample, in the terminal
     python 02_sample_label.py --labeller anna --corpus-fraction 0.2
 
 Reads   out/base.safetensors
@@ -12,7 +12,7 @@ Decisions a reader may question:
 1. Samples are unconditional, 64 tokens, temperature 1, nothing cut off: the distribution that PPO
    starts from and that every KL in this project is measured against.
 2. The default labeller is VADER, a sentiment lexicon, so that the whole pipeline runs unattended.
-   On Shakespeare it agrees with a person in 88 % of cases; it stands in for one, no more.
+   It stands in for a person, no more.
 3. A person never sees where an item comes from, and its order is shuffled with the seed.
 4. A label file is append-only and complete in itself: every line carries text and tokens, an undo is
    one more line, and the last line about an item counts. No later run can orphan or lose a label.

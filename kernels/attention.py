@@ -56,8 +56,8 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache:
     Equals row `pos` of `attention` over the whole sequence.
 
     The products run over the whole cache and a mask hides the slots after `pos`: slicing it would
-    halve the arithmetic, but the batched product then copies both slices first, which costs twice
-    to five times as much as is saved (0.48 ms a step against 1.07 at B 512, H 3, Hkv 1, Dh 64).
+    halve the arithmetic, but the batched product then copies both slices first, which costs more
+    than it saves.
     """
     B, H, Dh = q.shape
     Hkv, Tmax = k_cache.shape[1:3]

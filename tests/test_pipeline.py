@@ -365,6 +365,19 @@ def test_the_negative_twin_has_its_own_target(pipeline, tmp_path):
     assert report["sad"][-1]["proxy"] > -1 and "Checkpoints towards sad" in (out / "report.html").read_text()
 
 
+def test_the_learning_curve_is_measured_and_drawn(pipeline, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    reward = (out / "reward.safetensors").read_bytes()
+    done = run("03_reward_model.py", out, "--curve")
+    assert done.returncode == 0, done.stderr
+    curve = json.loads((out / "curve.json").read_text())
+    assert [c["labels"] for c in curve][:2] == [400, 1600] and 2400 < curve[2]["labels"] <= 2550
+    assert curve[-1]["auc"] > 0.8 and all(0.4 < c["auc"] <= 1 for c in curve)
+    assert (out / "reward.safetensors").read_bytes() == reward
+    assert run("05_eval.py", out).returncode == 0 and (out / "plots" / "curve.png").exists()
+
+
 def test_few_labels_of_a_person_fine_tune_the_machine_s_model(pipeline, tmp_path):
     """24 labels that contradict VADER: two phases, every part filled, kappa printed; the model moves
     towards the person. With --no-machine-first the same files are pooled into one phase."""
