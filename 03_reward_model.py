@@ -53,12 +53,13 @@ class Config:
     batch_tokens: int = 1024       # tokens of an optimizer step
     piece_epochs: float = 1.0      # over the machine's labels of pieces
     epochs: float = 1.0            # over the machine's labels of samples
-    person_epochs: float = 8.0     # over a person's, of which there are few
+    person_epochs: float = 16.0    # over a person's, of which there are few
+    person_rate: float = 0.03      # of lr and head_lr then: few labels should move words, not all else
     lr: float = 1e-3               # matrices
     embed_lr: float = 0.1          # rows of the embedding are long: a smaller rate moves no word
     head_lr: float = 0.01
     warmup: int = 50               # steps
-    patience: int = 4              # early stopping: evaluations (4 an epoch) without improvement
+    patience: int = 12             # early stopping: evaluations (4 an epoch) without improvement
     test_share: float = 0.1        # held out for the figures reported
     val_share: float = 0.05        # held out to stop early and to choose the best step
     norm_samples: int = 4096       # fresh samples of the base model behind mean and std
@@ -206,9 +207,10 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
     batch = max(1, cfg.batch_tokens // tokens.size(1))
     per_epoch = math.ceil(len(tokens) / batch)
     steps, every = math.ceil(epochs * per_epoch), max(1, per_epoch // 4)
-    optimizer = torch.optim.AdamW([{"params": list(model.blocks.parameters()), "peak_lr": cfg.lr},
+    rate = cfg.person_rate if desc == "people" else 1.0
+    optimizer = torch.optim.AdamW([{"params": list(model.blocks.parameters()), "peak_lr": cfg.lr * rate},
                                    {"params": [model.embed.weight], "peak_lr": cfg.embed_lr},
-                                   {"params": [model.head], "peak_lr": cfg.head_lr}],
+                                   {"params": [model.head], "peak_lr": cfg.head_lr * rate}],
                                   betas=(0.9, 0.98), weight_decay=0)
     first, best, waited, best_weights = 0, math.inf, 0, {}
     if resumed:
