@@ -170,14 +170,16 @@ class GPT(nn.Module):
         cache = torch.zeros(shape, dtype=self.dtype, device=device)
         tokens = torch.empty(n, length, dtype=torch.long, device=device)
         logps = torch.empty(n, length, device=device)
+        key = torch.tensor(seed, dtype=torch.uint64, device=device)
+        steps = torch.arange(length, device=device)  # on the device: a kernel reads them there
         for i in range(0, n, batch):
             rows = torch.arange(i, min(i + batch, n), device=device)
             token = torch.full_like(rows, self.bos)
             for t in range(length):
                 h = norm(model.embed(token))                 # (B, D)
                 for block, kv in zip(model.blocks, cache[:, :, : len(rows)]):
-                    h = block(h, cos[t], sin[t], kv, t)
-                token, logp, _ = sample(norm(h), weight, seed, rows + first_row, t)
+                    h = block(h, cos[t], sin[t], kv, steps[t])
+                token, logp, _ = sample(norm(h), weight, key, rows + first_row, steps[t])
                 tokens[rows, t], logps[rows, t] = token, logp
         return tokens, logps
 

@@ -5,8 +5,9 @@
     linear_logprob    hidden @ W.T -> log-prob of the target and entropy  (training and scoring)
     sample            hidden @ W.T -> a drawn token and its log-prob      (rollouts)
 
-The scripts and model.py call these names and nothing else, so a faster implementation slots in
-here without a change to them. This is the PyTorch path; it runs on any device.
+Each takes `backend="auto"`: on a GPU the Triton kernels (triton_attention.py, triton_head.py), else
+PyTorch, which is the definition that the kernels are tested against. `python -m kernels.bench`
+measures both against what one would call instead.
 """
 from kernels.attention import attention, decode_attention
 from kernels.logprob import linear_logprob

@@ -4,7 +4,8 @@
 
 At T <= 256 the score matrix of one head is small enough to stay in cache, so on a CPU a masked
 soft-max between two batched products beats `scaled_dot_product_attention`, whose backward
-recomputes the scores in blocks. Longer sequences go to SDPA, which never stores S.
+recomputes the scores in blocks. Longer sequences go to SDPA, which never stores S. On a GPU both
+functions are the Triton kernels of triton_attention.py.
 
 Grouped-query heads (Ainslie et al. 2023, arXiv:2305.13245): H query heads share Hkv <= H key and
 value heads. The queries of one group are stacked along the time axis, so that K and V are read
@@ -14,6 +15,8 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+
+from kernels.backend import use_triton
 
 DENSE_UP_TO = 256  # longest T for which the (T, T) scores are materialised
 
@@ -25,15 +28,28 @@ def causal_mask(T: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
         return torch.full((T, T), float("-inf"), dtype=dtype, device=device).triu(1)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention. q (B, T, H, Dh); k, v (B, T, Hkv, Dh), H % Hkv == 0 -> (B, T, H * Dh).
+def attention(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None,
+              backend: str = "auto") -> torch.Tensor:
+    """Causal attention. q (B, T, H, Dh); k, v (B, T, Hkv, Dh), H % Hkv == 0; or the three packed as
+    one (B, T, 3, H, Dh) -> (B, T, H * Dh).
 
-    The three may be strided views of one packed projection. Vaswani et al. 2017, section 3.2.1.
-    Raises ValueError if the shapes do not fit.
+    All may be strided views of one projection. Differentiable; on a GPU the gradient of packed
+    input is written packed. Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1. Raises ValueError
+    if shapes or dtypes do not fit, or the backend cannot be had.
     """
+    packed = k is None
+    if packed:
+        if q.dim() != 5 or q.size(2) != 3:
+            raise ValueError(f"packed q, k, v {tuple(q.shape)} is not (B, T, 3, H, Dh)")
+        inputs, (q, k, v) = (q,), q.unbind(2)
     B, T, H, Dh = q.shape
-    if k.shape != v.shape or k.shape[:2] != (B, T) or k.size(3) != Dh or H % k.size(2):
+    if k.shape != v.shape or k.shape[:2] != (B, T) or k.size(3) != Dh or H % max(k.size(2), 1):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}")
+    if use_triton(backend, q):
+        from kernels.triton_attention import Attention
+        return Attention.apply(*(inputs if packed else (q, k, v)))
     Hkv, G = k.size(2), H // k.size(2)
     if T > DENSE_UP_TO or q.is_cuda:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -48,22 +64,31 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor,
-                     v_cache: torch.Tensor, pos: int) -> torch.Tensor:
+                     v_cache: torch.Tensor, pos: int | torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """Attention of one new token per sequence; also appends its key and value to the cache.
 
-    q (B, H, Dh); k, v (B, Hkv, Dh); k_cache, v_cache (B, Hkv, Tmax, Dh), slots [0, pos) filled and
-    the rest finite; 0 <= pos < Tmax -> (B, H * Dh). Writes slot `pos` of both caches in place.
-    Equals row `pos` of `attention` over the whole sequence.
+    q (B, H, Dh); k, v (B, Hkv, Dh); k_cache, v_cache (B, Hkv, Tmax, Dh) with slots [0, pos) filled;
+    0 <= pos < Tmax, an integer or, on a GPU, a one-element integer tensor there, which the kernel
+    reads without the host waiting -> (B, H * Dh). Writes slot `pos` of both caches in place. Equals
+    row `pos` of `attention` over the whole sequence. No gradient. Raises ValueError if shapes do
+    not fit.
 
-    The products run over the whole cache and a mask hides the slots after `pos`: slicing it would
-    halve the arithmetic, but the batched product then copies both slices first, which costs more
-    than it saves.
+    PyTorch path: the slots after `pos` must be finite, because the products run over the whole cache
+    and a mask hides them. Slicing would halve the arithmetic, but the batched product then copies
+    both slices first, which costs more than it saves.
     """
-    B, H, Dh = q.shape
-    Hkv, Tmax = k_cache.shape[1:3]
+    (B, H, Dh), (Hkv, Tmax) = q.shape, k_cache.shape[1:3]
+    if k_cache.shape != v_cache.shape or k_cache.shape != (B, Hkv, Tmax, Dh) or \
+            k.shape != v.shape or k.shape != (B, Hkv, Dh) or H % Hkv:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, caches "
+                         f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)} do not fit")
+    if use_triton(backend, q):
+        from kernels.triton_attention import decode_attention as decode
+        return decode(q, k, v, k_cache, v_cache, torch.as_tensor(pos, device=q.device))
+    pos = int(pos)
     k_cache[:, :, pos] = k
     v_cache[:, :, pos] = v
-    keys, values = k_cache.view(B * Hkv, Tmax, Dh), v_cache.view(B * Hkv, Tmax, Dh)
+    keys, values = (x.reshape(B * Hkv, Tmax, Dh) for x in (k_cache, v_cache))
     mask = causal_mask(Tmax, q.dtype, q.device)[pos].expand(H // Hkv, Tmax)
     scores = torch.baddbmm(mask, q.reshape(B * Hkv, H // Hkv, Dh), keys.transpose(1, 2), alpha=Dh**-0.5)
     return torch.bmm(scores.softmax(-1), values).view(B, H * Dh)

@@ -10,8 +10,11 @@ pass forms them again. With upstream gradients g = dL/dlogp and h = dL/dH,
     dL/dz_j = g (1[j = target] - p_j) - h p_j (log p_j + H)
 
 and the rest is two matrix products. The soft-max is taken in float32 (float64 for float64 input).
+On a GPU the same mathematics is in triton_head.py, where the logits never leave the chip.
 """
 import torch
+
+from kernels.backend import use_triton
 
 CHUNK = 512  # rows; 512 x 2,048 float32 logits are 4 MB
 
@@ -35,6 +38,7 @@ class LinearLogprob(torch.autograd.Function):
         logp, entropy, lse = torch.cat(logp), torch.cat(entropy), torch.cat(lse)
         ctx.save_for_backward(hidden, weight, target, lse, entropy)
         ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # an output that the loss does not use has gradient None
         ignored = target < 0
         return logp.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
 
@@ -44,12 +48,13 @@ class LinearLogprob(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=lse.dtype)
         kept = (target >= 0).to(lse.dtype)
-        g, h, entropy_used = g * kept, h * kept, bool(h.any())
+        g = kept * 0 if g is None else g * kept
+        h = None if h is None else h * kept
         for i in range(0, len(hidden), CHUNK):
             rows = slice(i, i + CHUNK)
             log_p = _logits(hidden[rows], weight, ctx.temperature).sub_(lse[rows, None])
             p = log_p.exp()
-            if entropy_used:
+            if h is not None:
                 factor = log_p.add_(entropy[rows, None]).mul_(-h[rows, None]).sub_(g[rows, None])
             else:
                 factor = -g[rows, None]
@@ -62,17 +67,25 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor,
-                   temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+                   temperature: float = 1.0, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob (nats) of target and entropy (nats) under softmax(hidden @ weight.T / temperature).
 
     hidden (..., D), weight (V, D), target (...) int64 in [0, V) or -1 = ignored (both results 0,
     no gradient) -> logp (...), entropy (...), at least float32. Differentiable in hidden and
-    weight. Raises ValueError if a target is outside [-1, V).
+    weight. A slice of hidden (B, T, D) along T needs no copy on a GPU. Raises ValueError if shapes
+    do not fit or a target is outside [-1, V); on a GPU, where looking would make the host wait,
+    such a target gives a log-prob of NaN instead.
     """
-    if target.numel() and not -1 <= int(target.min()) <= int(target.max()) < len(weight):
-        raise ValueError(f"targets {int(target.min())}..{int(target.max())}, V = {len(weight)}")
+    if hidden.shape[:-1] != target.shape or hidden.size(-1) != weight.size(-1) or not temperature > 0:
+        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target "
+                         f"{tuple(target.shape)}, temperature {temperature} do not fit")
     if not target.numel():
         empty = (hidden.sum(-1) + weight.sum() * 0).to(torch.promote_types(hidden.dtype, torch.float32))
         return empty, empty
+    if use_triton(backend, hidden):
+        from kernels.triton_head import linear_logprob as fused
+        return fused(hidden, weight, target, temperature)
+    if not -1 <= int(target.min()) <= int(target.max()) < len(weight):
+        raise ValueError(f"targets {int(target.min())}..{int(target.max())}, V = {len(weight)}")
     logp, entropy = LinearLogprob.apply(hidden.flatten(0, -2), weight, target.flatten(), temperature)
     return logp.view(target.shape), entropy.view(target.shape)

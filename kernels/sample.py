@@ -4,9 +4,13 @@ Noise is counter-based: Philox4x32-10 (Salmon et al. 2011, "Parallel random numb
 1, 2, 3") maps (seed, row, step) to a uniform number without any state. So sample 17 of seed 3 is
 the same tokens whichever batch it is drawn in, and a killed run needs no generator state to go on.
 
-On a CPU inverse-CDF sampling needs one uniform a row; a Gumbel race needs one a logit.
+On a CPU inverse-CDF sampling needs one uniform a row; a Gumbel race needs one a logit. The Triton
+path (triton_head.py) draws in one pass over the vocabulary with two uniforms a tile: other tokens
+from the same distribution.
 """
 import torch
+
+from kernels.backend import use_triton
 
 _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
@@ -30,10 +34,23 @@ def philox_uniform(seed: int, row: torch.Tensor, step: int, stream: int = 0) -> 
     return (c0.double() + 0.5) * 2.0**-32
 
 
-def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int, row: torch.Tensor, step: int,
-           temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden (B, D), weight (V, D), row (B,) global sample numbers, step = position in the sample
-    -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`."""
+def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor, row: torch.Tensor,
+           step: int | torch.Tensor, temperature: float = 1.0,
+           backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden (B, D), weight (V, D), row (B,) int64 global sample numbers, step = position in the
+    sample -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`.
+    seed and step are integers or, on a GPU, one-element integer tensors there. No gradient. Raises
+    ValueError if shapes do not fit."""
+    if hidden.size(-1) != weight.size(-1) or row.shape != hidden.shape[:1] or not temperature > 0:
+        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, row "
+                         f"{tuple(row.shape)}, temperature {temperature} do not fit")
+    if use_triton(backend, hidden):
+        from kernels.triton_head import sample as fused
+        if not torch.is_tensor(seed):
+            seed = torch.tensor(seed, dtype=torch.uint64, device=hidden.device)
+        step = torch.as_tensor(step, device=hidden.device)
+        return fused(hidden, weight, seed, row.contiguous(), step, temperature)
+    seed, step = int(seed), int(step)
     z = (hidden @ weight.T).float().div_(temperature)               # (B, V)
     log_p = z.sub_(z.logsumexp(-1, keepdim=True))
     p = log_p.exp()

@@ -1,0 +1,317 @@
+"""Causal attention in Triton: whole sequences forward and backward, and one new token.
+
+Attention at the lengths of this project does little arithmetic on many bytes: T / 4 FLOP a byte
+in bf16, 16 to 64 for T = 64 to 256, where an H200 needs 184 to be busy. So each kernel below is
+built around one question: which bytes must move at all? Per element of q, in 2-byte types:
+
+    forward    read q, k, v, write out                                     8 B
+               (materialised scores: 3 to 8 times that)
+    backward   read q, k, v, dout, write dq, dk, dv                       14 B
+               (FlashAttention-2, with its float32 dq accumulator: about 30 B)
+    decode     read the filled slots of the cache once; all else is small
+
+All of it reads and writes the projection where it lies, through strides: no transposed copy.
+
+A program is one instance of a kernel; it has no loop over the batch: `tl.program_id(0)` says which
+(sequence, head, block of rows) is its own. A tile is a 2-D block of numbers that a program holds in
+registers. `tl.load(pointers, mask)` fills one, `tl.dot` multiplies two on the tensor cores.
+
+The grid has one axis, because the others end at 65,535; sequences are addressed in 64 bits.
+Scores are kept in base 2: c = log2(e) / sqrt(Dh) is one multiplication, and exp2 is one
+instruction where exp is two. `lse2` is log2 of the soft-max denominator, sum_j 2^(c s_j).
+"""
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
+
+LOG2E = tl.constexpr(1.4426950408889634)
+PRECISION = tl.constexpr("tf32x3")  # of float32 products: three on tensor cores, exact to 1e-6
+
+
+# ---- Tiles ---------------------------------------------------------------------------------------
+@triton.jit
+def load_rows(ptr, rows, stride, end, Dh: tl.constexpr, BLOCK_D: tl.constexpr):
+    """-> (len(rows), BLOCK_D): the vectors at rows < end, zeros elsewhere. Tiles have power-of-two
+    sides; the masks cut them to the real T and Dh."""
+    d = tl.arange(0, BLOCK_D)
+    mask = (rows < end)[:, None] & (d < Dh)[None, :]
+    return tl.load(ptr + rows[:, None] * stride + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, rows, stride, end, tile, Dh: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    mask = (rows < end)[:, None] & (d < Dh)[None, :]
+    tl.store(ptr + rows[:, None] * stride + d[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scores2(q, k, rows, cols, SCALE: tl.constexpr, ACC: tl.constexpr):
+    """c q k^T, -inf where column > row. Also hides columns beyond the end: no stored row sees them."""
+    s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * (SCALE * LOG2E)
+    return tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
+
+
+# ---- Forward -------------------------------------------------------------------------------------
+@triton.jit
+def attention_forward(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, q_b, q_t, q_h, k_b, k_t, k_h,
+                      v_b, v_t, v_h, T, H, group, SCALE: tl.constexpr, Dh: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                      ACC: tl.constexpr):
+    """BLOCK_M rows of one head. q (B, T, H, Dh), k and v (B, T, H / group, Dh) by strides (b, t, h);
+    out (B, T, H, Dh), lse2 (B, H, T) contiguous.
+
+    Online soft-max: m is the largest score so far, l = sum_j 2^(s_j - m), acc = sum_j 2^(s_j - m) v_j.
+    When a block raises m, what was summed before is worth a factor 2^(m_old - m_new).
+    """
+    blocks = tl.cdiv(T, BLOCK_M)
+    head, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks  # neighbours share k, v in L2
+    b, h = (head // H).to(tl.int64), head % H
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h // group * k_h
+    v_ptr += b * v_b + h // group * v_h
+    rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, rows, q_t, T, Dh, BLOCK_D)
+    m = tl.full((BLOCK_M,), float("-inf"), ACC)
+    l = tl.zeros((BLOCK_M,), ACC)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    for start in range(0, (i + 1) * BLOCK_M, BLOCK_N):               # up to the diagonal
+        cols = start + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, cols, k_t, T, Dh, BLOCK_D)
+        v = load_rows(v_ptr, cols, v_t, T, Dh, BLOCK_D)
+        s = scores2(q, k, rows, cols, SCALE, ACC)
+        m_new = tl.maximum(m, tl.max(s, 1))                          # finite: every row sees column 0
+        rescale = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        l = l * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, out_dtype=ACC, input_precision=PRECISION)
+        m = m_new
+    store_rows(out_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, acc / l[:, None], Dh, BLOCK_D)
+    tl.store(lse2_ptr + head.to(tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
+
+
+# ---- Backward ------------------------------------------------------------------------------------
+# P = 2^(c q k^T - lse2), O = P V. With dO given:
+#   dV = P^T dO     dP = dO V^T     dS = P * (dP - delta)     dQ = dS K / sqrt(Dh)     dK = dS^T Q / sqrt(Dh)
+# delta_i = sum_j P_ij dP_ij = dO_i . O_i   (soft-max: moving all scores of a row changes nothing)
+@triton.jit
+def attention_backward_resident(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, dq_ptr, dk_ptr, dv_ptr,
+                                q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dq_b, dq_t, dq_h,
+                                dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, T, H, group,
+                                SCALE: tl.constexpr, Dh: tl.constexpr, BLOCK_T: tl.constexpr,
+                                BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """Short T: one program per (sequence, key-value head) sees all rows and columns, so
+    every gradient is complete when it is stored: no atomics, no second kernel, the same bits at
+    every launch. delta comes from P and dP, so the output is not read. do is (B, T, H, Dh)."""
+    kv_heads = H // group
+    b, kv = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
+    rows = tl.arange(0, BLOCK_T)
+    k = load_rows(k_ptr + b * k_b + kv * k_h, rows, k_t, T, Dh, BLOCK_D)
+    v = load_rows(v_ptr + b * v_b + kv * v_h, rows, v_t, T, Dh, BLOCK_D)
+    dk = tl.zeros((BLOCK_T, BLOCK_D), ACC)
+    dv = tl.zeros((BLOCK_T, BLOCK_D), ACC)
+    for h in range(kv * group, (kv + 1) * group):                    # the query heads of this group
+        q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_t, T, Dh, BLOCK_D)
+        lse2 = tl.load(lse2_ptr + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))
+        p = tl.exp2(scores2(q, k, rows, rows, SCALE, ACC) - lse2[:, None])  # 0 in rows beyond T
+        do = load_rows(do_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, Dh, BLOCK_D)
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, out_dtype=ACC, input_precision=PRECISION)
+        dp = tl.dot(do, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * SCALE).to(q.dtype)
+        dk = tl.dot(tl.trans(ds), q, dk, out_dtype=ACC, input_precision=PRECISION)
+        dq = tl.dot(ds, k, out_dtype=ACC, input_precision=PRECISION)
+        store_rows(dq_ptr + b * dq_b + h * dq_h, rows, dq_t, T, dq, Dh, BLOCK_D)
+    store_rows(dk_ptr + b * dk_b + kv * dk_h, rows, dk_t, T, dk, Dh, BLOCK_D)
+    store_rows(dv_ptr + b * dv_b + kv * dv_h, rows, dv_t, T, dv, Dh, BLOCK_D)
+
+
+@triton.jit
+def p_and_ds(q, k, v, do, o, lse2, rows, cols, SCALE: tl.constexpr, ACC: tl.constexpr):
+    """One (rows, cols) tile of P and of dS / sqrt(Dh). A tile holds only a part of each row, so
+    delta is dO . O here: the sum of P * dP over the tile alone would be wrong."""
+    p = tl.exp2(scores2(q, k, rows, cols, SCALE, ACC) - lse2[:, None])
+    dp = tl.dot(do, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
+    delta = tl.sum(do.to(ACC) * o.to(ACC), 1)
+    return p.to(do.dtype), (p * (dp - delta[:, None]) * SCALE).to(q.dtype)
+
+
+@triton.jit
+def attention_backward_two_loops(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, dq_ptr, dk_ptr, dv_ptr,
+                                 q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dq_b, dq_t, dq_h,
+                                 dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, T, H, group,
+                                 SCALE: tl.constexpr, Dh: tl.constexpr, BLOCK: tl.constexpr,
+                                 BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """Longer T: the program of block i computes dq of its rows (a loop over the columns before
+    them), then dk, dv of the same positions as columns (a loop over the rows after them). i + 1 tiles
+    and n - i tiles: the same work for every program, and again no atomics."""
+    kv_heads, blocks = H // group, tl.cdiv(T, BLOCK)
+    head, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    b, kv = (head // kv_heads).to(tl.int64), head % kv_heads
+    k_ptr += b * k_b + kv * k_h
+    v_ptr += b * v_b + kv * v_h
+    own = i * BLOCK + tl.arange(0, BLOCK)
+
+    for h in range(kv * group, (kv + 1) * group):
+        q = load_rows(q_ptr + b * q_b + h * q_h, own, q_t, T, Dh, BLOCK_D)
+        o = load_rows(o_ptr + (b * T * H + h) * Dh, own, H * Dh, T, Dh, BLOCK_D)
+        do = load_rows(do_ptr + (b * T * H + h) * Dh, own, H * Dh, T, Dh, BLOCK_D)
+        lse2 = tl.load(lse2_ptr + (b * H + h) * T + own, mask=own < T, other=float("inf"))
+        dq = tl.zeros((BLOCK, BLOCK_D), ACC)
+        for start in range(0, (i + 1) * BLOCK, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            k = load_rows(k_ptr, cols, k_t, T, Dh, BLOCK_D)
+            v = load_rows(v_ptr, cols, v_t, T, Dh, BLOCK_D)
+            _, ds = p_and_ds(q, k, v, do, o, lse2, own, cols, SCALE, ACC)
+            dq = tl.dot(ds, k, dq, out_dtype=ACC, input_precision=PRECISION)
+        store_rows(dq_ptr + b * dq_b + h * dq_h, own, dq_t, T, dq, Dh, BLOCK_D)
+
+    k = load_rows(k_ptr, own, k_t, T, Dh, BLOCK_D)
+    v = load_rows(v_ptr, own, v_t, T, Dh, BLOCK_D)
+    dk = tl.zeros((BLOCK, BLOCK_D), ACC)
+    dv = tl.zeros((BLOCK, BLOCK_D), ACC)
+    for h in range(kv * group, (kv + 1) * group):
+        for start in range(i * BLOCK, T, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_t, T, Dh, BLOCK_D)
+            o = load_rows(o_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, Dh, BLOCK_D)
+            do = load_rows(do_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, Dh, BLOCK_D)
+            lse2 = tl.load(lse2_ptr + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))
+            p, ds = p_and_ds(q, k, v, do, o, lse2, rows, own, SCALE, ACC)
+            dv = tl.dot(tl.trans(p), do, dv, out_dtype=ACC, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(ds), q, dk, out_dtype=ACC, input_precision=PRECISION)
+    store_rows(dk_ptr + b * dk_b + kv * dk_h, own, dk_t, T, dk, Dh, BLOCK_D)
+    store_rows(dv_ptr + b * dv_b + kv * dv_h, own, dv_t, T, dv, Dh, BLOCK_D)
+
+
+# ---- One new token -------------------------------------------------------------------------------
+@triton.jit
+def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, out_ptr, q_b, q_h,
+                   k_b, k_h, v_b, v_h, kc_b, kc_h, vc_b, vc_h, T_max, kv_heads, group,
+                   SCALE: tl.constexpr, Dh: tl.constexpr, BLOCK_G: tl.constexpr,
+                   BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """All query heads of one (sequence, key-value head), so that the cache is read once for them.
+
+    The new key and value seed the online soft-max from registers, and are stored to slot `pos`: no
+    program waits for another's store. `pos` is read from memory, so a recorded CUDA graph of this
+    launch can be replayed at every step. The group is padded to the 16 rows of a tensor-core
+    instruction: the padding costs no bytes, and bytes are what this kernel spends its time on.
+    """
+    b, kv = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
+    pos = tl.load(pos_ptr).to(tl.int32)
+    k_cache_ptr += b * kc_b + kv * kc_h
+    v_cache_ptr += b * vc_b + kv * vc_h
+    one = tl.arange(0, 1)
+    k_new = load_rows(k_ptr + b * k_b + kv * k_h, one, 0, 1, Dh, BLOCK_D)        # (1, BLOCK_D)
+    v_new = load_rows(v_ptr + b * v_b + kv * v_h, one, 0, 1, Dh, BLOCK_D)
+    store_rows(k_cache_ptr, pos + one, Dh, T_max, k_new, Dh, BLOCK_D)
+    store_rows(v_cache_ptr, pos + one, Dh, T_max, v_new, Dh, BLOCK_D)
+
+    heads = tl.arange(0, BLOCK_G)
+    q = load_rows(q_ptr + b * q_b + kv * group * q_h, heads, q_h, group, Dh, BLOCK_D)
+    m = tl.sum(q.to(ACC) * k_new.to(ACC), 1) * (SCALE * LOG2E)
+    l = tl.full((BLOCK_G,), 1, ACC)
+    acc = tl.zeros((BLOCK_G, BLOCK_D), ACC) + v_new.to(ACC)
+    for start in range(0, pos, BLOCK_T):
+        slots = start + tl.arange(0, BLOCK_T)
+        k = load_rows(k_cache_ptr, slots, Dh, pos, Dh, BLOCK_D)
+        v = load_rows(v_cache_ptr, slots, Dh, pos, Dh, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * (SCALE * LOG2E)
+        s = tl.where((slots < pos)[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        rescale = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        l = l * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, out_dtype=ACC, input_precision=PRECISION)
+        m = m_new
+    out_ptr += (b * kv_heads + kv) * group * Dh
+    store_rows(out_ptr, heads, Dh, group, acc / l[:, None], Dh, BLOCK_D)
+
+
+# ---- Configurations and launches -----------------------------------------------------------------
+def hopper() -> bool:
+    if knobs.runtime.interpret:
+        return True
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def backward_config(T: int, Dh: int, group: int, dtype: torch.dtype) -> tuple[bool, int, int]:
+    """-> is the whole tile resident, side of a tile, warps. A fixed table instead of a search at run
+    time: the largest tiles whose registers do not spill on sm_80 and on sm_90 (tests/compile_only.py
+    looks). num_stages stays 1: Triton 3.6 and later are reported to crash on Hopper in such a
+    backward with 2 stages and a 128-wide tile in 4 warps (triton issue 10573)."""
+    block, BLOCK_D = max(16, triton.next_power_of_2(T)), max(16, triton.next_power_of_2(Dh))
+    wide = dtype.itemsize > 2  # float32: each product takes three, and each number twice the room
+    held = block * BLOCK_D * (2 if group > 1 else 1)  # a group keeps dk and dv over its query heads
+    if block <= (32 if wide else 128) and held <= (2048 if wide else 8192 if hopper() else 4096):
+        return True, block, 8 if block == 128 or block * BLOCK_D > 4096 else 4
+    if wide:
+        return False, 16, 4
+    return (False, 64, 4) if BLOCK_D <= 32 or BLOCK_D == 64 and hopper() else (False, 32, BLOCK_D // 16)
+
+
+def shared(Dh: int, dtype: torch.dtype) -> dict:
+    """What every launch has in common. FP fusion is explicit, because Triton's default changes."""
+    return dict(SCALE=Dh**-0.5, Dh=Dh, BLOCK_D=max(16, triton.next_power_of_2(Dh)),
+                ACC=tl.float64 if dtype == torch.float64 else tl.float32, enable_fp_fusion=True)
+
+
+class Attention(torch.autograd.Function):
+    """q (B, T, H, Dh), k and v (B, T, Hkv, Dh), or one packed (B, T, 3, H, Dh) -> (B, T, H Dh)."""
+
+    @staticmethod
+    def forward(ctx, *qkv):
+        qkv = [x if x.stride(-1) == 1 else x.contiguous() for x in qkv]
+        q, k, v = qkv[0].unbind(2) if len(qkv) == 1 else qkv
+        B, T, H, Dh = q.shape
+        out = torch.empty(B, T, H * Dh, dtype=q.dtype, device=q.device)
+        acc = torch.promote_types(q.dtype, torch.float32)
+        lse2 = torch.empty(B, H, T, dtype=acc, device=q.device)
+        block = min(64 if q.element_size() == 2 else 32, max(16, triton.next_power_of_2(T)))
+        if q.numel():
+            attention_forward[B * H * triton.cdiv(T, block),](
+                q, k, v, out, lse2, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                T, H, H // k.size(2), BLOCK_M=block, BLOCK_N=block, num_warps=4, num_stages=2,
+                **shared(Dh, q.dtype))
+        ctx.n, ctx.config = len(qkv), backward_config(T, Dh, H // k.size(2), q.dtype)
+        ctx.save_for_backward(*qkv, lse2, *([] if ctx.config[0] else [out]))
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        *qkv, lse2 = ctx.saved_tensors[: ctx.n + 1]
+        grads = [torch.empty_like(x) for x in qkv]                   # packed in, packed out
+        q, k, v = qkv[0].unbind(2) if ctx.n == 1 else qkv
+        dq, dk, dv = grads[0].unbind(2) if ctx.n == 1 else grads
+        B, T, H, Dh = q.shape
+        strides = [s for x in (q, k, v, dq, dk, dv) for s in x.stride()[:3]]
+        tail, options = (T, H, H // k.size(2)), shared(Dh, q.dtype)
+        do, kv_heads = do.contiguous(), B * k.size(2)
+        resident, block, warps = ctx.config
+        if resident and q.numel():
+            attention_backward_resident[kv_heads,](
+                q, k, v, do, lse2, dq, dk, dv, *strides, *tail,
+                BLOCK_T=block, num_warps=warps, num_stages=1, **options)
+        elif q.numel():
+            attention_backward_two_loops[kv_heads * triton.cdiv(T, block),](
+                q, k, v, ctx.saved_tensors[-1], do, lse2, dq, dk, dv, *strides, *tail,
+                BLOCK=block, num_warps=warps, num_stages=1, **options)
+        return tuple(grads)
+
+
+def decode_attention(q, k, v, k_cache, v_cache, pos):
+    """Shapes as kernels.decode_attention; pos a one-element integer tensor on the same device."""
+    (B, H, Dh), (Hkv, T_max) = q.shape, k_cache.shape[1:3]
+    out = torch.empty(B, H * Dh, dtype=q.dtype, device=q.device)
+    if B:
+        decode_forward[B * Hkv,](
+            q, k, v, k_cache, v_cache, pos, out, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            *k_cache.stride()[:2], *v_cache.stride()[:2], T_max, Hkv, H // Hkv,
+            BLOCK_G=max(16, triton.next_power_of_2(H // Hkv)), BLOCK_T=64 if q.element_size() == 2 else 32,
+            num_warps=4, num_stages=3 if q.element_size() == 2 else 2,
+            **shared(Dh, q.dtype))
+    return out

@@ -1,0 +1,350 @@
+"""The output head in Triton: log-prob and entropy, their gradients, and sampling, without logits.
+
+    z = hidden W^T / tau      logp = z_target - LSE(z)      H = -sum_j p_j log p_j      p = softmax(z)
+
+Eager PyTorch writes the logits in bf16 and three float32 copies of them: 16 bytes a logit forward,
+and it keeps most of that for the backward pass. Here a program takes BLOCK_M rows of hidden and
+walks over the vocabulary one tile at a time; a tile of logits is used in registers and forgotten.
+
+What is kept per row while walking is the online soft-max with one more sum, all in base 2 because
+exp2 is one instruction (z2 = z log2 e):
+
+    m = max z2        l = sum 2^(z2 - m)        s = sum 2^(z2 - m) (z2 - m)
+    LSE = (m + log2 l) ln 2                     H = (log2 l - s / l) ln 2
+
+Both terms of H are positive, so nothing cancels; LSE - sum p z would subtract 50 from 50.01.
+z_target is picked from the same tile that enters the sum, so logp <= 0 up to the last bit.
+
+Where the time goes: with D = 256 a logit is 512 FLOP of the product and about 20 instructions
+around it, so tiles are small enough that one program's tail can overlap another's product. For
+D <= 384 the rows of hidden stay on chip for the whole walk; reading them again for each tile
+would ask more of the L2 cache than it can give. Larger D streams both operands.
+
+Drawing a token costs two uniforms a row and tile, not one a logit. In each tile draw one column
+from the tile alone (inverse CDF), then let it replace the choice so far with the probability
+that the tile has among all tiles so far (a reservoir): after the last tile, each column has been
+chosen with its own probability, by telescoping. Uniforms come from Philox4x32-10, key = seed,
+counter = (row, step, tile, 0): words 0 and 1 for the tile, word 2 for the merge of `SPLIT` tiles
+with the others. So a draw depends on seed, row and step, and never on its neighbours.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton_attention import LOG2E, PRECISION, hopper
+
+LN2 = tl.constexpr(0.6931471805599453)
+NEVER = tl.constexpr(-1e30)  # a logit that is not there; finite, so that 0 * NEVER is 0 and not NaN
+RESIDENT_UP_TO = 384         # widest hidden of which BLOCK_M rows stay on chip
+TILE, SPLIT = 64, 8          # sampling: columns a tile, tiles a program. Both decide what is drawn
+
+
+# ---- Pieces --------------------------------------------------------------------------------------
+@triton.jit
+def load_tile(rows, ok, first, D, WIDTH: tl.constexpr):
+    """rows: pointers (R,) to the first element of each row -> its columns [first, first + WIDTH)."""
+    d = first + tl.arange(0, WIDTH)
+    return tl.load(rows[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def hidden_rows(hidden_ptr, n, T, h_b, h_t):
+    """Pointers to rows n of hidden (B, T, D) with strides: a slice of time needs no copy."""
+    return hidden_ptr + (n // T).to(tl.int64) * h_b + (n % T).to(tl.int64) * h_t
+
+
+@triton.jit
+def load_resident(h_rows, h_ok, D, D0: tl.constexpr, D1: tl.constexpr):
+    """The hidden rows as two tiles, of widths D0 and D1: sides are powers of two, and 384 is not."""
+    if D0 == 0:
+        h0, h1 = h_rows, h_rows                                      # streamed instead
+    elif D1 == 0:
+        h0 = load_tile(h_rows, h_ok, 0, D, D0)
+        h1 = h0
+    else:
+        h0 = load_tile(h_rows, h_ok, 0, D, D0)
+        h1 = load_tile(h_rows, h_ok, D0, D, D1)
+    return h0, h1
+
+
+@triton.jit
+def logits2(h0, h1, h_rows, h_ok, w_ptr, w_v, cols, V, D, scale2, D0: tl.constexpr,
+            D1: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    """One tile of hidden W^T log2(e) / tau, (rows, cols); NEVER in the columns beyond V."""
+    w_rows = w_ptr + cols.to(tl.int64) * w_v
+    if D0 > 0:
+        w = load_tile(w_rows, cols < V, 0, D, D0)
+        z = tl.dot(h0, tl.trans(w), out_dtype=ACC, input_precision=PRECISION)
+        if D1 > 0:
+            w = load_tile(w_rows, cols < V, D0, D, D1)
+            z = tl.dot(h1, tl.trans(w), z, out_dtype=ACC, input_precision=PRECISION)
+    else:
+        z = tl.zeros((h_rows.shape[0], cols.shape[0]), ACC)
+        for first in range(0, D, BLOCK_K):
+            h = load_tile(h_rows, h_ok, first, D, BLOCK_K)
+            w = load_tile(w_rows, cols < V, first, D, BLOCK_K)
+            z = tl.dot(h, tl.trans(w), z, out_dtype=ACC, input_precision=PRECISION)
+    return tl.where((cols < V)[None, :], z * scale2, NEVER)
+
+
+@triton.jit
+def fold(m, l, s, z2):
+    """Rescale the running sums to the maximum that includes this tile, and add the tile to s; l is
+    left to the caller. -> m, l, s, and p = 2^(z2 - m). What was summed with the old maximum is
+    worth 2^(m - m_new) each, and each z2 - m of it has grown by m - m_new."""
+    m_new = tl.maximum(m, tl.max(z2, 1))
+    p = tl.exp2(z2 - m_new[:, None])
+    rescale = tl.exp2(m - m_new)
+    s = (s + l * (m - m_new)) * rescale + tl.sum(p * (z2 - m_new[:, None]), 1)
+    return m_new, l * rescale, s, p
+
+
+# ---- Log-prob and entropy ------------------------------------------------------------------------
+@triton.jit
+def logprob_forward(hidden_ptr, w_ptr, target_ptr, logp_ptr, entropy_ptr, lse2_ptr, N, T, h_b, h_t,
+                    w_v, V, D, scale2, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    """BLOCK_M of the N = B T rows. hidden (B, T, D) by strides, w (V, D), target (N,) -> logp,
+    entropy (nats) and lse2, (N,). Every row is summed in the same order, whatever N is."""
+    n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ok = n < N
+    h_rows = hidden_rows(hidden_ptr, n, T, h_b, h_t)
+    h0, h1 = load_resident(h_rows, ok, D, D0, D1)
+    target = tl.load(target_ptr + n, mask=ok, other=-1)
+    m = tl.full((BLOCK_M,), NEVER, ACC)
+    l = tl.zeros((BLOCK_M,), ACC)
+    s = tl.zeros((BLOCK_M,), ACC)
+    z_target = tl.zeros((BLOCK_M,), ACC)
+    for start in range(0, V, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        z2 = logits2(h0, h1, h_rows, ok, w_ptr, w_v, cols, V, D, scale2, D0, D1, BLOCK_K, ACC)
+        z_target += tl.sum(tl.where(cols[None, :] == target[:, None], z2, 0.0), 1)
+        m, l, s, p = fold(m, l, s, z2)
+        l += tl.sum(p, 1)
+    lse2 = m + tl.log2(l)
+    logp = tl.where(target >= 0, (z_target - lse2) * LN2, 0.0)
+    logp = tl.where((target < -1) | (target >= V), float("nan"), logp)  # loud, and without a sync
+    tl.store(logp_ptr + n, logp, mask=ok)
+    tl.store(entropy_ptr + n, tl.where(target >= 0, (tl.log2(l) - s / l) * LN2, 0.0), mask=ok)
+    tl.store(lse2_ptr + n, lse2, mask=ok)
+
+
+@triton.jit
+def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr, g_entropy_ptr,
+                     dlogits_ptr, first, N, T, h_b, h_t, w_v, V, D, dlogits_n, scale2, inv_tau,
+                     TILES: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, RECOMPUTE: tl.constexpr,
+                     ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    """Rows [first, first + chunk): dL/d(hidden W^T), (chunk, V), from g = dL/dlogp and h = dL/dH:
+
+        dL/dz_j = g (1[j = target] - p_j) - h p_j (log p_j + H)
+
+    RECOMPUTE: z is formed here, a tile at a time. Otherwise dlogits holds it and is overwritten.
+    """
+    groups = tl.cdiv(tl.cdiv(V, BLOCK_N), TILES)
+    r = tl.program_id(0) // groups * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = first + r
+    ok = n < N
+    h_rows = hidden_rows(hidden_ptr, n, T, h_b, h_t)
+    h0, h1 = load_resident(h_rows, ok, D, D0, D1)
+    target = tl.load(target_ptr + n, mask=ok, other=-1)
+    kept = ok & (target >= 0)
+    lse2 = tl.load(lse2_ptr + n, mask=ok, other=-NEVER)             # p = 0 in rows that are not there
+    g = tl.load(g_ptr + n, mask=kept, other=0.0)
+    out_rows = dlogits_ptr + r.to(tl.int64) * dlogits_n
+    begin = tl.program_id(0) % groups * TILES * BLOCK_N
+    for start in range(begin, min(begin + TILES * BLOCK_N, V), BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = ok[:, None] & (cols < dlogits_n)[None, :]             # rows are padded: aligned stores
+        if RECOMPUTE:
+            z2 = logits2(h0, h1, h_rows, ok, w_ptr, w_v, cols, V, D, scale2, D0, D1, BLOCK_K, ACC)
+        else:
+            z2 = tl.load(out_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(ACC) * scale2
+        log2p = z2 - lse2[:, None]
+        p = tl.exp2(log2p)
+        dz = tl.where(cols[None, :] == target[:, None], g[:, None], 0.0) - g[:, None] * p
+        if ENTROPY:
+            h = tl.load(g_entropy_ptr + n, mask=kept, other=0.0)
+            entropy = tl.load(entropy_ptr + n, mask=ok, other=0.0)
+            dz -= h[:, None] * p * (log2p * LN2 + entropy[:, None])
+        tl.store(out_rows[:, None] + cols[None, :], (dz * inv_tau).to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+# ---- Sampling ------------------------------------------------------------------------------------
+@triton.jit
+def uniform(word):
+    """A 32-bit word -> (0, 1), 2^-22 apart: coarse enough that u * total < total in float32."""
+    return ((word >> 10).to(tl.float32) + 0.5) * 2.384185791015625e-07
+
+
+@triton.jit
+def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, s_ptr, z_ptr, token_ptr,
+                 B, h_b, w_v, V, D, scale2, D0: tl.constexpr, D1: tl.constexpr,
+                 TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_K: tl.constexpr):
+    """BLOCK_M rows against TILES tiles of the vocabulary -> their m, l, s, and the token that these
+    tiles propose with its z2, each (splits, B). Few rows are drawn at once, so the vocabulary is
+    split over programs. seed and step are read from memory: a CUDA graph can be replayed."""
+    splits = tl.cdiv(tl.cdiv(V, BLOCK_N), TILES)
+    split = tl.program_id(0) % splits
+    n = tl.program_id(0) // splits * BLOCK_M + tl.arange(0, BLOCK_M)
+    ok = n < B
+    h_rows = hidden_ptr + n.to(tl.int64) * h_b
+    h0, h1 = load_resident(h_rows, ok, D, D0, D1)
+    row = tl.load(row_ptr + n, mask=ok, other=0).to(tl.uint32)
+    seed, step = tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32)
+    m = tl.full((BLOCK_M,), NEVER, tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    s = tl.zeros((BLOCK_M,), tl.float32)
+    z = tl.zeros((BLOCK_M,), tl.float32)
+    token = tl.zeros((BLOCK_M,), tl.int32)
+    for tile in range(split * TILES, min((split + 1) * TILES, tl.cdiv(V, BLOCK_N))):
+        cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        z2 = logits2(h0, h1, h_rows, ok, w_ptr, w_v, cols, V, D, scale2, D0, D1, BLOCK_K, tl.float32)
+        m, l, s, p = fold(m, l, s, z2)
+        zero = row * 0
+        u0, u1, _, _ = tl.philox(seed, row, zero + step, zero + tile, zero)
+        cdf = tl.cumsum(p, 1)
+        total = tl.max(cdf, 1)                                       # not sum(p), which may round above
+        hit = (cdf > (uniform(u0) * total)[:, None]) & (p > 0)
+        last = tl.minimum(tile * BLOCK_N + BLOCK_N, V) - 1
+        pick = tl.min(tl.where(hit, cols[None, :], last), 1)
+        z_pick = tl.sum(tl.where(cols[None, :] == pick[:, None], z2, 0.0), 1)
+        l += total
+        accept = uniform(u1) * l < total                             # always in the first tile
+        token, z = tl.where(accept, pick, token), tl.where(accept, z_pick, z)
+    at = split.to(tl.int64) * B + n
+    tl.store(m_ptr + at, m, mask=ok)
+    tl.store(l_ptr + at, l, mask=ok)
+    tl.store(s_ptr + at, s, mask=ok)
+    tl.store(z_ptr + at, z, mask=ok)
+    tl.store(token_ptr + at, token, mask=ok)
+
+
+@triton.jit
+def sample_merge(m_ptr, l_ptr, s_ptr, z_ptr, token_ptr, row_ptr, seed_ptr, step_ptr, out_ptr, logp_ptr,
+                 entropy_ptr, B, splits, TILES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The same reservoir over the proposals of the splits, in their order -> token, logp, entropy."""
+    n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ok = n < B
+    row = tl.load(row_ptr + n, mask=ok, other=0).to(tl.uint32)
+    seed, step = tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32)
+    m = tl.full((BLOCK_M,), NEVER, tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    s = tl.zeros((BLOCK_M,), tl.float32)
+    z = tl.zeros((BLOCK_M,), tl.float32)
+    token = tl.zeros((BLOCK_M,), tl.int32)
+    for split in range(splits):
+        at = tl.cast(split, tl.int64) * B + n
+        m_j = tl.load(m_ptr + at, mask=ok, other=0.0)
+        l_j = tl.load(l_ptr + at, mask=ok, other=1.0)
+        s_j = tl.load(s_ptr + at, mask=ok, other=0.0)
+        m_new = tl.maximum(m, m_j)
+        old, new = tl.exp2(m - m_new), tl.exp2(m_j - m_new)
+        s = (s + l * (m - m_new)) * old + (s_j + l_j * (m_j - m_new)) * new
+        l = l * old + l_j * new
+        m = m_new
+        zero = row * 0
+        _, _, u2, _ = tl.philox(seed, row, zero + step, zero + split * TILES, zero)
+        accept = uniform(u2) * l < l_j * new
+        z = tl.where(accept, tl.load(z_ptr + at, mask=ok, other=0.0), z)
+        token = tl.where(accept, tl.load(token_ptr + at, mask=ok, other=0), token)
+    tl.store(out_ptr + n, token.to(tl.int64), mask=ok)
+    tl.store(logp_ptr + n, (z - m - tl.log2(l)) * LN2, mask=ok)
+    tl.store(entropy_ptr + n, (tl.log2(l) - s / l) * LN2, mask=ok)
+
+
+# ---- Configurations and launches -----------------------------------------------------------------
+def config(D: int, dtype: torch.dtype) -> dict:
+    """Tile shapes. Fixed, not searched for at run time: no registers spill on sm_80 and sm_90."""
+    if dtype.itemsize > 2:  # float32: three tensor-core products each, so smaller tiles
+        return dict(D0=0, D1=0, BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)
+    if D > RESIDENT_UP_TO:
+        return dict(D0=0, D1=0, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    D0 = max(16, 1 << D.bit_length() - 1)
+    D1 = max(16, triton.next_power_of_2(D - D0)) if D > D0 else 0
+    # one tile of W in flight where two would leave room for one program a multiprocessor instead of two
+    stages = 1 if hopper() and 192 < D0 + D1 <= 256 else 2
+    return dict(D0=D0, D1=D1, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=stages)
+
+
+class LinearLogprob(torch.autograd.Function):
+    """hidden (B, T, D), weight (V, D), target (B, T) -> logp, entropy (B, T). Kept for the backward
+    pass: the inputs, and 8 bytes a row."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, temperature):
+        (B, T, D), V = hidden.shape, len(weight)
+        acc = torch.promote_types(hidden.dtype, torch.float32)
+        logp, entropy, lse2 = (torch.empty(B, T, dtype=acc, device=hidden.device) for _ in range(3))
+        c = config(D, hidden.dtype)
+        logprob_forward[triton.cdiv(B * T, c["BLOCK_M"]),](
+            hidden, weight, target, logp, entropy, lse2, B * T, T, *hidden.stride()[:2], weight.stride(0),
+            V, D, LOG2E.value / temperature, ACC=tl.float64 if acc == torch.float64 else tl.float32,
+            enable_fp_fusion=True, **c)
+        ctx.save_for_backward(hidden, weight, target, entropy, lse2)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)                             # an unused output has gradient None
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, g, g_entropy):
+        """Three products a chunk of rows: the logits again (by the kernel for D <= RESIDENT_UP_TO, by
+        cuBLAS above, where it is the faster), then dlogits W and dlogits^T hidden. No atomics."""
+        hidden, weight, target, entropy, lse2 = ctx.saved_tensors
+        (B, T, D), V, N = hidden.shape, len(weight), target.numel()
+        g = torch.zeros_like(entropy) if g is None else g.contiguous()
+        c = config(D, hidden.dtype)
+        recompute, rows = c["D0"] > 0, hidden.reshape(N, D)
+        if not recompute:
+            c |= dict(BLOCK_M=64, num_warps=8)
+        chunk = min(N, max(4096, 2**24 // V))                        # V = 2,048: 32 MB, within the L2
+        ld = triton.cdiv(V, 128) * 128                               # rows aligned, also if V is not
+        buffer = torch.empty(chunk, ld, dtype=hidden.dtype, device=hidden.device)
+        d_hidden = torch.empty(N, D, dtype=hidden.dtype, device=hidden.device)
+        d_weight = torch.zeros(V, D, dtype=entropy.dtype, device=hidden.device)
+        groups = triton.cdiv(triton.cdiv(V, c["BLOCK_N"]), SPLIT)
+        for first in range(0, N, chunk):
+            last = min(first + chunk, N)
+            dlogits = buffer[: last - first, :V]
+            if not recompute:
+                torch.mm(rows[first:last], weight.T, out=dlogits)
+            logprob_backward[triton.cdiv(last - first, c["BLOCK_M"]) * groups,](
+                hidden, weight, target, entropy, lse2, g,
+                g if g_entropy is None else g_entropy.contiguous(), dlogits, first, last, T,
+                *hidden.stride()[:2], weight.stride(0), V, D, ld, LOG2E.value / ctx.temperature,
+                1 / ctx.temperature, TILES=SPLIT, RECOMPUTE=recompute, ENTROPY=g_entropy is not None,
+                ACC=tl.float64 if entropy.dtype == torch.float64 else tl.float32,
+                enable_fp_fusion=True, **c)
+            torch.mm(dlogits, weight, out=d_hidden[first:last])
+            d_weight += dlogits.T @ rows[first:last]
+        return d_hidden.view(B, T, D), d_weight.to(weight.dtype), None, None
+
+
+def linear_logprob(hidden, weight, target, temperature):
+    """Shapes as kernels.linear_logprob. A target outside [-1, V) gives a log-prob of NaN: refusing it
+    would make the host wait for the GPU."""
+    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
+    h = hidden if hidden.dim() == 3 else hidden.reshape(1, -1, hidden.size(-1))
+    logp, entropy = LinearLogprob.apply(h, weight, target.reshape(h.shape[:2]).contiguous(), temperature)
+    return logp.view(target.shape), entropy.view(target.shape)
+
+
+def sample(hidden, weight, seed, row, step, temperature):
+    """Shapes as kernels.sample; seed and step one-element int64 tensors on the same device."""
+    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
+    (B, D), V, device = hidden.shape, len(weight), hidden.device
+    splits = triton.cdiv(triton.cdiv(V, TILE), SPLIT)
+    m, l, s, z = torch.empty(4, splits, B, device=device)
+    proposed = torch.empty(splits, B, dtype=torch.int32, device=device)
+    token = torch.empty(B, dtype=torch.int64, device=device)
+    logp, entropy = torch.empty(2, B, device=device)
+    if B:
+        c = config(D, hidden.dtype) | dict(BLOCK_N=TILE)
+        sample_tiles[triton.cdiv(B, c["BLOCK_M"]) * splits,](
+            hidden, weight, row, seed, step, m, l, s, z, proposed, B, hidden.stride(0), weight.stride(0),
+            V, D, LOG2E.value / temperature, TILES=SPLIT, enable_fp_fusion=True, **c)
+        sample_merge[triton.cdiv(B, 128),](
+            m, l, s, z, proposed, row, seed, step, token, logp, entropy, B, splits, TILES=SPLIT,
+            BLOCK_M=128, num_warps=4, enable_fp_fusion=True)
+    return token, logp, entropy

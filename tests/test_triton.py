@@ -1,0 +1,63 @@
+"""The Triton kernels without a GPU: their values in the interpreter, their machine code from the
+compiler, each in a process of its own, because the interpreter changes Triton for a whole process.
+On a machine with a GPU the values are computed there."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import attention, linear_logprob
+from kernels.backend import has_triton
+
+needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+GPU = torch.cuda.is_available()
+COMMANDS = {
+    "values": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning",
+               "tests/triton_values.py"],
+    "sm_80": [sys.executable, "-m", "tests.compile_only", "80"],
+    "sm_90": [sys.executable, "-m", "tests.compile_only", "90"],
+}
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """All three at once, single-threaded: the two cores of a small machine are kept busy."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = {name: subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                      env=env | {"TRITON_INTERPRET": str(int(name == "values" and not GPU))})
+               for name, command in COMMANDS.items()}
+    yield started
+    for process in started.values():
+        process.kill()
+
+
+@needs_triton
+@pytest.mark.parametrize("name", COMMANDS)
+def test_triton(name, processes):
+    output, _ = processes[name].communicate()
+    print(output)
+    assert processes[name].returncode == 0, output
+    if name == "values":  # nothing may have been skipped but what says that it needs a GPU
+        assert " passed" in output
+    else:
+        assert f"compiled for {name}" in output and ", 0 with a problem" in output
+
+
+def test_the_choice_of_backend():
+    """On CPU tensors "auto" is PyTorch; insisting on Triton, or on nonsense, is refused in one line."""
+    packed = torch.randn(1, 4, 3, 2, 16)
+    assert torch.equal(attention(packed), attention(*packed.unbind(2), backend="torch"))
+    with pytest.raises(ValueError, match="needs Triton and tensors on a GPU"):
+        attention(packed, backend="triton")
+    with pytest.raises(ValueError, match='backend "?\'?cuda'):
+        linear_logprob(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([0, 1]), backend="cuda")
+
+
+def test_the_cpu_path_never_imports_triton():
+    """Triton takes a second to import and is not there on every system."""
+    code = ("import sys; sys.modules['triton'] = None; import torch, kernels\n"
+            "kernels.attention(torch.randn(1, 4, 3, 2, 16)); print('fine')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "fine\n", done.stderr

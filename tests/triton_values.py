@@ -1,0 +1,541 @@
+"""The Triton kernels against independent float64 computations. tests/test_triton.py runs this file:
+in Triton's interpreter on the CPU (TRITON_INTERPRET=1), or on a GPU where there is one.
+
+The interpreter computes fp16, fp32 and fp64 faithfully and bf16 not at all; it knows no races, no
+registers and no shared memory. Those need `tests.compile_only` and a GPU.
+
+Each family ends with negative controls: a kernel broken on purpose has to be caught by the same
+check, or the check is blind.
+"""
+import importlib
+import importlib.util
+import itertools
+import math
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import attention, decode_attention, linear_logprob, sample
+from kernels import triton_attention, triton_head
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu"
+LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3}  # relative error, Frobenius norm, in the interpreter
+gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+
+
+def randn(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype).to(DEVICE)
+
+
+def error(x, exact):
+    """Relative error in the Frobenius norm; the norm itself where the exact value is 0."""
+    exact = exact.double()
+    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+
+
+@pytest.fixture(autouse=True)
+def check_fences(monkeypatch):
+    """Every buffer a launcher allocates is full of NaN (or a huge integer) and lies between two fences:
+    an element that no program writes, or that is written outside, shows."""
+    fences = []
+
+    def fenced(*shape, dtype=torch.float32, device=None):
+        shape = shape[0] if shape and not isinstance(shape[0], int) else shape
+        n, value = math.prod(shape), float("nan") if dtype.is_floating_point else 2**30
+        whole = torch.full((n + 256,), value, dtype=dtype, device=device)
+        whole[:128], whole[128 + n:] = 77, 77
+        fences.append((whole, n))
+        return whole[128:128 + n].view(shape)
+
+    def check():
+        intact = [(whole[:128] == 77).all() and (whole[128 + n:] == 77).all() for whole, n in fences]
+        fences.clear()
+        assert all(intact), "written outside of a buffer"
+    monkeypatch.setattr(torch, "empty", fenced)
+    monkeypatch.setattr(torch, "empty_like", lambda x: fenced(*x.shape, dtype=x.dtype, device=x.device))
+    yield check
+    check()
+
+
+def surrounded(x):
+    """A copy of x with NaN before and after it, so that an unmasked read poisons the result."""
+    whole = torch.full((x.numel() + 512,), float("nan"), dtype=x.dtype, device=x.device)
+    whole[256:256 + x.numel()] = x.flatten()
+    return whole[256:256 + x.numel()].view(x.shape)
+
+
+# ---- Attention -----------------------------------------------------------------------------------
+def attention64(q, k, v):
+    """Softmax of float64 scores, with every key and value repeated for its group."""
+    q, k, v = (x.double() for x in (q, k, v))
+    T, group = q.size(1), q.size(2) // k.size(2)
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    s = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.size(3))
+    s = s.masked_fill(torch.arange(T, device=s.device)[:, None] < torch.arange(T, device=s.device), -math.inf)
+    return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v).flatten(2)
+
+
+def check_attention(B, T, H, Hkv, Dh, dtype=torch.float32, path=None, kernels=triton_attention):
+    """Forward and all gradients of strided views of one projection, the upstream gradient random."""
+    projection = surrounded(randn(B, T, H + 2 * Hkv, Dh, dtype=dtype, seed=T + Dh)).requires_grad_()
+    q, k, v = projection.split([H, Hkv, Hkv], dim=2)
+    upstream = randn(B, T, H * Dh, dtype=dtype, seed=1)
+    path = path or kernels.backward_config(T, Dh, H // Hkv, torch.float16)  # what 16-bit types run, also in fp32
+    with patch.object(kernels, "backward_config", lambda *_: path):
+        out = kernels.Attention.apply(q, k, v)
+        grad, = torch.autograd.grad(out, projection, upstream)
+    exact = attention64(q, k, v)
+    exact_grad, = torch.autograd.grad(exact, projection, upstream.double())
+    assert error(out, exact) < LIMIT[dtype] and error(grad, exact_grad) < 2 * LIMIT[dtype]
+
+
+TIMES = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256]
+HEADS = [(1, 1), (2, 2), (2, 1), (3, 1), (4, 2), (6, 1)]
+WIDTHS = [16, 24, 32, 40, 48, 64, 80, 96, 128]
+
+
+@pytest.mark.parametrize("case", range(34))
+def test_attention_equals_float64(case):
+    """A seeded table: every T twice, each with some head count, width, dtype."""
+    rng = np.random.default_rng(case)
+    H, Hkv = HEADS[rng.integers(len(HEADS))]
+    T, Dh = TIMES[case % len(TIMES)], WIDTHS[rng.integers(len(WIDTHS))]
+    check_attention(1 + case % 2, T, H, Hkv, Dh, (torch.float32, torch.float16)[case // len(TIMES)])
+
+
+@pytest.mark.parametrize("path", [(True, 64, 4), (True, 128, 8), (False, 16, 4), (False, 32, 4), (False, 64, 4)])
+@pytest.mark.parametrize("T", [1, 17, 64])
+def test_both_backward_paths_at_any_length(T, path):
+    """The table of configurations would never send these lengths down the other path."""
+    check_attention(2, T, 4, 2, 24, path=path)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="float64 accumulators exist in the interpreter alone")
+@pytest.mark.parametrize("path", [(True, 16, 4), (False, 16, 4)])
+def test_attention_gradcheck(path, monkeypatch):
+    monkeypatch.setattr(triton_attention, "backward_config", lambda *_: path)
+    packed = randn(1, 5 if path[0] else 18, 3, 2, 2, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: attention(x, backend="triton"), packed, fast_mode=not path[0])
+    q, k, v = (randn(1, 3, H, 3, dtype=torch.float64, seed=i).requires_grad_() for i, H in enumerate((2, 1, 1)))
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, backend="triton"), (q, k, v))
+
+
+def test_attention_packed_equals_separate():
+    """The gradient of packed input is written packed, without a stack of three copies."""
+    packed = randn(2, 37, 3, 2, 32).requires_grad_()
+    upstream = randn(2, 37, 64, seed=1)
+    out = attention(packed, backend="triton")
+    grad, = torch.autograd.grad(out, packed, upstream)
+    separate = attention(*packed.unbind(2), backend="triton")
+    assert torch.equal(out, separate)
+    assert torch.equal(grad, torch.autograd.grad(separate, packed, upstream)[0])
+
+
+@pytest.mark.parametrize("T, j", [(37, 16), (100, 64), (130, 65)])
+def test_attention_never_looks_ahead(T, j):
+    q, k, v = (randn(1, T, 2, 32, seed=i) for i in range(3))
+    before = attention(q, k, v, backend="triton")
+    k[:, j:], v[:, j:] = 9, 9
+    after = attention(q, k, v, backend="triton")
+    assert torch.equal(before[:, :j], after[:, :j]) and not torch.equal(before[:, j], after[:, j])
+
+
+def test_a_sequence_does_not_depend_on_its_batch():
+    q, k, v = (randn(5, 70, 2, 32, seed=i) for i in range(3))
+    whole = attention(q, k, v, backend="triton")
+    alone = attention(q[3:4], k[3:4], v[3:4], backend="triton")
+    assert torch.equal(whole[3:4], alone)
+
+
+def test_attention_of_extreme_scores_and_of_nothing():
+    q, k, v = (randn(1, 20, 1, 16, seed=i, scale=s) for i, s in enumerate((100.0, 100.0, 1.0)))
+    assert error(attention(q, k, v, backend="triton"), attention64(q, k, v)) < 1e-5
+    for B, T in ((0, 8), (2, 0)):
+        empty = randn(B, T, 3, 2, 16).requires_grad_()
+        out = attention(empty, backend="triton")
+        out.sum().backward()
+        assert out.shape == (B, T, 32) and empty.grad.shape == empty.shape
+
+
+@pytest.mark.parametrize("H, Hkv, Dh", [(1, 1, 16), (6, 1, 32), (4, 2, 24), (3, 3, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_decode_step_equals_row_of_prefill(H, Hkv, Dh, dtype):
+    """Unfilled slots hold NaN: a read of one shows. Slots other than pos stay as they are."""
+    B, T = 3, 67
+    q, k, v = (randn(B, T, n, Dh, dtype=dtype, seed=n + i) for i, n in enumerate((H, Hkv, Hkv)))
+    exact = attention64(q, k, v)
+    caches = [torch.full((B, Hkv, T + 2, Dh), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2)]
+    for cache, x in zip(caches, (k, v)):
+        cache[:, :, :63] = x[:, :63].transpose(1, 2)
+    for t in itertools.chain(range(3), range(63, T)):  # the first steps, and across a tile's edge
+        pos = torch.tensor(t, device=DEVICE)
+        row = decode_attention(q[:, t], k[:, t], v[:, t], *caches, pos, backend="triton")
+        assert error(row, exact[:, t]) < LIMIT[dtype]
+    assert torch.equal(caches[0][:, :, :T], k.transpose(1, 2)) and caches[0][:, :, T:].isnan().all()
+    assert torch.equal(caches[1][:, :, :T], v.transpose(1, 2)) and caches[1][:, :, T:].isnan().all()
+
+
+# ---- Log-prob and entropy ------------------------------------------------------------------------
+def logprob64(hidden, weight, target, tau):
+    log_p = (hidden.double() @ weight.double().T / tau).log_softmax(-1)
+    logp = log_p.gather(-1, target.clamp_min(0)[..., None])[..., 0]
+    return logp * (target >= 0), -(log_p.exp() * log_p).sum(-1) * (target >= 0)
+
+
+def check_logprob(B, T, D, V, tau=1.0, dtype=torch.float32, kernels=triton_head, config=None):
+    """A slice of hidden along T; targets at the edges of tiles and ignored ones; random upstream
+    gradients for both results."""
+    whole = surrounded(randn(B, T + 3, D, dtype=dtype, seed=T)).requires_grad_()
+    hidden = whole[:, 2:-1]
+    weight = surrounded(randn(V, D, dtype=dtype, seed=V, scale=min(2, 4 * tau) / math.sqrt(D))).requires_grad_()
+    edges = torch.tensor([0, 63, 64, 127, 128, V - 1, -1, V - 2])
+    target = edges[torch.randint(len(edges), (B, T), generator=torch.Generator().manual_seed(0))]
+    target = target.clamp_max(V - 1).to(DEVICE)
+    config = config or kernels.config(D, torch.float16)      # what 16-bit types run, also in fp32
+    with patch.object(kernels, "config", lambda *_: dict(config)):
+        logp, entropy = kernels.linear_logprob(hidden, weight, target, tau)
+        g, h = randn(B, T, seed=1), randn(B, T, seed=2)
+        grads = torch.autograd.grad((logp * g + entropy * h).sum(), (whole, weight), retain_graph=True)
+        only_g, = torch.autograd.grad((logp * g).sum(), whole)
+    exact_logp, exact_entropy = logprob64(hidden, weight, target, tau)
+    exact = torch.autograd.grad((exact_logp * g + exact_entropy * h).sum(), (whole, weight), retain_graph=True)
+    exact_only_g, = torch.autograd.grad((exact_logp * g).sum(), whole)
+    limit = LIMIT[dtype]
+    assert error(logp, exact_logp) < limit and error(entropy, exact_entropy) < limit
+    assert logp.max() <= 1e-6 and entropy.min() >= 0 and entropy.max() <= math.log(V) + 1e-5
+    assert error(only_g, exact_only_g) < 4 * limit
+    assert all(error(a, b) < 4 * limit for a, b in zip(grads, exact))
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_linear_logprob_equals_float64(case):
+    rng = np.random.default_rng(case)
+    V = [65, 127, 128, 129, 257, 1000][case % 6]
+    D = [16, 24, 32, 64, 100, 192, 256, 384, 400, 520][rng.integers(10)]
+    B, T = [(1, 1), (1, 15), (17, 1), (3, 43), (2, 64)][rng.integers(5)]
+    tau = [0.1, 0.5, 1.0, 3.0, 10.0][rng.integers(5)]
+    dtype = torch.float16 if case % 4 == 3 and D <= 384 and tau >= 1 else torch.float32
+    check_logprob(B, T, D, V, tau, dtype)
+
+
+@pytest.mark.parametrize("V", [2048, 2049, 4093, 50257, 50304])
+def test_linear_logprob_of_real_vocabularies(V):
+    check_logprob(1, 5, 32, V)
+
+
+@pytest.mark.parametrize("D", [30, 256, 520])
+def test_the_configuration_of_float32(D):
+    check_logprob(2, 19, D, 129, config=triton_head.config(D, torch.float32))
+
+
+def test_backward_in_chunks(monkeypatch):
+    """More rows than one chunk holds: the launcher's own arithmetic of chunks, and int64 offsets."""
+    monkeypatch.setattr(triton_head, "max", lambda a, b: 24 if a == 4096 else max(a, b), raising=False)
+    check_logprob(2, 35, 32, 129)
+    check_logprob(2, 35, 520, 129)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="float64 accumulators exist in the interpreter alone")
+@pytest.mark.parametrize("D0", [0, 16])
+def test_linear_logprob_gradcheck(D0, monkeypatch):
+    """Of log-prob and entropy, to hidden and weight, with an ignored target and a temperature."""
+    config = dict(D0=D0, D1=0, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=1)
+    monkeypatch.setattr(triton_head, "config", lambda *_: dict(config))
+    hidden, weight = (randn(n, 4, dtype=torch.float64, seed=n).requires_grad_() for n in (7, 21))
+    target = torch.tensor([0, 4, 20, -1, 16, 15, 3])
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_logprob(h, w, target, 1.7, backend="triton"), (hidden, weight))
+
+
+def test_probabilities_sum_to_one_and_gradients_of_logits_to_zero():
+    V, D = 65, 32
+    hidden, weight = randn(1, D).requires_grad_(), randn(V, D, seed=1)
+    targets = torch.arange(V, device=DEVICE)
+    logp, _ = linear_logprob(hidden.expand(V, D), weight, targets, backend="triton")
+    assert abs(logp.exp().sum().item() - 1) < 1e-5
+    # a constant added to every logit changes nothing: the gradient along W = 1 must vanish
+    ones = torch.cat((weight[:, :-1], torch.ones(V, 1, device=DEVICE)), 1)
+    logp, entropy = linear_logprob(hidden, ones, targets[:1], backend="triton")
+    grad, = torch.autograd.grad(logp.sum() + entropy.sum(), hidden)
+    assert grad[0, -1].abs() < 1e-5 < grad[0, 0].abs()
+
+
+def test_extreme_and_equal_logits():
+    hidden = torch.tensor([[1e4, 0.0], [-1e4, 0.0], [0.0, 0.0]], device=DEVICE)
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.5, 9.0]], device=DEVICE)
+    logp, entropy = linear_logprob(hidden, weight, torch.tensor([0, 1, 2], device=DEVICE), backend="triton")
+    assert (logp - torch.tensor([0, 0, -math.log(3)], device=DEVICE)).abs().max() < 1e-6
+    assert (entropy - torch.tensor([0, 0, math.log(3)], device=DEVICE)).abs().max() < 1e-6
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    hidden, weight = randn(300, 64), randn(257, 64, seed=1)
+    target = torch.arange(300, device=DEVICE) % 257
+    whole = linear_logprob(hidden, weight, target, backend="triton")
+    alone = linear_logprob(hidden[130:131], weight, target[130:131], backend="triton")
+    assert all(torch.equal(w[130:131], a) for w, a in zip(whole, alone))
+
+
+def test_targets_out_of_range_are_loud_and_no_rows_are_fine():
+    hidden, weight = randn(3, 16), randn(65, 16, seed=1)
+    logp, _ = linear_logprob(hidden, weight, torch.tensor([65, -2, 3], device=DEVICE), backend="triton")
+    assert logp.isnan().tolist() == [True, True, False]
+    none = torch.zeros(0, dtype=torch.long, device=DEVICE)
+    assert linear_logprob(hidden[:0], weight, none, backend="triton")[0].shape == (0,)
+
+
+# ---- Sampling ------------------------------------------------------------------------------------
+def philox_numpy(seed, row, step, stream):
+    """Philox4x32-10 (Salmon et al. 2011) on arrays of rows -> four words each, uint64."""
+    c = [row.astype(np.uint64), *(np.full(row.shape, x, np.uint64) for x in (step, stream, 0))]
+    k0, k1, low = seed & 0xFFFFFFFF, seed >> 32, np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(p1 >> np.uint64(32)) ^ c[1] ^ np.uint64(k0), p1 & low,
+             (p0 >> np.uint64(32)) ^ c[3] ^ np.uint64(k1), p0 & low]
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c
+
+
+def sample_numpy(logits, seed, row, step, tile=64, split=8):
+    """The reservoir of triton_head.py's docstring, in float64, over whole rows of logits (B, V)."""
+    B, V = logits.shape
+
+    def u(word):
+        return ((word >> np.uint64(10)).astype(np.float64) + 0.5) / 2**22
+    chosen, total = np.zeros(B, int), np.zeros(B)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    for first in range(0, V, tile * split):
+        token, mass, words = np.zeros(B, int), np.zeros(B), philox_numpy(seed, row, step, first // tile)
+        for start in range(first, min(first + tile * split, V), tile):
+            w = philox_numpy(seed, row, step, start // tile)
+            cdf = p[:, start:start + tile].cumsum(1)
+            pick = start + (cdf <= (u(w[0]) * cdf[:, -1])[:, None]).sum(1)
+            mass += cdf[:, -1]
+            token = np.where(u(w[1]) * mass < cdf[:, -1], pick, token)
+        total += mass
+        chosen = np.where(u(words[2]) * total < mass, token, chosen)
+    return chosen
+
+
+def draw(hidden, weight, seed, rows, step, tau=1.0, kernels=triton_head):
+    seed = torch.tensor(seed, dtype=torch.uint64, device=DEVICE)
+    return kernels.sample(hidden, weight, seed, rows.to(DEVICE), torch.tensor(step, device=DEVICE), tau)
+
+
+def check_tokens(V, tau=1.0, kernels=triton_head, B=100, D=32):
+    hidden, weight = randn(B, D, seed=V), surrounded(randn(V, D, seed=1, scale=0.3))
+    rows = torch.arange(B) * 7919 + 2**31
+    token, logp, entropy = draw(hidden, weight, 2**40 + 3, rows, 5, tau, kernels)
+    logits = (hidden.double() @ weight.double().T / tau).cpu().numpy()
+    assert (token.cpu().numpy() == sample_numpy(logits, 2**40 + 3, rows.numpy(), 5)).all()
+    exact = logprob64(hidden, weight, token, tau)
+    assert error(logp, exact[0]) < 1e-5 and error(entropy, exact[1]) < 1e-5
+
+
+@pytest.mark.parametrize("V, tau", [(3, 1.0), (64, 1.0), (65, 0.5), (513, 1.0), (1100, 2.0)])
+def test_tokens_equal_the_numpy_reference(V, tau):
+    """One tile, a ragged one, several splits; seed and row beyond 32 and 31 bits."""
+    check_tokens(V, tau)
+
+
+def chi_square(tokens, p):
+    n = len(tokens)
+    return float(((tokens.cpu().bincount(minlength=len(p)) - n * p) ** 2 / (n * p)).sum())
+
+
+def check_frequencies(kernels=triton_head, n=30_000, V=70):
+    hidden, weight = randn(1, 16), randn(V, 16, seed=1, scale=0.3)
+    tokens, _, _ = draw(hidden.expand(n, 16), weight, 5, torch.arange(n), 0, kernels=kernels)
+    logits = (hidden.double() @ weight.double().T)[0].cpu()
+    limit = V - 1 + 4 * math.sqrt(2 * (V - 1))  # mean + 4 standard deviations
+    assert chi_square(tokens, logits.softmax(-1)) < limit < chi_square(tokens, (logits / 1.15).softmax(-1))
+
+
+def test_frequencies_match_the_probabilities():
+    """Chi-square over 30,000 draws; the statistic itself must reject a slightly wrong temperature."""
+    check_frequencies()
+
+
+def test_a_draw_does_not_depend_on_its_place_in_the_batch():
+    hidden, weight = randn(200, 32), randn(600, 32, seed=1)
+    whole = draw(hidden, weight, 9, torch.arange(200), 3)
+    alone = draw(hidden[150:152], weight, 9, torch.arange(150, 152), 3)
+    assert all(torch.equal(w[150:152], a) for w, a in zip(whole, alone))
+    other_step = draw(hidden, weight, 9, torch.arange(200), 4)
+    assert not torch.equal(whole[0], other_step[0])
+
+
+def test_never_draws_the_impossible():
+    weight, hidden = torch.eye(130, device=DEVICE) * 200, torch.eye(130, device=DEVICE)[[77] * 300]
+    token, logp, entropy = draw(hidden, weight, 0, torch.arange(300), 0)
+    assert (token == 77).all() and logp.abs().max() < 1e-6 and entropy.abs().max() < 1e-6
+    assert draw(hidden[:0], weight, 0, torch.arange(0), 0)[0].shape == (0,)
+
+
+# ---- Negative controls ---------------------------------------------------------------------------
+def broken(module, old, new, tmp_path):
+    """The module with `old` replaced by `new` in its source."""
+    source = open(module.__file__).read()
+    assert old in source, f"{old!r} is no longer in {module.__name__}: this control tests nothing"
+    path = tmp_path / f"{module.__name__.split('.')[1]}_broken.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize("old, new, T", [
+    ("rows[:, None] >= cols[None, :]", "rows[:, None] > cols[None, :] - 2", 17),    # mask off by one
+    ("acc = acc * rescale[:, None]\n", "acc = acc\n", 130),                          # missing rescale
+    ("+ h // group * k_h", "+ h * k_h * 0", 17),                                     # wrong head
+    ("q_t, T, Dh, BLOCK_D)\n    m = ", "q_t + 1, T, Dh, BLOCK_D)\n    m = ", 17),    # wrong row stride
+    ("tl.sum(p * dp, 1)", "tl.sum(dp, 1)", 17),                                      # delta without P
+    ("delta = tl.sum(do.to(ACC) * o.to(ACC), 1)", "delta = tl.sum(p * dp, 1)", 130),  # delta of one tile
+    ("mask = (rows < end)[:, None]", "mask = (rows <= end)[:, None]", 17),           # writes outside
+])
+def test_a_broken_attention_is_caught(old, new, T, tmp_path, check_fences):
+    kernels = broken(triton_attention, old, new, tmp_path)
+    with pytest.raises(AssertionError):
+        try:
+            check_attention(2, T, 4, 2, 32, kernels=kernels, path=(False, 64, 4) if T > 64 else None)
+        finally:
+            check_fences()
+
+
+@pytest.mark.parametrize("old, new", [
+    ("m = tl.sum(q.to(ACC) * k_new", "m = 0 * tl.sum(q.to(ACC) * k_new"),             # own key's score
+    ("tl.where((slots < pos)[None, :], s,", "tl.where((slots <= pos)[None, :], s,"),  # counts it twice
+    ("store_rows(k_cache_ptr, pos + one", "store_rows(k_cache_ptr, pos + 1 + one"),   # slot off by one
+])
+def test_a_broken_decode_is_caught(old, new, tmp_path, monkeypatch):
+    kernels = broken(triton_attention, old, new, tmp_path)
+    monkeypatch.setattr(triton_attention, "decode_attention", kernels.decode_attention)
+    with pytest.raises(AssertionError):
+        test_decode_step_equals_row_of_prefill(4, 2, 24, torch.float32)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("z * scale2, NEVER)", "z * scale2, 0.0)"),                                      # mask of 0
+    ("return m_new, l * rescale, s, p", "return m_new, l, s, p"),                    # missing rescale
+    ("(s + l * (m - m_new)) * rescale", "s * rescale"),                              # entropy's shift
+    ("(n % T).to(tl.int64) * h_t", "(n % T).to(tl.int64) * D_"),                     # row stride, see below
+    ("g[:, None], 0.0) - g[:, None] * p", "g[:, None], 0.0) - p"),                   # g dropped from p
+    ("(log2p * LN2 + entropy[:, None])", "(log2p + entropy[:, None])"),              # units mixed
+    ("kept = ok & (target >= 0)", "kept = ok"),                                      # ignored rows count
+])
+def test_a_broken_logprob_is_caught(old, new, tmp_path):
+    kernels = broken(triton_head, old, new.replace("D_", "(h_t - 1)"), tmp_path)
+    with pytest.raises(AssertionError):
+        check_logprob(2, 33, 32, 129, 0.5, kernels=kernels)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("accept = uniform(u1) * l < total", "accept = uniform(u0) * l < total"),        # one uniform for two
+    ("accept = uniform(u2) * l < l_j * new", "accept = uniform(u2) * l < l_j"),      # missing rescale
+    ("cdf > (uniform(u0) * total)", "cdf > (uniform(u0))"),                          # not normalised
+])
+def test_a_broken_sampler_is_caught(old, new, tmp_path):
+    kernels = broken(triton_head, old, new, tmp_path)
+    with pytest.raises(AssertionError):
+        check_tokens(1100, kernels=kernels)
+
+
+# ---- On a GPU ------------------------------------------------------------------------------------
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T, Dh, H, Hkv", [(64, 64, 6, 6), (128, 64, 6, 2), (128, 32, 4, 4), (200, 128, 4, 2)])
+def test_attention_is_as_exact_as_eager_in_the_same_dtype(T, Dh, H, Hkv, dtype):
+    """FlashAttention's rule: at most twice the error of plain PyTorch, three times for gradients."""
+    inputs = [randn(4, T, n, Dh, dtype=dtype, seed=i).requires_grad_() for i, n in enumerate((H, Hkv, Hkv))]
+    upstream = randn(4, T, H * Dh, dtype=dtype, seed=9)
+
+    def eager(q, k, v):
+        k, v = (x.repeat_interleave(H // Hkv, 2) for x in (k, v))
+        s = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh)
+        s = s.masked_fill(torch.ones(T, T, dtype=torch.bool, device=DEVICE).triu(1), -math.inf)
+        return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v).flatten(2)
+    outs = [f(*inputs) for f in (lambda *x: attention(*x, backend="triton"), eager, attention64)]
+    grads = [torch.autograd.grad(o, inputs, upstream.to(o.dtype)) for o in outs]
+    assert error(outs[0], outs[2]) <= 2 * error(outs[1], outs[2]) + 1e-5
+    for ours, theirs, exact in zip(*grads):
+        assert error(ours, exact) <= 3 * error(theirs, exact) + 1e-5
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D, V", [(256, 2048), (192, 4093), (384, 2049), (768, 50304)])
+def test_logprob_is_as_exact_as_eager_in_the_same_dtype(D, V, dtype):
+    hidden, weight = (randn(n, D, dtype=dtype, seed=n, scale=s).requires_grad_()
+                      for n, s in ((1000, 1.0), (V, 2 / math.sqrt(D))))
+    target = torch.randint(V, (1000,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    g, h = randn(1000, seed=1), randn(1000, seed=2)
+
+    def eager(hidden, weight):
+        log_p = (hidden @ weight.T).float().log_softmax(-1)
+        return log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    outs = [linear_logprob(hidden, weight, target, backend="triton"), eager(hidden, weight),
+            logprob64(hidden, weight, target, 1.0)]
+    grads = [torch.autograd.grad((a * g + b * h).sum(), (hidden, weight)) for a, b in outs]
+    for ours, theirs, exact in zip(*outs):
+        assert error(ours, exact) <= 2 * error(theirs, exact) + 1e-5
+    for ours, theirs, exact in zip(*grads):
+        assert error(ours, exact) <= 3 * error(theirs, exact) + 1e-5
+
+
+@gpu
+def test_repeated_launches_are_bitwise_equal():
+    packed = randn(60, 128, 3, 6, 64, dtype=torch.bfloat16).requires_grad_()
+    long = randn(8, 300, 3, 6, 64, dtype=torch.bfloat16).requires_grad_()
+    hidden, weight = (randn(n, 256, dtype=torch.bfloat16, seed=n).requires_grad_() for n in (20_000, 2048))
+    target = torch.arange(20_000, device=DEVICE) % 2048
+
+    def everything():
+        outs = [attention(packed, backend="triton"), attention(long, backend="triton"),
+                *linear_logprob(hidden, weight, target, backend="triton")]
+        loss = sum(o.float().square().sum() for o in outs)
+        drawn = sample(hidden[:4096], weight, 1, target[:4096], 2, backend="triton")
+        return [*outs, *torch.autograd.grad(loss, (packed, long, hidden, weight)), *drawn]
+    first = everything()
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, everything()))
+
+
+@gpu
+@pytest.mark.skipif(not INTERPRETED and torch.cuda.mem_get_info()[1] < 40e9, reason="needs 40 GB")
+def test_more_than_65535_heads_and_more_than_2_to_31_elements():
+    B = 2**31 // (64 * 3 * 6 * 64) + 1000  # 30,127 sequences x 6 heads; 2.2e9 elements
+    packed = torch.randn(B, 64, 3, 6, 64, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
+    out = attention(packed, backend="triton")
+    grad, = torch.autograd.grad(out, packed, torch.ones_like(out))
+    last = packed[-2:].detach().clone().requires_grad_()
+    alone = attention(last, backend="triton")
+    assert torch.equal(out[-2:], alone)
+    assert torch.equal(grad[-2:], torch.autograd.grad(alone, last, torch.ones_like(alone))[0])
+
+
+@gpu
+def test_no_host_synchronisation():
+    """What a CUDA graph needs: none of the four calls waits for the GPU."""
+    packed = randn(4, 64, 3, 6, 64, dtype=torch.bfloat16).requires_grad_()
+    hidden, weight = (randn(n, 256, dtype=torch.bfloat16, seed=n).requires_grad_() for n in (256, 2048))
+    target, pos = torch.arange(256, device=DEVICE), torch.tensor(5, device=DEVICE)
+    cache = randn(2, 4, 6, 64, 64, dtype=torch.bfloat16)
+
+    def everything():
+        attention(packed, backend="triton").sum().backward()
+        linear_logprob(hidden, weight, target, backend="triton")[0].sum().backward()
+        q, k, v = packed[:, 0].unbind(1)
+        decode_attention(q, k, v, *cache, pos, backend="triton")
+        sample(hidden, weight, pos, target, pos, backend="triton")
+    everything()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
