@@ -17,7 +17,7 @@ z_target is picked from the same tile that enters the sum, so logp <= 0 up to th
 
 Where the time goes: with D = 256 a logit is 512 FLOP of the product and about 20 instructions
 around it, so tiles are small enough that one program's tail can overlap another's product. For
-D <= 384 the rows of hidden stay on chip for the whole walk; reading them again for each tile
+D <= 384 (256 before Hopper) the rows of hidden stay on chip for the whole walk; reading them again for each tile
 would ask more of the L2 cache than it can give. Larger D streams both operands.
 
 Drawing a token costs two uniforms a row and tile, not one a logit. In each tile draw one column
@@ -35,8 +35,7 @@ from kernels.triton_attention import LOG2E, PRECISION, hopper
 
 LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(-1e30)  # a logit that is not there; finite, so that 0 * NEVER is 0 and not NaN
-RESIDENT_UP_TO = 384         # widest hidden of which BLOCK_M rows stay on chip
-TILE, SPLIT = 64, 8          # sampling: columns a tile, tiles a program. Both decide what is drawn
+TILE, SPLIT = 64, 8    # sampling: columns a tile, tiles a program. Both decide what is drawn
 
 
 # ---- Pieces --------------------------------------------------------------------------------------
@@ -256,16 +255,18 @@ def sample_merge(m_ptr, l_ptr, s_ptr, z_ptr, token_ptr, row_ptr, seed_ptr, step_
 
 # ---- Configurations and launches -----------------------------------------------------------------
 def config(D: int, dtype: torch.dtype) -> dict:
-    """Tile shapes. Fixed, not searched for at run time: no registers spill on sm_80 and sm_90."""
+    """Tile shapes. A fixed table instead of a search at run time: no registers spill on sm_80 and
+    sm_90, and what is not Hopper stays below the 99 KB of shared memory of consumer cards."""
     if dtype.itemsize > 2:  # float32: three tensor-core products each, so smaller tiles
-        return dict(D0=0, D1=0, BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)
-    if D > RESIDENT_UP_TO:
+        return dict(D0=0, D1=0, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)
+    if D > (384 if hopper() else 256):  # streamed
         return dict(D0=0, D1=0, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
     D0 = max(16, 1 << D.bit_length() - 1)
     D1 = max(16, triton.next_power_of_2(D - D0)) if D > D0 else 0
     # one tile of W in flight where two would leave room for one program a multiprocessor instead of two
     stages = 1 if hopper() and 192 < D0 + D1 <= 256 else 2
-    return dict(D0=D0, D1=D1, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=stages)
+    BLOCK_M, warps = (128, 8) if hopper() else (64, 4)
+    return dict(D0=D0, D1=D1, BLOCK_M=BLOCK_M, BLOCK_N=64, BLOCK_K=64, num_warps=warps, num_stages=stages)
 
 
 class LinearLogprob(torch.autograd.Function):
@@ -289,8 +290,8 @@ class LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, g_entropy):
-        """Three products a chunk of rows: the logits again (by the kernel for D <= RESIDENT_UP_TO, by
-        cuBLAS above, where it is the faster), then dlogits W and dlogits^T hidden. No atomics."""
+        """Three products a chunk of rows: the logits again (by the kernel where hidden stays on chip,
+        by cuBLAS for larger D, where it is the faster), then dlogits W and dlogits^T hidden. No atomics."""
         hidden, weight, target, entropy, lse2 = ctx.saved_tensors
         (B, T, D), V, N = hidden.shape, len(weight), target.numel()
         g = torch.zeros_like(entropy) if g is None else g.contiguous()

@@ -1,0 +1,381 @@
+"""What the kernels cost, against what one would call instead.
+
+    python -m kernels.bench      # prints tables, writes benchmarks/results/kernels-<device>.json
+
+On a GPU `ours` are the Triton kernels; on a CPU it is the PyTorch path, and the tables say so.
+
+How it is measured: random inputs (zeros make a GPU faster), in rotation over enough memory that the
+L2 cache holds none of them; all providers of a row in turn, round after round, in one process; the
+median, and the first provider once more at the end, which shows drift. On a GPU a wait is queued
+before each measurement, so that the host's launches are hidden, and events are read on the device.
+`of floor` is the time that the bytes or the arithmetic must take, by the copy bandwidth and the
+8192^3 product measured in the same run, divided by the time that ours took.
+
+Peers that are not installed are left out: `pip install --no-deps liger-kernel cut-cross-entropy`.
+"""
+import json
+import math
+import platform
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from kernels import attention, decode_attention, linear_logprob, sample
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = torch.bfloat16
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Config:
+    rounds: int = 15          # measurements of each provider, in turn
+    out: Path | None = None   # instead of benchmarks/results/kernels-<device>.json
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
+def milliseconds(call, sets: int) -> float:
+    """Of one call, averaged over one call with each input set."""
+    if not GPU:
+        began = time.perf_counter()
+        for i in range(sets):
+            call(i)
+        return 1e3 * (time.perf_counter() - began) / sets
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(3_000_000)  # cycles, about 2 ms: the host runs ahead meanwhile
+    begin.record()
+    for i in range(sets):
+        call(i)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / sets
+
+
+def peak_megabytes(call) -> float | None:
+    """Allocated by one call on top of what was there; on a CPU torch does not count."""
+    if not GPU:
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(0)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def compare(calls: dict, sets: int, rounds: int) -> dict:
+    """calls: provider -> function of the number of an input set. -> provider -> median and 20th and 80th
+    percentile in ms and peak memory in MB; or {"failed": why}."""
+    results, times = {}, {}
+    for name, call in calls.items():
+        try:
+            for i in range(sets):
+                call(i)  # compiles, allocates, warms up
+            results[name] = {"peak_mb": peak_megabytes(call)}
+            times[name] = []
+        except Exception as error:  # a peer that cannot do this shape is a result as well
+            text = str(error).strip().split("\n")[0]
+            results[name] = {"failed": "out of memory" if isinstance(error, torch.OutOfMemoryError) else text[:80]}
+        if GPU:
+            torch.cuda.empty_cache()
+    for _ in range(rounds):
+        for name in times:
+            times[name].append(milliseconds(calls[name], sets))
+    first = next(iter(times))
+    again = [milliseconds(calls[first], sets) for _ in range(3)]
+    for name, ms in times.items():
+        q = torch.tensor(ms).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+        results[name] |= {"ms": q[0], "ms_20": q[1], "ms_80": q[2]}
+    results[first]["drift"] = sorted(again)[1] / results[first]["ms"]
+    return results
+
+
+def ceilings(rounds: int) -> tuple[float, float]:
+    """-> bytes/s of a copy (read and written), FLOP/s of a bf16 product, as this machine does them now."""
+    n, side = (2**30, 8192) if GPU else (2**27, 2048)
+    a, b = torch.randn(n // 2, device=DEVICE).to(DTYPE), torch.empty(n // 2, device=DEVICE, dtype=DTYPE)
+    x, y = (torch.randn(side, side, device=DEVICE).to(DTYPE) for _ in range(2))
+    r = compare({"copy": lambda i: b.copy_(a), "product": lambda i: x @ y}, 1, rounds)
+    return 2 * n / r["copy"]["ms"] * 1e3, 2 * side**3 / r["product"]["ms"] * 1e3
+
+
+def sets_for(megabytes: float) -> int:
+    """How many input sets until the caches hold none of them (H200: 60 MB of L2)."""
+    return max(1, min(16, math.ceil(150 / megabytes))) if GPU else 2
+
+
+def compiled(f):
+    return torch.compile(f, fullgraph=True, dynamic=False)
+
+
+# ---- Attention -----------------------------------------------------------------------------------
+def eager_attention(q, k, v):
+    T, Dh = q.size(1), q.size(3)
+    s = torch.einsum("bihd,bjhd->bhij", q, k) * Dh**-0.5
+    s = s.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), -math.inf)
+    return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v).flatten(2)
+
+
+def sdpa(backend, q, k, v):
+    from torch.nn.attention import sdpa_kernel
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+    return out.transpose(1, 2).flatten(2)
+
+
+def attention_providers(B, T, H):
+    from torch.nn.attention import SDPBackend
+    providers = {"ours": attention, "eager": eager_attention}
+    for name, backend in (("SDPA flash", SDPBackend.FLASH_ATTENTION),
+                          *((("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
+                             ("SDPA efficient", SDPBackend.EFFICIENT_ATTENTION)) if GPU else ())):
+        providers[name] = partial(sdpa, backend)
+    if GPU:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=DEVICE)
+        flex = torch.compile(flex_attention, dynamic=False)
+        providers["torch.compile"] = compiled(eager_attention)
+        providers["FlexAttention"] = lambda q, k, v: flex(
+            *(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2).flatten(2)
+    return providers
+
+
+def bench_attention(rounds, bandwidth, peak):
+    shapes = [(4096, T, d, d // 64) for d in (256, 384, 768) for T in (64, 128, 256)] if GPU else \
+        [(64, T, 192, 3) for T in (64, 128, 256)]
+    for B, T, d, H in shapes:
+        elements = B * T * d
+        n = sets_for(elements * 6 / 2**20)
+        inputs = [[torch.randn(B, T, H, 64, device=DEVICE).to(DTYPE).requires_grad_() for _ in range(3)]
+                  for _ in range(n)]
+        upstream = torch.randn(B, T, d, device=DEVICE).to(DTYPE)
+        providers = attention_providers(B, T, H)
+
+        def forward(f, i):
+            with torch.no_grad():
+                f(*inputs[i])
+        flop = 2 * B * T * T * d  # 4 without the mask
+        yield (f"B {B:,} T {T} d {d}", "attention forward", max(8 * elements / bandwidth, flop / peak),
+               compare({k: partial(forward, f) for k, f in providers.items()}, n, rounds))
+
+        graphs = {}
+
+        def backward(name, i):
+            if (name, i) not in graphs:
+                graphs[name, i] = providers[name](*inputs[i])
+            torch.autograd.grad(graphs[name, i], inputs[i], upstream, retain_graph=True)
+        yield (f"B {B:,} T {T} d {d}", "attention backward", max(14 * elements / bandwidth, 2.5 * flop / peak),
+               compare({k: partial(backward, k) for k in providers}, n, rounds))
+        graphs.clear()
+        if GPU:
+            torch._dynamo.reset()
+
+
+def bench_decode(rounds, bandwidth, peak):
+    shapes = [(4096, T, H, Hkv) for H, Hkv in ((4, 4), (6, 6), (6, 2), (6, 1), (12, 12)) for T in (64, 128, 256)] \
+        if GPU else [(1024, T, 3, 1) for T in (64, 128, 256)]
+    for B, T, H, Hkv in shapes:
+        size = 4 * B * Hkv * T * 64
+        n, pos = sets_for(size / 2**20), T - 1
+        caches = [torch.randn(2, B, Hkv, T, 64, device=DEVICE).to(DTYPE) for _ in range(n)]
+        q, k, v = (torch.randn(B, x, 64, device=DEVICE).to(DTYPE) for x in (H, Hkv, Hkv))
+        at = torch.tensor(pos, device=DEVICE)
+
+        def slices(i):
+            caches[i][:, :, :, pos] = torch.stack((k, v))
+            F.scaled_dot_product_attention(q[:, :, None], caches[i][0], caches[i][1], enable_gqa=H > Hkv)
+        calls = {"ours": lambda i: decode_attention(q, k, v, *caches[i], at), "SDPA, whole cache": slices}
+        if GPU:
+            calls["masked products"] = lambda i: decode_attention(q, k, v, *caches[i], at, backend="torch")
+        with torch.no_grad():
+            yield f"B {B:,} slot {pos} of {T} heads {H}/{Hkv}", "decode", size / bandwidth, compare(calls, n, rounds)
+
+
+# ---- The output head -----------------------------------------------------------------------------
+def eager_logprob(hidden, weight, target):
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    return log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def logprob_providers():
+    providers = {"ours": linear_logprob, "eager": eager_logprob}
+    if not GPU:
+        return providers
+    providers["torch.compile"] = compiled(eager_logprob)
+    try:
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import \
+            LigerFusedLinearScaledCrossEntropyFunction as Liger
+        providers["Liger"] = lambda h, w, t: Liger.apply(h, w, t, 1.0, -100, 1, True)
+    except ImportError:
+        pass
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+        providers["CCE, no entropy"] = lambda h, w, t: (
+            linear_cross_entropy(h, w, t, reduction="none", filter_eps=None),)
+    except ImportError:
+        pass
+    return providers
+
+
+def bench_logprob(rounds, bandwidth, peak):
+    shapes = [(262_144 if V < 50_000 else 32_768, D, V) for D in (256, 384, 768) for V in (2048, 8192, 50_304)] \
+        if GPU else [(4096, 192, 4096), (4096, 256, 2048)]
+    for N, D, V in shapes:
+        n = sets_for(N * D * 2 / 2**20)
+        hidden = [torch.randn(N, D, device=DEVICE).to(DTYPE).requires_grad_() for _ in range(n)]
+        weight = (torch.randn(V, D, device=DEVICE) / D**0.5).to(DTYPE).requires_grad_()
+        target, g = torch.randint(V, (N,), device=DEVICE), torch.randn(N, device=DEVICE)
+        providers = logprob_providers()
+
+        def forward(f, i):
+            with torch.no_grad():
+                f(hidden[i], weight, target)
+
+        def both(f, i):
+            torch.autograd.grad((f(hidden[i], weight, target)[0] * g).sum(), (hidden[i], weight))
+        flop = 2 * N * V * D
+        for what, call, floor in (("forward", forward, flop / peak), ("forward + backward", both, 3 * flop / peak)):
+            yield (f"N {N:,} D {D} V {V:,}", f"log-prob {what}", floor,
+                   compare({k: partial(call, f) for k, f in providers.items()}, n, rounds))
+        if GPU:
+            torch._dynamo.reset()
+
+
+def gumbel(hidden, weight):
+    z = (hidden @ weight.T).float()
+    token = (z - torch.empty_like(z).exponential_().log()).argmax(-1)
+    log_p = z.log_softmax(-1)
+    return token, log_p.gather(1, token[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def bench_sample(rounds, bandwidth, peak):
+    shapes = [(4096, D, V) for D in (256, 384, 768) for V in (2048, 8192, 50_304)] if GPU else [(1024, 192, 4096)]
+    for B, D, V in shapes:
+        n = sets_for((B + V) * D * 2 / 2**20)
+        hidden = [torch.randn(B, D, device=DEVICE).to(DTYPE) for _ in range(n)]
+        weight = [(torch.randn(V, D, device=DEVICE) / D**0.5).to(DTYPE) for _ in range(n)]
+        row, seed, step = torch.arange(B, device=DEVICE), *torch.zeros(2, dtype=torch.long, device=DEVICE)
+        race = compiled(gumbel) if GPU else None
+        calls = {"ours": lambda i: sample(hidden[i], weight[i], seed, row, step),
+                 "product alone": lambda i: hidden[i] @ weight[i].T,
+                 "Gumbel race": lambda i: gumbel(hidden[i], weight[i]),
+                 "multinomial": lambda i: (hidden[i] @ weight[i].T).float().softmax(-1).multinomial(1)}
+        if race:
+            calls["Gumbel, torch.compile"] = lambda i: race(hidden[i], weight[i])
+        with torch.no_grad():
+            yield f"B {B:,} D {D} V {V:,}", "sample", 2 * B * V * D / peak, compare(calls, n, rounds)
+        if GPU:
+            torch._dynamo.reset()
+
+
+# ---- Their share of a PPO iteration ----------------------------------------------------------------
+def ppo_share(rounds) -> dict:
+    """One iteration (rollout, scores, update), and what its calls of each kernel cost alone."""
+    from model import GPT, GPTConfig
+    c = GPTConfig(4096 + 3, 64, 6, 6, 6, 384) if GPU else GPTConfig(4093 + 3, 128, 4, 3, 1, 192)
+    batch, mb, T = (4096, 1024, 64) if GPU else (512, 256, 64)
+    model = GPT(c).to(DEVICE)
+    model.dtype = DTYPE
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def iteration(i):
+        y, _ = model.generate(batch, T, seed=0)
+        with torch.no_grad():
+            for b in y.split(mb):  # policy, reference, reward model: here one model plays all three
+                model.logprob(b), model.logprob(b), model.sentiment(b)
+        for b in y.split(mb):
+            optimizer.zero_grad()
+            model.logprob(b)[0].mean().backward()
+            optimizer.step()
+
+    Dh = c.d_model // c.n_head
+    qkv = [torch.randn(mb, T, h, Dh, device=DEVICE).to(DTYPE).requires_grad_()
+           for h in (c.n_head, c.n_kv_head, c.n_kv_head)]
+    out, upstream = attention(*qkv), torch.randn(mb, T, c.d_model, device=DEVICE).to(DTYPE)
+    cache = torch.randn(2, batch, c.n_kv_head, T, Dh, device=DEVICE).to(DTYPE)
+    new = [torch.randn(batch, h, Dh, device=DEVICE).to(DTYPE) for h in (c.n_head, c.n_kv_head, c.n_kv_head)]
+    hidden = torch.randn(mb * T, c.d_model, device=DEVICE).to(DTYPE).requires_grad_()
+    weight = torch.randn(model.n_text, c.d_model, device=DEVICE).to(DTYPE).requires_grad_()
+    target = torch.randint(model.n_text, (mb * T,), device=DEVICE)
+    last = hidden.detach()[:batch] if mb * T >= batch else hidden.detach().repeat(batch, 1)[:batch]
+    row, pos, half = torch.arange(batch, device=DEVICE), *torch.tensor([0, T // 2], device=DEVICE)
+
+    def no_grad(f):
+        def call(i):
+            with torch.no_grad():
+                f()
+        return call
+
+    def head(i):
+        torch.autograd.grad(linear_logprob(hidden, weight, target)[0].sum(), (hidden, weight))
+    parts = len(range(0, batch, mb))
+    calls = {
+        "attention, forward": (4 * parts * c.n_layer, no_grad(lambda: attention(*qkv))),
+        "attention, backward": (parts * c.n_layer,
+                                lambda i: torch.autograd.grad(out, qkv, upstream, retain_graph=True)),
+        "decode_attention": (T * c.n_layer, no_grad(lambda: decode_attention(*new, *cache, half))),
+        "linear_logprob, forward": (2 * parts, no_grad(lambda: linear_logprob(hidden, weight, target))),
+        "linear_logprob, forward + backward": (parts, head),
+        "sample": (T, no_grad(lambda: sample(last, weight, pos, row, pos))),
+    }
+    r = compare({"whole iteration": iteration} | {k: call for k, (_, call) in calls.items()}, 1, max(3, rounds // 5))
+    whole = r["whole iteration"]["ms"]
+    return {"model": vars(c), "completions": batch, "minibatch": mb, "iteration_ms": whole,
+            "kernels": {k: {"calls": n, "ms": r[k]["ms"], "share": n * r[k]["ms"] / whole}
+                        for k, (n, _) in calls.items()}}
+
+
+# ---- The run -------------------------------------------------------------------------------------
+def row(result: dict, floor: float) -> list[str]:
+    ours = result["ours"]["ms"]
+
+    def cell(name, r):
+        if "failed" in r:
+            return f"{name}: {r['failed']}"
+        memory = f", {r['peak_mb'] / result['ours']['peak_mb']:.1f}x memory" if r["peak_mb"] else ""
+        return f"{name} {r['ms']:.3g} ({r['ms'] / ours:.2f}x{memory})"
+    peak = result["ours"]["peak_mb"]
+    return [f"{ours:.3g}", f"{100 * floor * 1e3 / ours:.0f} %", f"{peak:.0f}" if peak else "-",
+            "; ".join(cell(k, r) for k, r in result.items() if k != "ours")]
+
+
+def main(cfg: Config) -> None:
+    if GPU:
+        torch._functorch.config.donated_buffer = False  # so that a backward pass can be repeated
+    device = torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads, {platform.machine()}"
+    versions = {}
+    for package in ("torch", "triton", "liger-kernel", "cut-cross-entropy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    bandwidth, peak = ceilings(cfg.rounds)
+    report = {"device": device, "ours": "Triton" if GPU else "PyTorch path: no GPU here", "versions": versions,
+              "bandwidth_GB_s": bandwidth / 1e9, "product_TFLOP_s": peak / 1e12, "rows": []}
+    path = cfg.out or ROOT / "benchmarks/results" / f"kernels-{'cpu' if not GPU else device.replace(' ', '-').lower()}.json"
+    print(f"{device}; " + ", ".join(f"{k} {v}" for k, v in versions.items()))
+    print(f"`ours` is {report['ours']}. Copy {bandwidth / 1e9:,.0f} GB/s, bf16 product {peak / 1e12:,.2f} TFLOP/s.\n")
+    print("| kernel | shape | ours, ms | of floor | peak MB | others, ms (times ours) |\n|---|---|---|---|---|---|")
+    for bench in (bench_attention, bench_decode, bench_logprob, bench_sample):
+        for shape, kernel, floor, result in bench(cfg.rounds, bandwidth, peak):
+            print(f"| {kernel} | {shape} | {' | '.join(row(result, floor))} |", flush=True)
+            report["rows"].append({"kernel": kernel, "shape": shape, "floor_ms": 1e3 * floor, "providers": result})
+            path.write_text(json.dumps(report, indent=1))
+    report["ppo"] = ppo = ppo_share(cfg.rounds)
+    path.write_text(json.dumps(report, indent=1))
+    print(f"\nOne PPO iteration of {ppo['completions']:,} completions: {ppo['iteration_ms']:,.0f} ms, of which\n")
+    print("| kernel | calls | ms each | share |\n|---|---|---|---|")
+    for name, r in ppo["kernels"].items():
+        print(f"| {name} | {r['calls']} | {r['ms']:.3g} | {100 * r['share']:.1f} % |")
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
