@@ -1,5 +1,6 @@
 # make            set up .venv and run the five scripts with their defaults
 # make test       set up .venv and run the tests
+# make test-old   the Triton tests once more, with the oldest Triton that is supported
 # make seeds      the pipeline on seeds 0, 1, 2 and the table in README
 # make clean      delete .venv and out/, but for labels and ratings
 # make help       this list
@@ -13,7 +14,7 @@ OUT ?= out
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/ready)
 
-.PHONY: all test seeds clean help
+.PHONY: all test test-old seeds clean help
 
 all: $(OUT)/report.html
 	@echo "the report: $(OUT)/report.html"
@@ -48,6 +49,11 @@ seeds: | $(READY)
 test: | $(READY)
 	$(RUN) -m pytest -q
 
+# Triton 3.6 is what torch 2.11 brings; its interpreter needs a NumPy of its time
+test-old: | $(READY)
+	$(RUN) -m pip install -q --no-deps --upgrade --target $(CURDIR)/.triton-3.6 triton==3.6.0 numpy==2.2.6
+	PYTHONPATH=$(CURDIR)/.triton-3.6 $(RUN) -m pytest -q tests/test_triton.py
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .triton-3.6
 	find $(OUT) -type f ! -name 'labels-*' ! -name 'ratings-*' -delete

@@ -76,9 +76,10 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
     do not fit or a target is outside [-1, V); on a GPU, where looking would make the host wait,
     such a target gives a log-prob of NaN instead.
     """
-    if hidden.shape[:-1] != target.shape or hidden.size(-1) != weight.size(-1) or not temperature > 0:
-        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target "
-                         f"{tuple(target.shape)}, temperature {temperature} do not fit")
+    if hidden.shape[:-1] != target.shape or hidden.size(-1) != weight.size(-1) or \
+            hidden.dtype != weight.dtype or not temperature > 0:
+        raise ValueError(f"hidden {tuple(hidden.shape)} {hidden.dtype}, weight {tuple(weight.shape)} "
+                         f"{weight.dtype}, target {tuple(target.shape)}, temperature {temperature} do not fit")
     if not target.numel():
         empty = (hidden.sum(-1) + weight.sum() * 0).to(torch.promote_types(hidden.dtype, torch.float32))
         return empty, empty

@@ -312,6 +312,6 @@ def decode_attention(q, k, v, k_cache, v_cache, pos):
             q, k, v, k_cache, v_cache, pos, out, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             *k_cache.stride()[:2], *v_cache.stride()[:2], T_max, Hkv, H // Hkv,
             BLOCK_G=max(16, triton.next_power_of_2(H // Hkv)), BLOCK_T=64 if q.element_size() == 2 else 16,
-            num_warps=4, num_stages=3 if q.element_size() == 2 else 2,
+            num_warps=4, num_stages=2,
             **shared(Dh, q.dtype))
     return out

@@ -39,10 +39,21 @@ def test_triton(name, processes):
     output, _ = processes[name].communicate()
     print(output)
     assert processes[name].returncode == 0, output
-    if name == "values":  # nothing may have been skipped but what says that it needs a GPU
+    if name == "values":
         assert " passed" in output
     else:
         assert f"compiled for {name}" in output and ", 0 with a problem" in output
+
+
+@needs_triton
+@pytest.mark.parametrize("change, wrong", [
+    ({}, None), ({"STACK": 8}, "spills"), ({"SHARED": 100 * 1024}, "shared memory"), ({"HMMA": 0}, "tensor-core"),
+    ({"VECTOR_LOAD": 0}, "16-byte load"), ({"VECTOR_STORE": 0}, "16-byte store")])
+def test_the_checks_of_machine_code_can_fail(change, wrong):
+    from tests.compile_only import problems
+    fine = {"STACK": 0, "LOCAL": 0, "SHARED": 50_000, "HGMMA": 0, "HMMA": 9, "VECTOR_LOAD": 1, "VECTOR_STORE": 1}
+    found = problems(80, "attention_backward_resident", True, fine | change)
+    assert found == [] if wrong is None else len(found) == 1 and wrong in found[0]
 
 
 def test_the_choice_of_backend():

@@ -43,7 +43,8 @@ def check_fences(monkeypatch):
     an element that no program writes, or that is written outside, shows."""
     fences = []
 
-    def fenced(*shape, dtype=torch.float32, device=None):
+    def fenced(*shape, dtype=None, device=None):
+        dtype = dtype or torch.float32
         shape = shape[0] if shape and not isinstance(shape[0], int) else shape
         n, value = math.prod(shape), float("nan") if dtype.is_floating_point else 2**30
         whole = torch.full((n + 256,), value, dtype=dtype, device=device)
@@ -377,6 +378,35 @@ def test_never_draws_the_impossible():
     token, logp, entropy = draw(hidden, weight, 0, torch.arange(300), 0)
     assert (token == 77).all() and logp.abs().max() < 1e-6 and entropy.abs().max() < 1e-6
     assert draw(hidden[:0], weight, 0, torch.arange(0), 0)[0].shape == (0,)
+
+
+# ---- The model on the kernels --------------------------------------------------------------------
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+def test_the_model_samples_and_learns_on_the_kernels(n_kv_head, monkeypatch):
+    """What the scripts do on a GPU: rollout by decode and sample, scoring, a gradient. The sampler's
+    log-probs are those of the training forward; log-probs and gradients are those of the PyTorch path."""
+    from model import GPT, GPTConfig
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=90, context=6, n_layer=2, n_head=2, n_kv_head=n_kv_head, d_model=32)).to(DEVICE)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+
+    def run():
+        logp, entropy = model.logprob(y)
+        (logp.sum() + entropy.mean()).backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        return logp.detach(), entropy.detach(), model.sentiment(y).detach(), grads
+    for module in ("attention", "logprob", "sample"):
+        monkeypatch.setattr(importlib.import_module(f"kernels.{module}"), "use_triton", lambda *_: True)
+    y, sampled = model.generate(7, 6, seed=3, batch=4)
+    again, _ = model.generate(2, 6, seed=3, first_row=5)
+    assert torch.equal(again, y[5:])  # whatever batch it is drawn in
+    assert (sampled - model.logprob(y)[0]).abs().max() < 1e-5
+    on_triton = run()
+    for module in ("attention", "logprob", "sample"):
+        monkeypatch.setattr(importlib.import_module(f"kernels.{module}"), "use_triton", lambda *_: False)
+    assert all(error(a, b) < 1e-5 for a, b in zip(on_triton, run()))
 
 
 # ---- Negative controls ---------------------------------------------------------------------------
