@@ -52,6 +52,7 @@ test: | $(READY)
 # Triton 3.6 is what torch 2.11 brings; its interpreter needs a NumPy of its time
 test-old: | $(READY)
 	$(RUN) -m pip install -q --no-deps --upgrade --target $(CURDIR)/.triton-3.6 triton==3.6.0 numpy==2.2.6
+	PYTHONPATH=$(CURDIR)/.triton-3.6 $(RUN) -c 'import triton; assert triton.__version__ == "3.6.0"'
 	PYTHONPATH=$(CURDIR)/.triton-3.6 $(RUN) -m pytest -q tests/test_triton.py
 
 clean:

@@ -306,12 +306,14 @@ class Attention(torch.autograd.Function):
 def decode_attention(q, k, v, k_cache, v_cache, pos):
     """Shapes as kernels.decode_attention; pos a one-element integer tensor on the same device."""
     (B, H, Dh), (Hkv, T_max) = q.shape, k_cache.shape[1:3]
+    if k_cache.stride()[2:] != (Dh, 1) or v_cache.stride()[2:] != (Dh, 1):
+        raise ValueError("each (Tmax, Dh) of a cache must be contiguous")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(B, H * Dh, dtype=q.dtype, device=q.device)
     if B:
         decode_forward[B * Hkv,](
             q, k, v, k_cache, v_cache, pos, out, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             *k_cache.stride()[:2], *v_cache.stride()[:2], T_max, Hkv, H // Hkv,
             BLOCK_G=max(16, triton.next_power_of_2(H // Hkv)), BLOCK_T=64 if q.element_size() == 2 else 16,
-            num_warps=4, num_stages=2,
-            **shared(Dh, q.dtype))
+            num_warps=4, num_stages=2, **shared(Dh, q.dtype))
     return out
