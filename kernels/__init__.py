@@ -6,7 +6,7 @@
     sample            hidden @ W.T -> a drawn token and its log-prob      (rollouts)
 
 Each takes `backend="auto"`: on a GPU the Triton kernels (triton_attention.py, triton_head.py), else
-PyTorch, which is the definition that the kernels are tested against. `python -m kernels.bench`
+PyTorch. `python -m kernels.bench`
 measures both against what one would call instead.
 """
 from kernels.attention import attention, decode_attention

@@ -5,9 +5,10 @@
 On a GPU `ours` are the Triton kernels; on a CPU it is the PyTorch path, and the tables say so.
 
 How it is measured: random inputs (zeros make a GPU faster), in rotation over enough memory that the
-L2 cache holds none of them; all providers of a row in turn, round after round, in one process; the
+L2 cache holds none of them (not in the PPO iteration, which is as it is); all providers of a row in turn, round after round, in one process; the
 median, and the first provider once more at the end, which shows drift. On a GPU a wait is queued
-before each measurement, so that the host's launches are hidden, and events are read on the device.
+before each measurement, so that the host's launches are hidden (`multinomial` and the PPO iteration
+make the host wait, and show it), and events are read on the device.
 `of floor` is the time that the bytes or the arithmetic must take, by the copy bandwidth and the
 8192^3 product measured in the same run, divided by the time that ours took.
 
@@ -20,7 +21,9 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +41,7 @@ ROOT = Path(__file__).parent.parent
 class Config:
     rounds: int = 15          # measurements of each provider, in turn
     out: Path | None = None   # instead of benchmarks/results/kernels-<device>.json
+    only: Literal["all", "attention", "decode", "logprob", "sample", "ppo"] = "all"
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
@@ -49,7 +53,7 @@ def milliseconds(call, sets: int) -> float:
             call(i)
         return 1e3 * (time.perf_counter() - began) / sets
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(3_000_000)  # cycles, about 2 ms: the host runs ahead meanwhile
+    torch.cuda._sleep(3_000_000 * sets)  # cycles, about 2 ms a call: the host runs ahead meanwhile
     begin.record()
     for i in range(sets):
         call(i)
@@ -70,30 +74,34 @@ def peak_megabytes(call) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def compare(calls: dict, sets: int, rounds: int) -> dict:
+def compare(calls: dict, sets: int, rounds: int, whole: dict | None = None) -> dict:
     """calls: provider -> function of the number of an input set. -> provider -> median and 20th and 80th
-    percentile in ms and peak memory in MB; or {"failed": why}."""
-    results, times = {}, {}
-    for name, call in calls.items():
+    percentile in ms and peak memory in MB (of the calls in `whole`, if given); or {"failed": why}."""
+    results, times = {name: {} for name in calls}, {name: [] for name in calls}
+
+    def attempt(name, f):
         try:
-            for i in range(sets):
-                call(i)  # compiles, allocates, warms up
-            results[name] = {"peak_mb": peak_megabytes(call)}
-            times[name] = []
+            return f()
         except Exception as error:  # a peer that cannot do this shape is a result as well
-            text = str(error).strip().split("\n")[0]
-            results[name] = {"failed": "out of memory" if isinstance(error, torch.OutOfMemoryError) else text[:80]}
+            text = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error).strip().split("\n")[0]
+            results[name] = {"failed": text[:80] or type(error).__name__}
+            times.pop(name)
+    for name, call in calls.items():
+        attempt(name, lambda: [call(i) for i in range(sets)])  # compiles, allocates, warms up
+        if name in times:
+            results[name]["peak_mb"] = attempt(name, lambda: peak_megabytes((whole or calls)[name]))
         if GPU:
             torch.cuda.empty_cache()
-    for _ in range(rounds):
-        for name in times:
-            times[name].append(milliseconds(calls[name], sets))
-    first = next(iter(times))
-    again = [milliseconds(calls[first], sets) for _ in range(3)]
+    for i in range(rounds + 1):
+        for name in list(times)[: 1 if i == rounds else None]:  # at the end the first once more
+            ms = attempt(name, lambda: milliseconds(calls[name], sets))
+            if ms is not None:
+                times[name].append(ms)
     for name, ms in times.items():
-        q = torch.tensor(ms).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+        q = torch.tensor(ms[:rounds]).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
         results[name] |= {"ms": q[0], "ms_20": q[1], "ms_80": q[2]}
-    results[first]["drift"] = sorted(again)[1] / results[first]["ms"]
+        if len(ms) > rounds:
+            results[name]["drift"] = ms[-1] / q[0]
     return results
 
 
@@ -171,8 +179,12 @@ def bench_attention(rounds, bandwidth, peak):
             if (name, i) not in graphs:
                 graphs[name, i] = providers[name](*inputs[i])
             torch.autograd.grad(graphs[name, i], inputs[i], upstream, retain_graph=True)
+
+        def both(f, i):
+            torch.autograd.grad(f(*inputs[i]), inputs[i], upstream)
         yield (f"B {B:,} T {T} d {d}", "attention backward", max(14 * elements / bandwidth, 2.5 * flop / peak),
-               compare({k: partial(backward, k) for k in providers}, n, rounds))
+               compare({k: partial(backward, k) for k in providers}, n, rounds,
+                       whole={k: partial(both, f) for k, f in providers.items()}))
         graphs.clear()
         if GPU:
             torch._dynamo.reset()
@@ -193,7 +205,7 @@ def bench_decode(rounds, bandwidth, peak):
             F.scaled_dot_product_attention(q[:, :, None], caches[i][0], caches[i][1], enable_gqa=H > Hkv)
         calls = {"ours": lambda i: decode_attention(q, k, v, *caches[i], at), "SDPA, whole cache": slices}
         if GPU:
-            calls["masked products"] = lambda i: decode_attention(q, k, v, *caches[i], at, backend="torch")
+            calls["masked products"] = lambda i: decode_attention(q, k, v, *caches[i], pos, backend="torch")
         with torch.no_grad():
             yield f"B {B:,} slot {pos} of {T} heads {H}/{Hkv}", "decode", size / bandwidth, compare(calls, n, rounds)
 
@@ -210,15 +222,20 @@ def logprob_providers():
         return providers
     providers["torch.compile"] = compiled(eager_logprob)
     try:
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import \
-            LigerFusedLinearScaledCrossEntropyFunction as Liger
-        providers["Liger"] = lambda h, w, t: Liger.apply(h, w, t, 1.0, -100, 1, True)
+        from liger_kernel.ops import fused_linear_scaled_cross_entropy as liger
+        if find_spec("cutlass"):
+            providers["Liger"] = lambda h, w, t: liger.LigerFusedLinearScaledCrossEntropyFunction.apply(
+                h, w, t, 1.0, -100, 1, True)
+        else:  # on Hopper its own choice needs nvidia-cutlass-dsl
+            providers["Liger, PyTorch fallback"] = lambda h, w, t: liger._FusedLinearPPOFallbackFunction.apply(
+                h, w, t, 1.0, -100, True)
     except ImportError:
         pass
     try:
         from cut_cross_entropy import linear_cross_entropy
-        providers["CCE, no entropy"] = lambda h, w, t: (
-            linear_cross_entropy(h, w, t, reduction="none", filter_eps=None),)
+        for name, eps in (("CCE, no entropy", "high"), ("CCE, no entropy, no filter", None)):
+            providers[name] = lambda h, w, t, eps=eps: (
+                linear_cross_entropy(h, w, t, reduction="none", filter_eps=eps),)
     except ImportError:
         pass
     return providers
@@ -266,7 +283,7 @@ def bench_sample(rounds, bandwidth, peak):
         calls = {"ours": lambda i: sample(hidden[i], weight[i], seed, row, step),
                  "product alone": lambda i: hidden[i] @ weight[i].T,
                  "Gumbel race": lambda i: gumbel(hidden[i], weight[i]),
-                 "multinomial": lambda i: (hidden[i] @ weight[i].T).float().softmax(-1).multinomial(1)}
+                 "multinomial, token only": lambda i: (hidden[i] @ weight[i].T).float().softmax(-1).multinomial(1)}
         if race:
             calls["Gumbel, torch.compile"] = lambda i: race(hidden[i], weight[i])
         with torch.no_grad():
@@ -283,10 +300,12 @@ def ppo_share(rounds) -> dict:
     batch, mb, T = (4096, 1024, 64) if GPU else (512, 256, 64)
     model = GPT(c).to(DEVICE)
     model.dtype = DTYPE
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 
     def iteration(i):
-        y, _ = model.generate(batch, T, seed=0)
+        y, _ = model.generate(batch, T, seed=0, batch=batch)
         with torch.no_grad():
             for b in y.split(mb):  # policy, reference, reward model: here one model plays all three
                 model.logprob(b), model.logprob(b), model.sentiment(b)
@@ -317,7 +336,8 @@ def ppo_share(rounds) -> dict:
         torch.autograd.grad(linear_logprob(hidden, weight, target)[0].sum(), (hidden, weight))
     parts = len(range(0, batch, mb))
     calls = {
-        "attention, forward": (4 * parts * c.n_layer, no_grad(lambda: attention(*qkv))),
+        "attention, forward": (4 * parts * c.n_layer,  # policy, reference, reward model, update
+                               no_grad(lambda: attention(*qkv))),
         "attention, backward": (parts * c.n_layer,
                                 lambda i: torch.autograd.grad(out, qkv, upstream, retain_graph=True)),
         "decode_attention": (T * c.n_layer, no_grad(lambda: decode_attention(*new, *cache, half))),
@@ -334,6 +354,8 @@ def ppo_share(rounds) -> dict:
 
 # ---- The run -------------------------------------------------------------------------------------
 def row(result: dict, floor: float) -> list[str]:
+    if "failed" in result["ours"]:
+        return [result["ours"]["failed"], "-", "-", "-"]
     ours = result["ours"]["ms"]
 
     def cell(name, r):
@@ -348,7 +370,8 @@ def row(result: dict, floor: float) -> list[str]:
 
 def main(cfg: Config) -> None:
     if GPU:
-        torch._functorch.config.donated_buffer = False  # so that a backward pass can be repeated
+        from torch._functorch import config as functorch
+        functorch.donated_buffer = False  # so that a backward pass can be repeated
     device = torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads, {platform.machine()}"
     versions = {}
     for package in ("torch", "triton", "liger-kernel", "cut-cross-entropy"):
@@ -363,11 +386,14 @@ def main(cfg: Config) -> None:
     print(f"{device}; " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     print(f"`ours` is {report['ours']}. Copy {bandwidth / 1e9:,.0f} GB/s, bf16 product {peak / 1e12:,.2f} TFLOP/s.\n")
     print("| kernel | shape | ours, ms | of floor | peak MB | others, ms (times ours) |\n|---|---|---|---|---|---|")
-    for bench in (bench_attention, bench_decode, bench_logprob, bench_sample):
-        for shape, kernel, floor, result in bench(cfg.rounds, bandwidth, peak):
+    benches = {"attention": bench_attention, "decode": bench_decode, "logprob": bench_logprob, "sample": bench_sample}
+    for name, bench in benches.items():
+        for shape, kernel, floor, result in bench(cfg.rounds, bandwidth, peak) if cfg.only in ("all", name) else ():
             print(f"| {kernel} | {shape} | {' | '.join(row(result, floor))} |", flush=True)
             report["rows"].append({"kernel": kernel, "shape": shape, "floor_ms": 1e3 * floor, "providers": result})
             path.write_text(json.dumps(report, indent=1))
+    if cfg.only not in ("all", "ppo"):
+        return
     report["ppo"] = ppo = ppo_share(cfg.rounds)
     path.write_text(json.dumps(report, indent=1))
     print(f"\nOne PPO iteration of {ppo['completions']:,} completions: {ppo['iteration_ms']:,.0f} ms, of which\n")

@@ -23,6 +23,7 @@ instruction where exp is two. `lse2` is log2 of the soft-max denominator, sum_j 
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 from triton import knobs
 from triton.runtime import driver
 
@@ -58,27 +59,26 @@ def scores2(q, k, rows, cols, SCALE: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def attention_forward(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, q_b, q_t, q_h, k_b, k_t, k_h,
                       v_b, v_t, v_h, T, H, group, SCALE: tl.constexpr, Dh: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                      ACC: tl.constexpr):
-    """BLOCK_M rows of one head. q (B, T, H, Dh), k and v (B, T, H / group, Dh) by strides (b, t, h);
+                      BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """BLOCK rows of one head. q (B, T, H, Dh), k and v (B, T, H / group, Dh) by strides (b, t, h);
     out (B, T, H, Dh), lse2 (B, H, T) contiguous.
 
     Online soft-max: m is the largest score so far, l = sum_j 2^(s_j - m), acc = sum_j 2^(s_j - m) v_j.
     When a block raises m, what was summed before is worth a factor 2^(m_old - m_new).
     """
-    blocks = tl.cdiv(T, BLOCK_M)
+    blocks = tl.cdiv(T, BLOCK)
     head, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks  # neighbours share k, v in L2
     b, h = (head // H).to(tl.int64), head % H
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h // group * k_h
     v_ptr += b * v_b + h // group * v_h
-    rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = i * BLOCK + tl.arange(0, BLOCK)
     q = load_rows(q_ptr, rows, q_t, T, Dh, BLOCK_D)
-    m = tl.full((BLOCK_M,), float("-inf"), ACC)
-    l = tl.zeros((BLOCK_M,), ACC)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-    for start in range(0, (i + 1) * BLOCK_M, BLOCK_N):               # up to the diagonal
-        cols = start + tl.arange(0, BLOCK_N)
+    m = tl.full((BLOCK,), float("-inf"), ACC)
+    l = tl.zeros((BLOCK,), ACC)
+    acc = tl.zeros((BLOCK, BLOCK_D), ACC)
+    for start in range(0, (i + 1) * BLOCK, BLOCK):                   # up to the diagonal
+        cols = start + tl.arange(0, BLOCK)
         k = load_rows(k_ptr, cols, k_t, T, Dh, BLOCK_D)
         v = load_rows(v_ptr, cols, v_t, T, Dh, BLOCK_D)
         s = scores2(q, k, rows, cols, SCALE, ACC)
@@ -187,7 +187,7 @@ def attention_backward_two_loops(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, d
 
 
 # ---- One new token -------------------------------------------------------------------------------
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pos_ptr"])  # it may point at any element of a range
 def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, out_ptr, q_b, q_h,
                    k_b, k_h, v_b, v_h, kc_b, kc_h, vc_b, vc_h, T_max, kv_heads, group,
                    SCALE: tl.constexpr, Dh: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -233,10 +233,11 @@ def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, out_p
 
 # ---- Configurations and launches -----------------------------------------------------------------
 def hopper() -> bool:
+    """A GPU that gives one program 227 KB of shared memory."""
     if knobs.runtime.interpret:
         return True
     target = driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
+    return target.backend == "cuda" and 90 <= target.arch < 120  # 120: consumer cards, 99 KB again
 
 
 def backward_config(T: int, Dh: int, group: int, dtype: torch.dtype) -> tuple[bool, int, int]:
@@ -275,13 +276,14 @@ class Attention(torch.autograd.Function):
         if q.numel():
             attention_forward[B * H * triton.cdiv(T, block),](
                 q, k, v, out, lse2, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                T, H, H // k.size(2), BLOCK_M=block, BLOCK_N=block, num_warps=4, num_stages=2,
+                T, H, H // k.size(2), BLOCK=block, num_warps=4, num_stages=2,
                 **shared(Dh, q.dtype))
         ctx.n, ctx.config = len(qkv), backward_config(T, Dh, H // k.size(2), q.dtype)
-        ctx.save_for_backward(*qkv, lse2, *([] if ctx.config[0] else [out]))
+        ctx.save_for_backward(*qkv, *((lse2,) if ctx.config[0] else (lse2, out)))
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do):
         *qkv, lse2 = ctx.saved_tensors[: ctx.n + 1]
         grads = [torch.empty_like(x) for x in qkv]                   # packed in, packed out

@@ -30,6 +30,7 @@ with the others. So a draw depends on seed, row and step, and never on its neigh
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from kernels.triton_attention import LOG2E, PRECISION, hopper
 
@@ -57,12 +58,9 @@ def load_resident(h_rows, h_ok, D, D0: tl.constexpr, D1: tl.constexpr):
     """The hidden rows as two tiles, of widths D0 and D1: sides are powers of two, and 384 is not."""
     if D0 == 0:
         h0, h1 = h_rows, h_rows                                      # streamed instead
-    elif D1 == 0:
-        h0 = load_tile(h_rows, h_ok, 0, D, D0)
-        h1 = h0
     else:
         h0 = load_tile(h_rows, h_ok, 0, D, D0)
-        h1 = load_tile(h_rows, h_ok, D0, D, D1)
+        h1 = load_tile(h_rows, h_ok, D0, D, D1) if D1 > 0 else h0
     return h0, h1
 
 
@@ -150,6 +148,8 @@ def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr
     kept = ok & (target >= 0)
     lse2 = tl.load(lse2_ptr + n, mask=ok, other=-NEVER)             # p = 0 in rows that are not there
     g = tl.load(g_ptr + n, mask=kept, other=0.0)
+    h = tl.load(g_entropy_ptr + n, mask=kept, other=0.0)             # g_ptr again without ENTROPY: unused
+    entropy = tl.load(entropy_ptr + n, mask=ok, other=0.0)
     out_rows = dlogits_ptr + r.to(tl.int64) * dlogits_n
     begin = tl.program_id(0) % groups * TILES * BLOCK_N
     for start in range(begin, min(begin + TILES * BLOCK_N, V), BLOCK_N):
@@ -163,8 +163,6 @@ def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr
         p = tl.exp2(log2p)
         dz = tl.where(cols[None, :] == target[:, None], g[:, None], 0.0) - g[:, None] * p
         if ENTROPY:
-            h = tl.load(g_entropy_ptr + n, mask=kept, other=0.0)
-            entropy = tl.load(entropy_ptr + n, mask=ok, other=0.0)
             dz -= h[:, None] * p * (log2p * LN2 + entropy[:, None])
         tl.store(out_rows[:, None] + cols[None, :], (dz * inv_tau).to(dlogits_ptr.dtype.element_ty), mask=mask)
 
@@ -176,7 +174,7 @@ def uniform(word):
     return ((word >> 10).to(tl.float32) + 0.5) * 2.384185791015625e-07
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seed_ptr", "step_ptr"])
 def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, s_ptr, z_ptr, token_ptr,
                  B, h_b, w_v, V, D, scale2, D0: tl.constexpr, D1: tl.constexpr,
                  TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -191,7 +189,8 @@ def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, s
     h_rows = hidden_ptr + n.to(tl.int64) * h_b
     h0, h1 = load_resident(h_rows, ok, D, D0, D1)
     row = tl.load(row_ptr + n, mask=ok, other=0).to(tl.uint32)
-    seed, step = tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32)
+    seed, zero = tl.load(seed_ptr), row * 0
+    step = zero + tl.load(step_ptr).to(tl.uint32)
     m = tl.full((BLOCK_M,), NEVER, tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     s = tl.zeros((BLOCK_M,), tl.float32)
@@ -201,8 +200,7 @@ def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, s
         cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         z2 = logits2(h0, h1, h_rows, ok, w_ptr, w_v, cols, V, D, scale2, D0, D1, BLOCK_K, tl.float32)
         m, l, s, p = fold(m, l, s, z2)
-        zero = row * 0
-        u0, u1, _, _ = tl.philox(seed, row, zero + step, zero + tile, zero)
+        u0, u1, _, _ = tl.philox(seed, row, step, zero + tile, zero)
         cdf = tl.cumsum(p, 1)
         total = tl.max(cdf, 1)                                       # not sum(p), which may round above
         hit = (cdf > (uniform(u0) * total)[:, None]) & (p > 0)
@@ -220,14 +218,15 @@ def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, s
     tl.store(token_ptr + at, token, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seed_ptr", "step_ptr"])
 def sample_merge(m_ptr, l_ptr, s_ptr, z_ptr, token_ptr, row_ptr, seed_ptr, step_ptr, out_ptr, logp_ptr,
                  entropy_ptr, B, splits, TILES: tl.constexpr, BLOCK_M: tl.constexpr):
     """The same reservoir over the proposals of the splits, in their order -> token, logp, entropy."""
     n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = n < B
     row = tl.load(row_ptr + n, mask=ok, other=0).to(tl.uint32)
-    seed, step = tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32)
+    seed, zero = tl.load(seed_ptr), row * 0
+    step = zero + tl.load(step_ptr).to(tl.uint32)
     m = tl.full((BLOCK_M,), NEVER, tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     s = tl.zeros((BLOCK_M,), tl.float32)
@@ -243,8 +242,7 @@ def sample_merge(m_ptr, l_ptr, s_ptr, z_ptr, token_ptr, row_ptr, seed_ptr, step_
         s = (s + l * (m - m_new)) * old + (s_j + l_j * (m_j - m_new)) * new
         l = l * old + l_j * new
         m = m_new
-        zero = row * 0
-        _, _, u2, _ = tl.philox(seed, row, zero + step, zero + split * TILES, zero)
+        _, _, u2, _ = tl.philox(seed, row, step, zero + split * TILES, zero)
         accept = uniform(u2) * l < l_j * new
         z = tl.where(accept, tl.load(z_ptr + at, mask=ok, other=0.0), z)
         token = tl.where(accept, tl.load(token_ptr + at, mask=ok, other=0), token)
@@ -256,7 +254,7 @@ def sample_merge(m_ptr, l_ptr, s_ptr, z_ptr, token_ptr, row_ptr, seed_ptr, step_
 # ---- Configurations and launches -----------------------------------------------------------------
 def config(D: int, dtype: torch.dtype) -> dict:
     """Tile shapes. A fixed table instead of a search at run time: no registers spill on sm_80 and
-    sm_90, and what is not Hopper stays below the 99 KB of shared memory of consumer cards."""
+    sm_90, and what is not of Hopper's kind stays below the 99 KB of shared memory of consumer cards."""
     if dtype.itemsize > 2:  # float32: three tensor-core products each, so smaller tiles
         return dict(D0=0, D1=0, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)
     if D > (384 if hopper() else 256):  # streamed
@@ -289,6 +287,7 @@ class LinearLogprob(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, g_entropy):
         """Three products a chunk of rows: the logits again (by the kernel where hidden stays on chip,
         by cuBLAS for larger D, where it is the faster), then dlogits W and dlogits^T hidden. No atomics."""
@@ -299,7 +298,7 @@ class LinearLogprob(torch.autograd.Function):
         recompute, rows = c["D0"] > 0, hidden.reshape(N, D)
         if not recompute:
             c |= dict(BLOCK_M=64, num_warps=8)
-        chunk = min(N, max(4096, 2**24 // V))                        # V = 2,048: 32 MB, within the L2
+        chunk = min(N, max(4096, 2**24 // V // 128 * 128))           # V = 2,048: 32 MB, within the L2
         ld = triton.cdiv(V, 128) * 128                               # rows aligned, also if V is not
         buffer = torch.empty(chunk, ld, dtype=hidden.dtype, device=hidden.device)
         d_hidden = torch.empty(N, D, dtype=hidden.dtype, device=hidden.device)

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-SHARED = {80: 99 * 1024, 90: 227 * 1024}  # bytes a program may have: of sm_80 to sm_89 the least
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # bytes a program may have (80: as 86, 89)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 COLUMNS = f"{'sm':>3} {'case':34} {'kernel':29} {'regs':>4} {'stack':>5} {'smem':>7} {'warps':>5} {'mma':>4} "
 
@@ -122,10 +122,10 @@ def main(arch: int) -> int:
         attention_cases(torch.bfloat16, [
             (64, 64, 6, 6), (64, 64, 6, 2), (128, 64, 6, 6), (128, 64, 6, 1), (256, 64, 6, 6), (256, 64, 6, 2),
             (16, 16, 2, 2), (128, 32, 4, 4), (128, 32, 4, 2), (256, 32, 4, 4), (64, 128, 4, 4), (256, 128, 4, 4),
-            (256, 128, 4, 2), (64, 48, 4, 4)]),
+            (256, 128, 4, 2), (64, 48, 4, 4), (1, 64, 1, 1)]),
         attention_cases(torch.float16, [(64, 64, 6, 6)]),
         attention_cases(torch.float32, [(32, 64, 3, 3), (64, 64, 3, 1), (16, 128, 2, 2), (256, 128, 4, 2)]),
-        head_cases(torch.bfloat16, [(256, 2048), (192, 4093), (384, 2048), (768, 50304), (24, 65)]),
+        head_cases(torch.bfloat16, [(256, 2048), (192, 4093), (384, 2048), (768, 50304), (24, 65), (64, 1)]),
         head_cases(torch.float32, [(256, 2048)]))
     print(COLUMNS)
     seen, failures = set(), 0
