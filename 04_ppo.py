@@ -15,9 +15,12 @@ Decisions a reader may question:
 3. No KL penalty (--kl-coef for comparison): clipping and stopping are what bounds the KL.
 4. The policy is measured before it is updated, on the samples it has just drawn. So KL, reward and
    entropy of a row belong to one policy and are unbiased, and a checkpoint's KL is its own.
-5. Old log-probs come from the training forward pass in the shapes of the update, not from the
-   sampler: so the ratio on the first minibatch is 1 to the last bit, and that is asserted.
-6. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
+5. Old log-probs are the sampler's, for free, if they equal those of the training forward pass on
+   the completions where the KL needs both. Where they do not (bf16 on most GPUs), a pass of its own
+   forms them. Either way the ratio on the first minibatch is 1, and that is asserted.
+6. The reference model sees `kl_samples` completions of each iteration, not all: the exact KL at
+   their prefixes has a smaller error than the usual sampled one (k1) on four times as many.
+7. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
    would maximise -log p(happy), which is not bounded by anything.
 """
 import math
@@ -30,7 +33,6 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from kernels import linear_logprob
 from model import (Log, UserError, fingerprint, finish, load, load_optimizers, resume_from, save, start,
                    write)
 
@@ -55,7 +57,7 @@ class Config:
     kl_coef: float = 0.0        # per-token KL penalty (k1), in units of log p(target)
     kl_stop: float = 10.0       # nats per completion
     max_iterations: int = 60
-    exact_kl_samples: int = 512  # completions of an iteration on which the exact KL is computed
+    kl_samples: int = 512       # completions of an iteration on which the KL is computed
 
 
 # ---- The mathematics -----------------------------------------------------------------------------
@@ -88,24 +90,27 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
     return -torch.minimum(plain, clipped).mean(), stats
 
 
-def kl_nats(logp: torch.Tensor, logp_ref: torch.Tensor) -> tuple[float, float]:
-    """KL(policy || reference), nats per completion, and its standard error: the k1 estimator, mean
-    over completions of sum_t (logp - logp_ref), on samples of the policy. logp, logp_ref (B, T)."""
-    d = (logp - logp_ref).double().sum(-1)
-    return d.mean().item(), (d.std() / len(d) ** 0.5).item()
+def mean_and_error(x: torch.Tensor) -> tuple[float, float]:
+    """x (B,), one figure a completion -> its mean and the standard error of the mean."""
+    return x.mean().item(), (x.std() / len(x) ** 0.5).item()
 
 
-def exact_kl(hidden, weight, hidden_ref, weight_ref) -> tuple[float, float]:
-    """The same expectation with less variance: at each sampled prefix the KL between the two
-    next-token distributions, over the whole vocabulary, summed over the completion; mean and
-    standard error. hidden, hidden_ref (B, T, D); weight, weight_ref (V, D)."""
-    kl = []
-    for h, h_ref in zip(hidden.split(8), hidden_ref.split(8)):
-        log_p = (h @ weight.T).float().log_softmax(-1)           # (8, T, V)
-        log_q = (h_ref @ weight_ref.T).float().log_softmax(-1)
-        kl.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q).double().sum(-1))
-    d = torch.cat(kl)
-    return d.mean().item(), (d.std() / len(d) ** 0.5).item()
+def kl_nats(y, hidden, weight, hidden_ref, weight_ref) -> tuple[torch.Tensor, ...]:
+    """KL(policy || reference) of completions, nats, by two estimators whose expectations agree.
+
+    y (B, T), sampled from the policy; hidden, hidden_ref (B, T, D); weight, weight_ref (V, D) ->
+    exact (B,): at each sampled prefix the KL between the two next-token distributions, over the
+    whole vocabulary, summed over the completion; k1 (B,): sum_t logp - logp_ref; and, of the
+    policy, logp (B, T) and entropy (B, T).
+    """
+    parts = []
+    for y, h, h_ref in zip(y.split(8), hidden.split(8), hidden_ref.split(8)):
+        log_p, log_q = (torch.log_softmax(x @ w.T, -1, dtype=torch.float32)                  # (8, T, V)
+                        for x, w in ((h, weight), (h_ref, weight_ref)))
+        p, logp, logp_ref = log_p.exp(), *(x.gather(2, y[..., None])[..., 0] for x in (log_p, log_q))
+        parts.append((torch.linalg.vecdot(p, log_p - log_q).double().sum(-1),
+                      (logp - logp_ref).double().sum(-1), logp, -torch.linalg.vecdot(p, log_p)))
+    return tuple(torch.cat(x) for x in zip(*parts))
 
 
 def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> int:
@@ -136,6 +141,8 @@ if __name__ == "__main__":
                         "must be positive")
     if cfg.batch % cfg.minibatch or cfg.max_batch < cfg.batch or cfg.max_batch % cfg.minibatch:
         raise UserError("--batch and --max-batch must be multiples of --minibatch, and --batch the smaller")
+    if cfg.kl_samples < cfg.minibatch:
+        raise UserError("--kl-samples must not be smaller than --minibatch")
     base_path, reward_path = cfg.out / "base.safetensors", cfg.out / "reward.safetensors"
     state = cfg.out / f"04-{cfg.target}-state.safetensors"
     last = cfg.out / f"04-{cfg.target}-last.safetensors"
@@ -163,14 +170,14 @@ if __name__ == "__main__":
         first, batch, kl_before, clips, updates = (
             resumed[2][k] for k in ("step", "batch", "kl", "clip_fractions", "updates"))
     log = Log(cfg.out / f"04-{cfg.target}.jsonl", first)
-    print(f"{'iter':>4} {'batch':>5} {'KL +- SE':>13} {'exact':>6} {'score':>7} {'p':>5} {'entropy':>7} "
+    print(f"{'iter':>4} {'batch':>5} {'KL +- SE':>13} {'k1':>6} {'score':>7} {'p':>5} {'entropy':>7} "
           f"{'clip %':>6} {'bind %':>6} {'kl old':>7} {'|grad|':>6} {'s':>4}")
 
     bar = tqdm(range(first, cfg.max_iterations), initial=first, total=cfg.max_iterations, desc="ppo")
     for iteration in bar:
         began = time.time()
         # 1 -- rollout
-        y, logp_sampler = policy.generate(batch, length, seed=cfg.seed << 32 | 4 << 24 | iteration)
+        y, logp_old = policy.generate(batch, length, seed=cfg.seed << 32 | 4 << 24 | iteration)
         rolled = time.time()
 
         # 2 -- score
@@ -179,24 +186,21 @@ if __name__ == "__main__":
             score = torch.cat([reward_model.sentiment(mb)[:, i] for mb in y.split(cfg.minibatch)])  # (B,)
             reward = normalise(score, norm["mean"], norm["std"])
 
-            # 3 -- old and reference log-probs; the exact KL of the first exact_kl_samples completions
-            parts = []
-            for k, mb in enumerate(y.split(cfg.minibatch)):
-                hidden, hidden_ref = policy.before(mb), reference.before(mb)
-                parts.append((*linear_logprob(hidden, policy.unembed(), mb),
-                              linear_logprob(hidden_ref, reference.unembed(), mb)[0],
-                              (hidden, hidden_ref) if k * cfg.minibatch < cfg.exact_kl_samples else None))
-            logp_old, entropy, logp_ref = (torch.cat(p) for p in list(zip(*parts))[:3])          # (B, T)
-            kl, kl_se = kl_nats(logp_old, logp_ref)
-            hidden, hidden_ref = (torch.cat(h) for h in zip(*(p[3] for p in parts if p[3])))
-            kl_exact, kl_exact_se = exact_kl(hidden, policy.unembed(), hidden_ref, reference.unembed())
-            del parts, hidden, hidden_ref
+            # 3 -- the KL to the reference, and whether the sampler's log-probs will do as the old ones
+            exact, k1, logp, entropy = (torch.cat(x) for x in zip(*(
+                kl_nats(mb, policy.before(mb), policy.unembed(), reference.before(mb), reference.unembed())
+                for mb in y[: cfg.kl_samples].split(cfg.minibatch))))
+            (kl, kl_se), (kl_k1, kl_k1_se) = mean_and_error(exact), mean_and_error(k1)
+            sampler_off = (logp_old[: len(logp)] - logp).abs().max().item()
+            if sampler_off > 5e-6:
+                logp_old = torch.cat([policy.logprob(mb)[0] for mb in y.split(cfg.minibatch)])  # (B, T)
+            logp_ref = logp_old if not cfg.kl_coef else \
+                torch.cat([reference.logprob(mb)[0] for mb in y.split(cfg.minibatch)])
         scored = time.time()
-        row = {"step": iteration, "batch": batch, "kl": kl, "kl_se": kl_se, "kl_exact": kl_exact,
-               "kl_exact_se": kl_exact_se, "score": score.mean().item(), "score_std": score.std().item(),
+        row = {"step": iteration, "batch": batch, "kl": kl, "kl_se": kl_se, "kl_k1": kl_k1,
+               "kl_k1_se": kl_k1_se, "score": score.mean().item(), "score_std": score.std().item(),
                "p_target": score.exp().mean().item(), "reward": reward.mean().item(),
-               "entropy": entropy.mean().item(), "updates": updates,
-               "sampler_off": (logp_sampler - logp_old).abs().mean().item()}
+               "entropy": entropy.mean().item(), "updates": updates, "sampler_off": sampler_off}
 
         # 7 and 8 come before the update: what was measured is the policy as it is now
         # 7 -- checkpoint at each crossing; one file serves all crossings of one iteration
@@ -204,7 +208,7 @@ if __name__ == "__main__":
         if problem:
             raise UserError(f"diverged at iteration {iteration}: {problem}; {last} is the last good policy")
         crossed = [c for c in CROSSINGS if kl_before < c <= kl]
-        header = {k: row[k] for k in ("step", "kl", "kl_se", "kl_exact", "score", "p_target", "entropy")}
+        header = {k: row[k] for k in ("step", "kl", "kl_se", "kl_k1", "score", "p_target", "entropy")}
         header |= {"settings": settings, "inputs": inputs, "seed": cfg.seed, "target": cfg.target}
         if crossed:
             name = f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
@@ -213,7 +217,7 @@ if __name__ == "__main__":
             save(last, policy, tokenizer, **header)
 
         # 8 -- stop
-        line = (f"{iteration:4d} {batch:5d} {kl:6.2f} +- {kl_se:4.2f} {kl_exact:6.2f} {row['score']:7.3f} "
+        line = (f"{iteration:4d} {batch:5d} {kl:6.2f} +- {kl_se:4.2f} {kl_k1:6.2f} {row['score']:7.3f} "
                 f"{row['p_target']:5.2f} {row['entropy']:7.3f}")
         bar.set_postfix(kl=f"{kl:.2f} of {cfg.kl_stop:g} nats", p=f"{row['p_target']:.2f}")
         if kl >= cfg.kl_stop:

@@ -13,54 +13,56 @@ and the rest is two matrix products. The soft-max is taken in float32 (float64 f
 On a GPU the same mathematics is in triton_head.py, where the logits never leave the chip.
 """
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
 
 CHUNK = 512  # rows; 512 x 2,048 float32 logits are 4 MB
 
 
-def _logits(hidden, weight, temperature):
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return (hidden @ weight.T).to(wide).div_(temperature)
+def log_softmax(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log softmax(hidden @ weight.T / temperature), (N, V), at least float32. One pass over each row
+    while it is in cache; spelled out as max, subtract, exp, sum it is five over the whole matrix."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden @ weight.T
+    return torch.log_softmax(z if temperature == 1 else z.to(wide).div_(temperature), -1, dtype=wide)
 
 
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):
-        logp, entropy, lse = [], [], []
+        logp, entropy = [], []
         for h, t in zip(hidden.split(CHUNK), target.split(CHUNK)):
-            z = _logits(h, weight, temperature)                     # (chunk, V)
-            lse.append(z.logsumexp(-1))
-            logp.append(z.gather(1, t.clamp_min(0)[:, None])[:, 0] - lse[-1])
-            log_p = z.sub_(lse[-1][:, None])
+            log_p = log_softmax(h, weight, temperature)             # (chunk, V)
+            logp.append(log_p.gather(1, t.clamp_min(0)[:, None])[:, 0])
             # not LSE - sum p z, which cancels: two numbers of 50 for an entropy of 0.01
             entropy.append(-torch.linalg.vecdot(log_p.exp(), log_p))
-        logp, entropy, lse = torch.cat(logp), torch.cat(entropy), torch.cat(lse)
-        ctx.save_for_backward(hidden, weight, target, lse, entropy)
+        logp, entropy, ignored = torch.cat(logp), torch.cat(entropy), target < 0
+        ctx.save_for_backward(hidden, weight, target, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # an output that the loss does not use has gradient None
-        ignored = target < 0
         return logp.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, h):
-        hidden, weight, target, lse, entropy = ctx.saved_tensors
+        hidden, weight, target, entropy = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=lse.dtype)
-        kept = (target >= 0).to(lse.dtype)
+        d_weight = torch.zeros_like(weight, dtype=entropy.dtype)
+        kept = (target >= 0).to(entropy.dtype)
         g = kept * 0 if g is None else g * kept
-        h = None if h is None else h * kept
         for i in range(0, len(hidden), CHUNK):
             rows = slice(i, i + CHUNK)
-            log_p = _logits(hidden[rows], weight, ctx.temperature).sub_(lse[rows, None])
-            p = log_p.exp()
-            if h is not None:
-                factor = log_p.add_(entropy[rows, None]).mul_(-h[rows, None]).sub_(g[rows, None])
+            log_p = log_softmax(hidden[rows], weight, ctx.temperature)
+            if h is None:
+                dz = log_p.exp_().mul_(-g[rows, None])
             else:
-                factor = -g[rows, None]
-            dz = p.mul_(factor)
+                factor = (log_p + entropy[rows, None]).mul_(-(h * kept)[rows, None]).sub_(g[rows, None])
+                dz = log_p.exp_().mul_(factor)
             dz.scatter_add_(1, target[rows, None].clamp_min(0), g[rows, None])
-            dz = dz.div_(ctx.temperature).to(hidden.dtype)
+            if ctx.temperature != 1:
+                dz.div_(ctx.temperature)
+            dz = dz.to(hidden.dtype)
             d_hidden[rows] = dz @ weight
             d_weight += dz.T @ hidden[rows]
         return d_hidden, d_weight.to(weight.dtype), None, None

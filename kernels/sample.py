@@ -11,6 +11,7 @@ from the same distribution.
 import torch
 
 from kernels.backend import use_triton
+from kernels.logprob import log_softmax
 
 _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
@@ -51,12 +52,11 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor,
         step = torch.as_tensor(step, device=hidden.device)
         return fused(hidden, weight, seed, row.contiguous(), step, temperature)
     seed, step = int(seed), int(step)
-    z = (hidden @ weight.T).float().div_(temperature)               # (B, V)
-    log_p = z.sub_(z.logsumexp(-1, keepdim=True))
+    log_p = log_softmax(hidden, weight, temperature)                # (B, V)
     p = log_p.exp()
     entropy = -torch.linalg.vecdot(p, log_p)
     cdf = p.cumsum_(-1)
     # scaled by its own last entry, so that rounding can never leave a uniform beyond the end
-    u = philox_uniform(seed, row, step).float() * cdf[:, -1]
+    u = philox_uniform(seed, row, step).to(cdf.dtype) * cdf[:, -1]
     token = torch.searchsorted(cdf, u[:, None]).clamp_max_(len(weight) - 1)
     return token[:, 0], log_p.gather(1, token)[:, 0], entropy

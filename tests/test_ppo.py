@@ -52,12 +52,13 @@ def test_both_kl_estimators_against_an_enumerated_model():
         exact = float((lp.exp() * (lp - lq)).sum())
         y, _ = policy.generate(8000, 3, seed=0)
         hidden = (policy.before(y), ref.before(y))
-        k1, k1_se = ppo.kl_nats(policy.logprob(y)[0], ref.logprob(y)[0])
-        full, full_se = ppo.exact_kl(hidden[0], policy.unembed(), hidden[1], ref.unembed())
+        full, k1, logp, entropy = ppo.kl_nats(y, hidden[0], policy.unembed(), hidden[1], ref.unembed())
+        (full, full_se), (k1, k1_se) = ppo.mean_and_error(full), ppo.mean_and_error(k1)
+        torch.testing.assert_close((logp, entropy), policy.logprob(y), rtol=1e-5, atol=1e-5)
     assert exact > 0.05
     assert abs(k1 - exact) < 4 * k1_se and abs(full - exact) < 4 * full_se and full_se < k1_se / 2
-    same, _ = ppo.exact_kl(hidden[0], policy.unembed(), hidden[0], policy.unembed())
-    assert same == 0
+    same, same_k1, *_ = ppo.kl_nats(y, hidden[0], policy.unembed(), hidden[0], policy.unembed())
+    assert same.abs().max() == same_k1.abs().max() == 0
 
 
 def test_batch_rule():
