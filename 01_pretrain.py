@@ -34,8 +34,8 @@ import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from model import (GPT, RESERVED, GPTConfig, Log, UserError, finish, load, load_optimizers,
-                   resume_from, save, start, write)
+from model import (GPT, RESERVED, GPTConfig, Log, UserError, average_gradients, finish, gather, load,
+                   load_optimizers, resume_from, save, share, start, write)
 
 HERE = Path(__file__).parent
 SCRIPT = "01_pretrain.py"
@@ -241,15 +241,17 @@ if __name__ == "__main__":
             epoch = step // per_epoch
             windows = epoch_windows(train_ids, cfg.context, cfg.seed * 1000 + epoch).to(device)
         i = step % per_epoch * cfg.batch
-        loss = -model.logprob(windows[i:i + cfg.batch])[0].mean()
+        rows = share(torch.arange(i, i + cfg.batch), cfg.batch)
+        loss = -model.logprob(windows[rows])[0].mean()
         loss.backward()
+        average_gradients(model)
         scale = lr_scale(step, cfg.steps, cfg.warmup, cfg.cooldown)
         for optimizer in (muon, adam):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
             optimizer.step()
             optimizer.zero_grad()
-        row = {"step": step, "nats_per_token": loss.item(), "lr_scale": scale}
+        row = {"step": step, "nats_per_token": gather(loss.detach()[None]).mean().item(), "lr_scale": scale}
         seconds += time.time() - began
         speed = (step + 1 - first) * cfg.batch * cfg.context / seconds
         bar.set_postfix(nats=f"{row['nats_per_token']:.3f}", tokens_per_s=f"{speed:.0f}", refresh=False)

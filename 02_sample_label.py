@@ -105,7 +105,7 @@ def draw(path: Path, model, tokenizer, cfg: Config, base: str) -> list[dict]:
             done = len(rows)
             if done < cfg.n - n_corpus:
                 count = min(1024, cfg.n - n_corpus - done)
-                new = model.generate(count, cfg.length, cfg.seed, first_row=done)[0].tolist()
+                new = model.generate(torch.arange(done, done + count), cfg.length, cfg.seed)[0].tolist()
             else:
                 new = [tokens[p:p + cfg.length].tolist() for p in places[done - (cfg.n - n_corpus):].tolist()]
             source = "model" if done < cfg.n - n_corpus else "corpus"

@@ -35,8 +35,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from model import (GPT, Log, UserError, fingerprint, finish, load, load_optimizers, resume_from,
-                   save, start, write)
+from model import (GPT, Log, UserError, average_gradients, fingerprint, finish, gather, load,
+                   load_optimizers, resume_from, save, start, world, write)
 
 SCRIPT = "03_reward_model.py"
 TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0}  # p(happy) that a label asks for
@@ -224,15 +224,19 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
         epoch, i = divmod(step, per_epoch)
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(cfg.seed * 1000 + epoch))
         b = order[i * batch:(i + 1) * batch].to(device)
-        loss = sentiment_loss(model.sentiment(tokens[b]), target[b], weight[b])
+        rank, size = world() if len(b) >= world()[1] else (0, 1)  # too few to share: all compute the same
+        mine = b[rank::size]
+        loss = sentiment_loss(model.sentiment(tokens[mine]), target[mine], weight[mine])
+        loss = loss * size * weight[mine].sum() / weight[b].sum()  # so that the mean over processes is theirs
         loss.backward()
+        average_gradients(model)
         # linear to 0 over the whole phase; the pieces come before another phase and do not cool down
         scale = min(1.0, (step + 1) / cfg.warmup) * (1 if desc == "pieces" else 1 - step / steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
         optimizer.step()
         optimizer.zero_grad()
-        row = {"phase": desc, "step": step, "loss": loss.item(), "lr_scale": scale}
+        row = {"phase": desc, "step": step, "loss": gather(loss.detach()[None]).mean().item(), "lr_scale": scale}
         evaluate = (step + 1) % every == 0 or step + 1 == steps
         if evaluate:
             m = measures(predict(model, val_tokens), val_target.numpy(force=True))

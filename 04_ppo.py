@@ -33,8 +33,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from model import (Log, UserError, fingerprint, finish, load, load_optimizers, resume_from, save, start,
-                   write)
+from model import (Log, UserError, average_gradients, fingerprint, finish, gather, load, load_optimizers,
+                   resume_from, save, share, start, world, write)
 
 SCRIPT = "04_ppo.py"
 CROSSINGS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)  # nats
@@ -158,7 +158,7 @@ if __name__ == "__main__":
     resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
     if not resumed:  # checkpoints of an earlier run must not mix with this one's
         for old in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
-            old.unlink()
+            old.unlink(missing_ok=True)
     policy = (resumed or load(base_path, SCRIPT))[0]
     for model in (policy, reference, reward_model):
         model.to(device).dtype = dtype
@@ -177,29 +177,31 @@ if __name__ == "__main__":
     for iteration in bar:
         began = time.time()
         # 1 -- rollout
-        y, logp_old = policy.generate(batch, length, seed=cfg.seed << 32 | 4 << 24 | iteration)
+        mine, mb_size = share(torch.arange(batch), cfg.minibatch), cfg.minibatch // world()[1]
+        y, logp_old = policy.generate(mine, length, seed=cfg.seed << 32 | 4 << 24 | iteration)
         rolled = time.time()
 
         # 2 -- score
         with torch.no_grad():
             i = ("happy", "sad").index(cfg.target)
-            score = torch.cat([reward_model.sentiment(mb)[:, i] for mb in y.split(cfg.minibatch)])  # (B,)
+            score = torch.cat([reward_model.sentiment(mb)[:, i] for mb in y.split(mb_size)])         # (B,)
             reward = normalise(score, norm["mean"], norm["std"])
 
             # 3 -- the KL to the reference, and whether the sampler's log-probs will do as the old ones
             exact, k1, logp, entropy = (torch.cat(x) for x in zip(*(
                 kl_nats(mb, policy.before(mb), policy.unembed(), reference.before(mb), reference.unembed())
-                for mb in y[: cfg.kl_samples].split(cfg.minibatch))))
-            (kl, kl_se), (kl_k1, kl_k1_se) = mean_and_error(exact), mean_and_error(k1)
-            sampler_off = (logp_old[: len(logp)] - logp).abs().max().item()
+                for mb in y[: cfg.kl_samples // world()[1]].split(mb_size))))
+            (kl, kl_se), (kl_k1, kl_k1_se) = mean_and_error(gather(exact)), mean_and_error(gather(k1))
+            sampler_off = gather((logp_old[: len(logp)] - logp).abs().max()[None]).max().item()
             if sampler_off > 5e-6:
-                logp_old = torch.cat([policy.logprob(mb)[0] for mb in y.split(cfg.minibatch)])  # (B, T)
+                logp_old = torch.cat([policy.logprob(mb)[0] for mb in y.split(mb_size)])             # (B, T)
             logp_ref = logp_old if not cfg.kl_coef else \
-                torch.cat([reference.logprob(mb)[0] for mb in y.split(cfg.minibatch)])
+                torch.cat([reference.logprob(mb)[0] for mb in y.split(mb_size)])
+            scores, entropy = gather(score), gather(entropy)
         scored = time.time()
         row = {"step": iteration, "batch": batch, "kl": kl, "kl_se": kl_se, "kl_k1": kl_k1,
-               "kl_k1_se": kl_k1_se, "score": score.mean().item(), "score_std": score.std().item(),
-               "p_target": score.exp().mean().item(), "reward": reward.mean().item(),
+               "kl_k1_se": kl_k1_se, "score": scores.mean().item(), "score_std": scores.std().item(),
+               "p_target": scores.exp().mean().item(), "reward": gather(reward).mean().item(),
                "entropy": entropy.mean().item(), "updates": updates, "sampler_off": sampler_off}
 
         # 7 and 8 come before the update: what was measured is the policy as it is now
@@ -228,18 +230,20 @@ if __name__ == "__main__":
         # 4 -- advantage
         adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, norm["std"])
 
-        # 5 -- PPO epochs. The first needs no shuffle: rollouts are independent as they come
+        # 5 -- PPO epochs. The first needs no shuffle: rollouts are independent as they come. With several
+        # processes each holds an equal part of every minibatch, and later epochs shuffle within it
         stats = []
         for epoch in range(cfg.epochs):
             g = torch.Generator().manual_seed((cfg.seed * 1000 + iteration) * 10 + epoch)
-            order = torch.arange(batch) if epoch == 0 else torch.randperm(batch, generator=g)
-            for b in order.split(cfg.minibatch):
+            order = torch.arange(len(y)) if epoch == 0 else torch.randperm(len(y), generator=g)
+            for b in order.split(mb_size):
                 logp, _ = policy.logprob(y[b])
                 loss, s = ppo_loss(logp, logp_old[b], adv[b], cfg.clip)
                 if not stats and not s["ratio_off"] < 1e-5:
                     raise AssertionError(f"max |ratio - 1| is {s['ratio_off']:.1e} before any update")
                 optimizer.zero_grad()
                 loss.backward()
+                average_gradients(policy)
                 s["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), math.inf)
                 updates += 1
                 optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, updates / cfg.warmup)
@@ -249,8 +253,8 @@ if __name__ == "__main__":
         # 6 -- log: means over all minibatches and epochs, and the clip fraction of the last epoch
         per_epoch = batch // cfg.minibatch
         for k in ("clip_fraction", "clip_binding", "approx_kl", "grad_norm", "loss"):
-            row[k] = torch.stack([s[k] for s in stats]).mean().item()
-        last_epoch = torch.stack([s["clip_fraction"] for s in stats[-per_epoch:]])
+            row[k] = gather(torch.stack([s[k] for s in stats])).mean().item()
+        last_epoch = gather(torch.stack([s["clip_fraction"] for s in stats[-per_epoch:]]))
         row["clip_fraction_last_epoch"] = last_epoch.mean().item()
         row |= {"ratio_off_first": stats[0]["ratio_off"].item(), "lr": optimizer.param_groups[0]["lr"],
                 "s_rollout": rolled - began, "s_score": scored - rolled, "s_update": time.time() - scored}
@@ -277,7 +281,7 @@ if __name__ == "__main__":
     write(cfg.out / f"policy-{cfg.target}.safetensors", last.read_bytes())
     if kl >= cfg.kl_stop:
         state.unlink(missing_ok=True)
-        last.unlink()
+        last.unlink(missing_ok=True)
     print(f"final policy: KL {header['kl']:.2f} +- {header['kl_se']:.2f} nats, "
           f"p({cfg.target}) {header['p_target']:.3f}, entropy {header['entropy']:.3f} nats per token")
     finish("python 05_eval.py", cfg.out)

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -157,15 +158,18 @@ class GPT(nn.Module):
         return (last.float() @ head.float().T).log_softmax(-1)
 
     @torch.no_grad()
-    def generate(self, n: int, length: int, seed: int, first_row: int = 0, batch: int = 1024):
-        """n unconditional completions at temperature 1 from the whole distribution.
+    def generate(self, n: int | torch.Tensor, length: int, seed: int, batch: int = 1024):
+        """Unconditional completions at temperature 1 from the whole distribution: those numbered 0 to
+        n - 1, or those whose numbers are listed in n.
 
-        -> tokens (n, length) int64, the sampler's log-probs (n, length) float32, nats. Sample i is
-        determined by (seed, first_row + i) alone, not by `batch`, which only bounds the cache.
+        -> tokens (n, length) int64, the sampler's log-probs (n, length) float32, nats. A completion is
+        determined by seed and number alone, not by `batch`, which only bounds the cache.
         """
         model, c = copy.deepcopy(self).to(self.dtype), self.config  # weights cast once, not per step
         device, weight = self.head.device, model.unembed()
         cos, sin = self.angles(length)
+        numbers = n.to(device) if torch.is_tensor(n) else torch.arange(n, device=device)
+        n = len(numbers)
         shape = (c.n_layer, 2, min(batch, n), c.n_kv_head, length, c.d_model // c.n_head)
         cache = torch.zeros(shape, dtype=self.dtype, device=device)
         tokens = torch.empty(n, length, dtype=torch.long, device=device)
@@ -173,15 +177,51 @@ class GPT(nn.Module):
         key = torch.tensor(seed, dtype=torch.uint64, device=device)
         steps = torch.arange(length, device=device)  # on the device: a kernel reads them there
         for i in range(0, n, batch):
-            rows = torch.arange(i, min(i + batch, n), device=device)
+            rows = numbers[i:i + batch]
             token = torch.full_like(rows, self.bos)
             for t in range(length):
                 h = norm(model.embed(token))                 # (B, D)
                 for block, kv in zip(model.blocks, cache[:, :, : len(rows)]):
                     h = block(h, cos[t], sin[t], kv, steps[t])
-                token, logp, _ = sample(norm(h), weight, key, rows + first_row, steps[t])
-                tokens[rows, t], logps[rows, t] = token, logp
+                token, logp, _ = sample(norm(h), weight, key, rows, steps[t])
+                tokens[i:i + batch, t], logps[i:i + batch, t] = token, logp
         return tokens, logps
+
+
+# ---- Several processes: torchrun starts them, each takes its share of every minibatch ------------
+def world() -> tuple[int, int]:
+    """The number of this process, and how many there are: (0, 1) unless torchrun started it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(numbers: torch.Tensor, minibatch: int) -> torch.Tensor:
+    """The part of `numbers` (N,) that is this process's: an equal slice of each minibatch, so that N
+    processes make the same updates as one. Raises UserError if it does not divide."""
+    rank, size = world()
+    if minibatch % size or len(numbers) % minibatch:
+        raise UserError(f"a minibatch of {minibatch} does not divide among {size} processes")
+    return numbers.view(-1, size, minibatch // size)[:, rank].flatten()
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """x (n, ...), of the same shape in each process -> (size n, ...), all of them, the same everywhere:
+    what is computed from it, and decided by it, is the same everywhere."""
+    if world()[1] == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world()[1])]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Mean over the processes, in one message."""
+    if world()[1] == 1:
+        return
+    grads = [p.grad for p in model.parameters()]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for g, mean in zip(grads, (flat / world()[1]).split([g.numel() for g in grads])):
+        g.copy_(mean.view_as(g))
 
 
 # ---- Files: safetensors with a JSON header -------------------------------------------------------
@@ -190,7 +230,10 @@ class UserError(Exception):
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """Write to a temporary name, then rename: `path` holds the old or the new content, whole."""
+    """Write to a temporary name, then rename: `path` holds the old or the new content, whole. Of
+    several processes the first writes, and the others return when it has."""
+    if world()[0]:
+        return dist.barrier()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -204,6 +247,8 @@ def write(path: Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         error.filename = str(path)
         raise
+    if world()[1] > 1:
+        dist.barrier()
 
 
 def save(path, model: GPT, tokenizer: Tokenizer, optimizers=(), tensors=None, **header) -> None:
@@ -277,7 +322,13 @@ def fingerprint(model: GPT) -> str:
 # ---- Starting, logging, ending a script ----------------------------------------------------------
 def report(kind, error, trace) -> None:
     """sys.excepthook: what the user can mend is one line and exit code 2; a bug keeps its traceback."""
-    if issubclass(kind, KeyboardInterrupt):
+    quiet, sys.stderr = world()[0] and issubclass(kind, (KeyboardInterrupt, UserError)), sys.__stderr__
+    if quiet:  # the first process says it; torchrun ends all when one has ended
+        time.sleep(1)
+        os._exit(2)
+    if dist.is_initialized() and issubclass(kind, RuntimeError) and re.search("(?i)connection|peer|nccl", str(error)):
+        line = "another process of this run has ended: the same command with --resume continues, with any number"
+    elif issubclass(kind, KeyboardInterrupt):
         line = "interrupted; nothing is lost: the same command with --resume continues"
     elif issubclass(kind, UserError):
         line = str(error)
@@ -305,16 +356,26 @@ def start(settings) -> tuple[torch.device, torch.dtype]:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
-    torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "RANK" in os.environ:  # set by torchrun
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if world()[0]:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.manual_seed(settings.seed)
     dtype = fast_dtype(device)
     start.time = time.time()
     print("settings:", ", ".join(f"{k} {v}" for k, v in asdict(settings).items()))
-    print(f"device: {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads", flush=True)
+    print(f"device: {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads"
+          + (f", {world()[1]} processes" if world()[1] > 1 else ""), flush=True)
     return device, dtype
 
 
 def finish(next_command: str, out: Path) -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     print(f"wall time {time.time() - start.time:.0f} s, peak memory {peak:.2f} GiB")
     print(f"next: {next_command}" + (f" --out {out}" if str(out) != "out" else ""))
@@ -329,7 +390,7 @@ class Log:
             lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
             kept = [line for line in lines if json.loads(line)["step"] < resume_at]
         write(path, "".join(line + "\n" for line in kept))
-        self.file = open(path, "a", buffering=1)
+        self.file = open(os.devnull if world()[0] else path, "a", buffering=1)
 
     def __call__(self, **row):
         self.file.write(json.dumps(row) + "\n")

@@ -405,7 +405,7 @@ def test_the_model_samples_and_learns_on_the_kernels(n_kv_head, monkeypatch):
     for module in ("attention", "logprob", "sample"):
         monkeypatch.setattr(importlib.import_module(f"kernels.{module}"), "use_triton", lambda *_: True)
     y, sampled = model.generate(7, 6, seed=3, batch=4)
-    again, _ = model.generate(2, 6, seed=3, first_row=5)
+    again, _ = model.generate(torch.tensor([5, 6]), 6, seed=3)
     assert torch.equal(again, y[5:])  # whatever batch it is drawn in
     assert (sampled - model.logprob(y)[0]).abs().max() < 1e-5
     on_triton = run()
