@@ -327,7 +327,7 @@ def report(kind, error, trace) -> None:
         time.sleep(1)
         os._exit(2)
     if dist.is_initialized() and issubclass(kind, RuntimeError) and re.search("(?i)connection|peer|nccl", str(error)):
-        line = "another process of this run has ended: the same command with --resume continues, with any number"
+        line = "another process of this run has ended; the same command with --resume goes on, also with fewer"
     elif issubclass(kind, KeyboardInterrupt):
         line = "interrupted; nothing is lost: the same command with --resume continues"
     elif issubclass(kind, UserError):

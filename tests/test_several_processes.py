@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from model import load
-from tests.test_pipeline import corpus, command, pipeline, rows, run, wait_for  # noqa: F401  (fixtures)
+from tests.test_pipeline import ROOT, corpus, command, pipeline, rows, run, wait_for  # noqa: F401  (fixtures)
 
 
-def torchrun(script, out, *args):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+def torchrun(script, out, *args, processes=2):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
             *command(script, out, *args)[1:]]
 
 
@@ -19,15 +19,6 @@ def copy(source, out, *names):
     out.mkdir()
     for name in names:
         (out / name).write_bytes((source / name).read_bytes())
-
-
-def equal(one, two, keys, first, later):
-    """Row by row: the first within rounding of one sum, the later as far as rounding has grown."""
-    assert len(one) == len(two)
-    for i, (a, b) in enumerate(zip(one, two)):
-        for key in keys:
-            if key in a:
-                assert b[key] == pytest.approx(a[key], rel=first if i == 0 else later, abs=1e-2 if i else 1e-4), (i, key)
 
 
 @pytest.mark.parametrize("script, inputs, log, keys", [
@@ -39,19 +30,26 @@ def equal(one, two, keys, first, later):
 ])
 def test_two_processes_do_what_one_does(script, inputs, log, keys, pipeline, corpus, tmp_path):  # noqa: F811
     """Guards against shards that overlap, gradients that are summed instead of averaged, a metric of
-    one rank taken for all, and ranks that decide differently when to stop."""
-    source, out = pipeline[0], tmp_path / "out"
-    copy(source, out, *inputs)
+    one rank taken for all, and ranks that decide differently when to stop. In float32, where a sum
+    in another order is too small a change to make any sample a different one for a while."""
+    wrapper = tmp_path / script
+    wrapper.write_text("import runpy, sys, torch, model\nmodel.fast_dtype = lambda device: torch.float32\n"
+                       f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n")
     extra = ["--corpus", str(corpus)] if script.startswith("01") else []
-    done = subprocess.run(torchrun(script, out, *extra), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stdout and done.stdout.count("wall time") == 1
-    equal(rows(source / log), rows(out / log), keys, 2e-3, 5e-2)
-    if script.startswith("04"):
-        files = [sorted(p.name for p in (d / "checkpoints").glob("happy-*")) for d in (source, out)]
-        assert files[0] == files[1] and files[0]
-        one, two = (load(d / "policy-happy.safetensors", "")[2] for d in (source, out))
-        assert two["kl"] == pytest.approx(one["kl"], rel=0.1) and two["step"] == one["step"]
+    logs, headers = [], []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        copy(pipeline[0], out, *inputs)
+        line = [str(wrapper) if x == str(ROOT / script) else x for x in torchrun(script, out, *extra, processes=processes)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        assert ("2 processes" in done.stdout) == (processes == 2) and done.stdout.count("wall time") == 1
+        logs.append(rows(out / log))
+        headers.append([load(p, "")[2]["crossed"] for p in sorted((out / "checkpoints").glob("happy-*"))])
+    assert len(logs[0]) == len(logs[1]) and headers[0] == headers[1]
+    for i, (one, two) in enumerate(zip(*logs)):
+        for key in (k for k in keys if k in one):
+            assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-3), (i, key)
 
 
 def test_a_killed_process_ends_all_and_one_process_goes_on(pipeline, corpus, tmp_path):  # noqa: F811
@@ -63,7 +61,8 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(pipeline, corpus, tmp
     workers = [pid for pid in children if "01_pretrain" in open(f"/proc/{pid}/cmdline").read()]
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=90)
-    assert process.returncode != 0 and "another process of this run has ended" in errors or "SIGKILL" in errors
+    assert process.returncode != 0
+    assert "another process of this run has ended" in errors or "SIGKILL" in errors, errors
     done = run("01_pretrain.py", out, "--corpus", str(corpus), "--resume")
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stderr
     end, whole = (rows(d / "01.jsonl")[-1]["nats_per_token"] for d in (out, pipeline[0]))
@@ -73,5 +72,5 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(pipeline, corpus, tmp
 def test_bad_input_is_said_once(pipeline, corpus, tmp_path):  # noqa: F811
     done = subprocess.run(torchrun("01_pretrain.py", tmp_path / "out", "--corpus", str(corpus), "--batch", "33"),
                           capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "Traceback" not in done.stderr.split("ChildFailedError")[0]
+    assert done.returncode != 0 and "01_pretrain.py\", line" not in done.stderr  # torchrun's own traceback follows
     assert done.stderr.count("error: a minibatch of 33 does not divide among 2 processes") == 1
