@@ -5,12 +5,12 @@
 On a GPU `ours` are the Triton kernels; on a CPU it is the PyTorch path, and the tables say so.
 
 How it is measured: random inputs (zeros make a GPU faster), in rotation over enough memory that the
-L2 cache holds none of them (not in the PPO iteration, which is as it is); all providers of a row in turn, round after round, in one process; the
-median, and the first provider once more at the end, which shows drift. On a GPU a wait is queued
-before each measurement, so that the host's launches are hidden (`multinomial` and the PPO iteration
-make the host wait, and show it), and events are read on the device.
-`of floor` is the time that the bytes or the arithmetic must take, by the copy bandwidth and the
-8192^3 product measured in the same run, divided by the time that ours took.
+L2 cache holds none of them (not in the PPO iteration, which is as it is); all providers of a row in
+turn, round after round, in one process; the median, and the first provider once more at the end,
+which shows drift. On a GPU a wait is queued before each measurement, so that the host's launches are
+hidden, and events are read on the device; `multinomial` and the PPO iteration make the host wait,
+and show it. `of floor` is the time that the bytes or the arithmetic must take, by the copy bandwidth
+and the 8192^3 product measured in the same run, divided by the time that ours took.
 
 Peers that are not installed are left out: `pip install --no-deps liger-kernel cut-cross-entropy`.
 """
@@ -83,7 +83,8 @@ def compare(calls: dict, sets: int, rounds: int, whole: dict | None = None) -> d
         try:
             return f()
         except Exception as error:  # a peer that cannot do this shape is a result as well
-            text = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error).strip().split("\n")[0]
+            text = str(error).strip().split("\n")[0]
+            text = "out of memory" if isinstance(error, torch.OutOfMemoryError) else text
             results[name] = {"failed": text[:80] or type(error).__name__}
             times.pop(name)
     for name, call in calls.items():
