@@ -1,6 +1,6 @@
 """What the scripts do, against what one would call instead, and how their cost grows.
 
-    python -m benchmarks.speed             # two minutes on two cores
+    python -m benchmarks.speed
     pip install transformers               # optional, for the rollout of Hugging Face `generate`
 
 Rollout: 1,024 completions of 64 tokens by `GPT.generate`, by Hugging Face `generate` (the same
