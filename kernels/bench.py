@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent
 @dataclass
 class Config:
     rounds: int = 15          # measurements of each provider, in turn
-    out: Path | None = None   # instead of benchmarks/results/kernels-<device>.json
+    out: Path | None = None   # instead of benchmarks/results/kernels-<device>[-<only>].json
     only: Literal["all", "attention", "decode", "logprob", "sample", "ppo"] = "all"
 
 
@@ -383,7 +383,8 @@ def main(cfg: Config) -> None:
     bandwidth, peak = ceilings(cfg.rounds)
     report = {"device": device, "ours": "Triton" if GPU else "PyTorch path: no GPU here", "versions": versions,
               "bandwidth_GB_s": bandwidth / 1e9, "product_TFLOP_s": peak / 1e12, "rows": []}
-    path = cfg.out or ROOT / "benchmarks/results" / f"kernels-{'cpu' if not GPU else device.replace(' ', '-').lower()}.json"
+    name = "-".join(["kernels", device.replace(" ", "-").lower() if GPU else "cpu", *([] if cfg.only == "all" else [cfg.only])])
+    path = cfg.out or ROOT / "benchmarks/results" / f"{name}.json"  # a part does not replace the whole
     print(f"{device}; " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     print(f"`ours` is {report['ours']}. Copy {bandwidth / 1e9:,.0f} GB/s, bf16 product {peak / 1e12:,.2f} TFLOP/s.\n")
     print("| kernel | shape | ours, ms | of floor | peak MB | others, ms (times ours) |\n|---|---|---|---|---|---|")

@@ -331,7 +331,7 @@ def linear_logprob(hidden, weight, target, temperature):
 
 
 def sample(hidden, weight, seed, row, step, temperature):
-    """Shapes as kernels.sample; seed and step one-element int64 tensors on the same device."""
+    """Shapes as kernels.sample; seed and step one-element integer tensors on the same device."""
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
     (B, D), V, device = hidden.shape, len(weight), hidden.device
     splits = triton.cdiv(triton.cdiv(V, TILE), SPLIT)
