@@ -185,7 +185,7 @@ def measure(policy, models, tokenizer, corpus: Corpus | None, n: int, seed: int,
     """All figures of one policy on n fresh samples; those of the base also give best-of-n."""
     reference, reward_model, length = models
     y, _ = policy.generate(n, length, seed)
-    logp, entropy = (torch.cat(p) for p in zip(*(policy.logprob(mb) for mb in y.split(256))))
+    logp, entropy = (torch.cat(p) for p in zip(*(policy.logprob(mb, entropy=True) for mb in y.split(256))))
     logp_ref = torch.cat([reference.logprob(mb)[0] for mb in y.split(256)])
     i = ("happy", "sad").index(target)
     proxy = torch.cat([reward_model.sentiment(mb)[:, i] for mb in y.split(256)]).numpy(force=True)

@@ -144,10 +144,10 @@ class GPT(nn.Module):
         start = torch.full_like(y[:, :1], self.bos)
         return self(torch.cat((start, y[:, :-1]), dim=1))
 
-    def logprob(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Completions y (B, T) -> log-prob of every token of y, and entropy of the distribution it
-        was drawn from, both (B, T), nats."""
-        return linear_logprob(self.before(y), self.unembed(), y)
+    def logprob(self, y: torch.Tensor, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Completions y (B, T) -> log-prob of every token of y, and if asked for the entropy of the
+        distribution it was drawn from, both (B, T), nats."""
+        return linear_logprob(self.before(y), self.unembed(), y, entropy=entropy)
 
     def sentiment(self, y: torch.Tensor) -> torch.Tensor:
         """Completions y (B, T) -> (B, 2): log p(happy), log p(sad) after the last token of y, the
@@ -183,7 +183,7 @@ class GPT(nn.Module):
                 h = norm(model.embed(token))                 # (B, D)
                 for block, kv in zip(model.blocks, cache[:, :, : len(rows)]):
                     h = block(h, cos[t], sin[t], kv, steps[t])
-                token, logp, _ = sample(norm(h), weight, key, rows, steps[t])
+                token, logp, _ = sample(norm(h), weight, key, rows, steps[t], entropy=False)
                 tokens[i:i + batch, t], logps[i:i + batch, t] = token, logp
         return tokens, logps
 

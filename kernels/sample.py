@@ -11,7 +11,7 @@ from the same distribution.
 import torch
 
 from kernels.backend import use_triton
-from kernels.logprob import log_softmax
+from kernels.logprob import softmax
 
 _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
@@ -36,11 +36,11 @@ def philox_uniform(seed: int, row: torch.Tensor, step: int, stream: int = 0) -> 
 
 
 def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor, row: torch.Tensor,
-           step: int | torch.Tensor, temperature: float = 1.0,
-           backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+           step: int | torch.Tensor, temperature: float = 1.0, backend: str = "auto",
+           entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """hidden (B, D), weight (V, D), row (B,) int64 global sample numbers, step = position in the
-    sample -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`.
-    seed and step are integers or, on a GPU, one-element integer tensors there. No gradient. Raises
+    sample -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`;
+    entropy=False saves its work and returns None in its place. seed and step are integers or, on a GPU, one-element integer tensors there. No gradient. Raises
     ValueError if shapes do not fit."""
     if hidden.size(-1) != weight.size(-1) or row.shape != hidden.shape[:1] or not temperature > 0:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, row "
@@ -50,13 +50,13 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor,
         if not torch.is_tensor(seed):
             seed = torch.tensor(seed, dtype=torch.uint64, device=hidden.device)
         step = torch.as_tensor(step, device=hidden.device)
-        return fused(hidden, weight, seed, row.contiguous(), step, temperature)
+        token, logp, H = fused(hidden, weight, seed, row.contiguous(), step, temperature)
+        return token, logp, H if entropy else None
     seed, step = int(seed), int(step)
-    log_p = log_softmax(hidden, weight, temperature)                # (B, V)
-    p = log_p.exp()
-    entropy = -torch.linalg.vecdot(p, log_p)
+    z, p, lse = softmax(hidden, weight, temperature)                # (B, V), (B, V), (B,)
+    H = torch.special.entr(p).sum(-1) if entropy else None
     cdf = p.cumsum_(-1)
     # scaled by its own last entry, so that rounding can never leave a uniform beyond the end
     u = philox_uniform(seed, row, step).to(cdf.dtype) * cdf[:, -1]
     token = torch.searchsorted(cdf, u[:, None]).clamp_max_(len(weight) - 1)
-    return token[:, 0], log_p.gather(1, token)[:, 0], entropy
+    return token[:, 0], z.gather(1, token)[:, 0] - lse, H

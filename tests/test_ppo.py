@@ -54,7 +54,7 @@ def test_both_kl_estimators_against_an_enumerated_model():
         hidden = (policy.before(y), ref.before(y))
         full, k1, logp, entropy = ppo.kl_nats(y, hidden[0], policy.unembed(), hidden[1], ref.unembed())
         (full, full_se), (k1, k1_se) = ppo.mean_and_error(full), ppo.mean_and_error(k1)
-        torch.testing.assert_close((logp, entropy), policy.logprob(y), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close((logp, entropy), policy.logprob(y, entropy=True), rtol=1e-5, atol=1e-5)
     assert exact > 0.05
     assert abs(k1 - exact) < 4 * k1_se and abs(full - exact) < 4 * full_se and full_se < k1_se / 2
     same, same_k1, *_ = ppo.kl_nats(y, hidden[0], policy.unembed(), hidden[0], policy.unembed())
