@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -65,6 +64,10 @@ class Config:
     cooldown: float = 0.7    # last share of the steps, in which both rates fall linearly to 0
     save_every: int = 225    # steps between checkpoints and held-out measurements
     n_samples: int = 512     # samples drawn at the end to count real words
+
+
+ON_GPU = dict(n_layer=6, n_head=6, d_model=384, batch=128, steps=450, muon_lr=0.03, embed_lr=0.07, head_lr=0.01,
+              save_every=150, n_samples=4096)  # 12 M parameters
 
 
 # ---- Corpus --------------------------------------------------------------------------------------
@@ -181,11 +184,11 @@ def real_word_share(samples: list[str], vocabulary: set[str]) -> float:
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
-    cfg = tyro.cli(Config, description=__doc__)
-    device, dtype = start(cfg)
+    cfg, device, dtype = start(Config, __doc__, ON_GPU)
     done, state = cfg.out / "base.safetensors", cfg.out / "01-state.safetensors"
-    if min(cfg.batch, cfg.steps, cfg.warmup, cfg.save_every, cfg.context, cfg.cooldown) <= 0:
-        raise UserError("--batch, --steps, --warmup, --save-every, --context and --cooldown must be positive")
+    if min(cfg.batch, cfg.steps, cfg.warmup, cfg.save_every, cfg.context, cfg.cooldown, cfg.n_samples) <= 0:
+        raise UserError("--batch, --steps, --warmup, --save-every, --context, --cooldown and --n-samples "
+                        "must be positive")
     if cfg.d_model % (2 * cfg.n_head) or cfg.n_head % cfg.n_kv_head:
         raise UserError("--d-model must be a multiple of 2 x --n-head, and --n-head of --n-kv-head")
     text = find_corpus(cfg.corpus)

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -39,6 +38,7 @@ from model import UserError, fingerprint, finish, load, start, write
 
 SCRIPT = "02_sample_label.py"
 KEYS = {"p": "positive", "n": "negative", "0": "neutral", "s": "skip"}
+BATCH = 4096  # samples drawn before they are written
 HELP = "p positive   n negative   0 neutral   s skip   u undo   q quit   ? help"
 
 
@@ -52,6 +52,9 @@ class Config:
     pieces: int = 4               # pieces of each sample that the machine labels too; 0: none
     seed: int = 0
     resume: bool = False          # keep the samples that a killed run had drawn
+
+
+ON_GPU = dict(n=32_768)
 
 
 # ---- Samples -------------------------------------------------------------------------------------
@@ -95,7 +98,7 @@ def draw(path: Path, model, tokenizer, cfg: Config, base: str) -> list[dict]:
     rows = read_jsonl(path) if path.exists() else []
     same = [row["id"] for row in rows] == ids[: len(rows)]
     if len(rows) < len(ids):  # whole batches only, so that each is drawn in the shape it always has
-        rows = rows[: len(rows) // 1024 * 1024] if cfg.resume else []
+        rows = rows[: len(rows) // BATCH * BATCH] if cfg.resume else []
     if not same:
         rows = []
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -104,7 +107,7 @@ def draw(path: Path, model, tokenizer, cfg: Config, base: str) -> list[dict]:
         while len(rows) < len(ids):
             done = len(rows)
             if done < cfg.n - n_corpus:
-                count = min(1024, cfg.n - n_corpus - done)
+                count = min(BATCH, cfg.n - n_corpus - done)
                 new = model.generate(torch.arange(done, done + count), cfg.length, cfg.seed)[0].tolist()
             else:
                 new = [tokens[p:p + cfg.length].tolist() for p in places[done - (cfg.n - n_corpus):].tolist()]
@@ -208,8 +211,7 @@ def label_in_terminal(items: list[dict], path: Path, labeller: str) -> dict[str,
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
-    cfg = tyro.cli(Config, description=__doc__)
-    device, dtype = start(cfg)
+    cfg, device, dtype = start(Config, __doc__, ON_GPU)
     if not (0 <= cfg.corpus_fraction <= 1 and cfg.n > 0 and 0 <= cfg.pieces <= cfg.length
             and cfg.labeller.replace("-", "").isalnum()):
         raise UserError("--n must be positive, --corpus-fraction in [0, 1], --pieces in [0, --length], "

@@ -32,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 from model import (GPT, Log, UserError, average_gradients, fingerprint, finish, gather, load,
@@ -64,6 +63,9 @@ class Config:
     val_share: float = 0.05        # held out to stop early and to choose the best step
     norm_samples: int = 4096       # fresh samples of the base model behind mean and std
     curve: bool = False            # instead: the AUC of models trained on fewer labels
+
+
+ON_GPU = dict(batch_tokens=4096, lr=1.5e-3, embed_lr=0.15, head_lr=0.015)
 
 
 # ---- Labels --------------------------------------------------------------------------------------
@@ -257,8 +259,7 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
-    cfg = tyro.cli(Config, description=__doc__)
-    device, dtype = start(cfg)
+    cfg, device, dtype = start(Config, __doc__, ON_GPU)
     if min(cfg.batch_tokens, cfg.piece_epochs, cfg.epochs, cfg.person_epochs, cfg.warmup,
            cfg.test_share, cfg.val_share, cfg.norm_samples) <= 0:
         raise UserError("--batch-tokens, the epochs, --warmup, the shares and --norm-samples must be positive")

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from model import (Log, UserError, average_gradients, fingerprint, finish, gather, load, load_optimizers,
@@ -58,6 +57,10 @@ class Config:
     kl_stop: float = 10.0       # nats per completion
     max_iterations: int = 60
     kl_samples: int = 512       # completions of an iteration on which the KL is computed
+    save_every: int = 1         # iterations between the states that --resume continues from
+
+
+ON_GPU = dict(batch=4096, max_batch=8192, minibatch=512, save_every=5)
 
 
 # ---- The mathematics -----------------------------------------------------------------------------
@@ -134,10 +137,9 @@ def divergence(kl: float, kl_before: float, clip_fraction: float, finite: bool) 
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
-    cfg = tyro.cli(Config, description=__doc__)
-    device, dtype = start(cfg)
-    if min(cfg.minibatch, cfg.batch, cfg.epochs, cfg.warmup, cfg.max_iterations, cfg.clip) <= 0:
-        raise UserError("--minibatch, --batch, --epochs, --warmup, --max-iterations and --clip "
+    cfg, device, dtype = start(Config, __doc__, ON_GPU)
+    if min(cfg.minibatch, cfg.batch, cfg.epochs, cfg.warmup, cfg.max_iterations, cfg.clip, cfg.save_every) <= 0:
+        raise UserError("--minibatch, --batch, --epochs, --warmup, --max-iterations, --clip and --save-every "
                         "must be positive")
     if cfg.batch % cfg.minibatch or cfg.max_batch < cfg.batch or cfg.max_batch % cfg.minibatch:
         raise UserError("--batch and --max-batch must be multiples of --minibatch, and --batch the smaller")
@@ -153,7 +155,7 @@ if __name__ == "__main__":
                         "run 02_sample_label.py and 03_reward_model.py again")
     norm, length = reward_header["normalisation"][cfg.target], reward_header["length"]
     settings = {k: v for k, v in asdict(cfg).items()
-                if k not in ("out", "resume", "kl_stop", "max_iterations")}
+                if k not in ("out", "resume", "kl_stop", "max_iterations", "save_every")}
     inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
     resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
     if not resumed:  # checkpoints of an earlier run must not mix with this one's
@@ -236,11 +238,9 @@ if __name__ == "__main__":
         for epoch in range(cfg.epochs):
             g = torch.Generator().manual_seed((cfg.seed * 1000 + iteration) * 10 + epoch)
             order = torch.arange(len(y)) if epoch == 0 else torch.randperm(len(y), generator=g)
-            for b in order.split(mb_size):
-                logp, _ = policy.logprob(y[b])
+            for b in order.to(device).split(mb_size):  # in here nothing waits for the GPU
+                logp = policy.logprob(y[b])[0]
                 loss, s = ppo_loss(logp, logp_old[b], adv[b], cfg.clip)
-                if not stats and not s["ratio_off"] < 1e-5:
-                    raise AssertionError(f"max |ratio - 1| is {s['ratio_off']:.1e} before any update")
                 optimizer.zero_grad()
                 loss.backward()
                 average_gradients(policy)
@@ -250,14 +250,17 @@ if __name__ == "__main__":
                 optimizer.step()
                 stats.append(s | {"loss": loss.detach()})
 
+        row |= {"ratio_off_first": stats[0]["ratio_off"].item(), "lr": optimizer.param_groups[0]["lr"]}
+        if not row["ratio_off_first"] < 1e-5:
+            raise AssertionError(f"max |ratio - 1| was {row['ratio_off_first']:.1e} before any update")
+
         # 6 -- log: means over all minibatches and epochs, and the clip fraction of the last epoch
         per_epoch = batch // cfg.minibatch
         for k in ("clip_fraction", "clip_binding", "approx_kl", "grad_norm", "loss"):
             row[k] = gather(torch.stack([s[k] for s in stats])).mean().item()
         last_epoch = gather(torch.stack([s["clip_fraction"] for s in stats[-per_epoch:]]))
         row["clip_fraction_last_epoch"] = last_epoch.mean().item()
-        row |= {"ratio_off_first": stats[0]["ratio_off"].item(), "lr": optimizer.param_groups[0]["lr"],
-                "s_rollout": rolled - began, "s_score": scored - rolled, "s_update": time.time() - scored}
+        row |= {"s_rollout": rolled - began, "s_score": scored - rolled, "s_update": time.time() - scored}
         log(**row)
         tqdm.write(f"{line} {100 * row['clip_fraction']:6.2f} {100 * row['clip_binding']:6.2f} "
                    f"{row['approx_kl']:7.4f} {row['grad_norm']:6.2f} {time.time() - began:4.0f}")
@@ -271,8 +274,9 @@ if __name__ == "__main__":
             tqdm.write(f"batch rule: clip fraction below 1 % for three iterations, batch {batch} -> {larger}")
             batch, clips = larger, []
         kl_before = max(kl, kl_before)
-        save(state, policy, tokenizer, (optimizer,), step=iteration + 1, batch=batch, kl=kl_before,
-             clip_fractions=clips, updates=updates, settings=settings, inputs=inputs)
+        if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.max_iterations:
+            save(state, policy, tokenizer, (optimizer,), step=iteration + 1, batch=batch, kl=kl_before,
+                 clip_fractions=clips, updates=updates, settings=settings, inputs=inputs)
     else:
         print(f"stopped after {cfg.max_iterations} iterations, below {cfg.kl_stop:g} nats: "
               "--resume with more --max-iterations goes on")

@@ -34,7 +34,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -335,8 +334,7 @@ def render(report: dict, figures: str, show: int) -> str:
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
-    cfg = tyro.cli(Config, description=__doc__)
-    device, dtype = start(cfg)
+    cfg, device, dtype = start(Config, __doc__)
     if min(cfg.n, cfg.n_ends) < 2 or not 0 < cfg.show <= 64 or cfg.rate_n < 1:
         raise UserError("--n and --n-ends must be at least 2, --show 1 to 64, --rate-n at least 1")
 

@@ -10,6 +10,7 @@ distribution over the others, so no sample can ever contain one of them.
 """
 import copy
 import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from tokenizers import Tokenizer
@@ -45,11 +47,10 @@ class GPTConfig:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position encoding (Su et al. 2021, arXiv:2104.09864). x (..., H, Dh); cos, sin
-    (..., 1, Dh / 2), of the angle position * frequency. The dot product of two rotated vectors
-    depends on their positions only through the distance between them."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Rotary position encoding (Su et al. 2021, arXiv:2104.09864): each pair (x_i, x_{i + Dh/2}) turned
+    by position * frequency_i. x (..., H, Dh); cos, sin (..., 1, Dh) from `GPT.angles`. The dot product
+    of two rotated vectors depends on their positions only through the distance between them."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -97,8 +98,8 @@ class Block(nn.Module):
         """x (B, T, D), or (B, D) for one new token at position `pos` with its (k, v) cache.
         last_only: return the last position alone, (B, 1, D), and compute no more than it needs."""
         H, Hkv, _ = self.heads
-        q, k, v = self.qkv(norm(x)).unflatten(-1, (H + 2 * Hkv, -1)).split(self.heads, dim=-2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)      # (..., heads, Dh)
+        qk, v = self.qkv(norm(x)).unflatten(-1, (H + 2 * Hkv, -1)).split((H + Hkv, Hkv), dim=-2)
+        q, k = rotate(qk, cos, sin).split((H, Hkv), dim=-2)  # (..., heads, Dh)
         y = attention(q, k, v) if cache is None else decode_attention(q, k, v, *cache, pos)
         if last_only:
             x, y = x[:, -1:], y[:, -1:]
@@ -117,13 +118,15 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.head = nn.Parameter(torch.zeros(c.vocab_size, c.d_model))
         self.dtype = torch.float32  # of the activations; `fast_dtype` says what the machine likes
+        self.decoder = None         # made by the first rollout
 
     def angles(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the rotary angles, each (T, 1, Dh / 2)."""
+        """cos and sin of the rotary angles, each (T, 1, Dh), the second half of sin negative."""
         half = self.config.d_model // self.config.n_head // 2
         frequency = 10_000.0 ** (-torch.arange(half, device=self.head.device) / half)
         angle = torch.outer(torch.arange(T, device=self.head.device), frequency)[:, None]
-        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
 
     def forward(self, x: torch.Tensor, last_only: bool = False) -> torch.Tensor:
         """Token ids x (B, T) -> hidden states (B, T, D), or of the last position alone (B, 1, D).
@@ -158,34 +161,76 @@ class GPT(nn.Module):
         return (last.float() @ head.float().T).log_softmax(-1)
 
     @torch.no_grad()
-    def generate(self, n: int | torch.Tensor, length: int, seed: int, batch: int = 1024):
+    def generate(self, n: int | torch.Tensor, length: int, seed: int, batch: int | None = None):
         """Unconditional completions at temperature 1 from the whole distribution: those numbered 0 to
         n - 1, or those whose numbers are listed in n.
 
         -> tokens (n, length) int64, the sampler's log-probs (n, length) float32, nats. A completion is
         determined by seed and number alone, not by `batch`, which only bounds the cache.
         """
-        model, c = copy.deepcopy(self).to(self.dtype), self.config  # weights cast once, not per step
-        device, weight = self.head.device, model.unembed()
-        cos, sin = self.angles(length)
+        device = self.head.device
         numbers = n.to(device) if torch.is_tensor(n) else torch.arange(n, device=device)
-        n = len(numbers)
-        shape = (c.n_layer, 2, min(batch, n), c.n_kv_head, length, c.d_model // c.n_head)
-        cache = torch.zeros(shape, dtype=self.dtype, device=device)
-        tokens = torch.empty(n, length, dtype=torch.long, device=device)
-        logps = torch.empty(n, length, device=device)
-        key = torch.tensor(seed, dtype=torch.uint64, device=device)
-        steps = torch.arange(length, device=device)  # on the device: a kernel reads them there
-        for i in range(0, n, batch):
-            rows = numbers[i:i + batch]
-            token = torch.full_like(rows, self.bos)
-            for t in range(length):
-                h = norm(model.embed(token))                 # (B, D)
-                for block, kv in zip(model.blocks, cache[:, :, : len(rows)]):
-                    h = block(h, cos[t], sin[t], kv, steps[t])
-                token, logp, _ = sample(norm(h), weight, key, rows, steps[t], entropy=False)
-                tokens[i:i + batch, t], logps[i:i + batch, t] = token, logp
-        return tokens, logps
+        parts = numbers.chunk(-(-len(numbers) // (batch or (8192 if device.type == "cuda" else 1024))))
+        if not self.decoder or self.decoder.made_for != (len(parts[0]), length, self.dtype, device):
+            self.decoder = None  # not to be copied along with the weights
+            self.decoder = Decoder(self, len(parts[0]), length)
+        return tuple(torch.cat(x) for x in zip(*(self.decoder.draw(self, rows, seed) for rows in parts)))
+
+
+class Decoder:
+    """The buffers of a rollout, and one step that draws the next token of every completion in them.
+
+    Nothing in a step comes from the host or goes to it: position, seed and row numbers are read, and
+    tokens and log-probs left, in the device's memory. So on a GPU one step is captured once, as a CUDA
+    graph, and replayed for every token of every later rollout; new weights are copied into its own.
+    """
+
+    def __init__(self, model: GPT, batch: int, length: int):
+        c, device = model.config, model.head.device
+        self.made_for = (batch, length, model.dtype, device)
+        self.model = copy.deepcopy(model).to(model.dtype)
+        self.cos, self.sin = model.angles(length)
+        shape = (c.n_layer, 2, batch, c.n_kv_head, length, c.d_model // c.n_head)
+        self.cache = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.rows, self.token = torch.zeros(2, batch, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(length, batch, dtype=torch.long, device=device)
+        self.logps = torch.zeros(length, batch, device=device)
+        self.seed = torch.zeros(1, dtype=torch.uint64, device=device)
+        self.pos = torch.zeros(1, dtype=torch.long, device=device)
+        if device.type == "cuda":
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.step()  # compiles the kernels, which a capture must not
+            torch.cuda.current_stream().wait_stream(side)
+            gc.disable()     # a collected kernel would unload its module, and end the capture
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.step()
+            gc.enable()
+            self.step = graph.replay
+
+    def step(self) -> None:
+        cos, sin = self.cos.index_select(0, self.pos), self.sin.index_select(0, self.pos)
+        h = norm(self.model.embed(self.token))                   # (B, D)
+        for block, kv in zip(self.model.blocks, self.cache):
+            h = block(h, cos, sin, kv, self.pos)
+        token, logp, _ = sample(norm(h), self.model.unembed(), self.seed, self.rows, self.pos, entropy=False)
+        self.token.copy_(token)
+        self.tokens.index_copy_(0, self.pos, token[None])
+        self.logps.index_copy_(0, self.pos, logp[None])
+        self.pos += 1
+
+    def draw(self, model: GPT, rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows (n,), the numbers of at most `batch` completions -> tokens, log-probs (n, length)."""
+        torch._foreach_copy_(list(self.model.parameters()), list(model.parameters()))
+        self.rows[: len(rows)] = rows
+        self.seed.copy_(torch.tensor([seed], dtype=torch.uint64))
+        self.token.fill_(self.model.bos)
+        self.pos.zero_()
+        for _ in range(len(self.tokens)):
+            self.step()
+        return self.tokens.T[: len(rows)].clone(), self.logps.T[: len(rows)].clone()
 
 
 # ---- Several processes: torchrun starts them, each takes its share of every minibatch ------------
@@ -349,14 +394,17 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def start(settings) -> tuple[torch.device, torch.dtype]:
-    """Print the settings, seed torch, choose device and dtype."""
+def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
+    """Read the command line, choose device and dtype, print the settings, seed torch. -> Config, device,
+    dtype. `on_gpu`: the defaults that differ where there is a GPU."""
     sys.excepthook = report
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    defaults = Config(**(on_gpu or {})) if device.type == "cuda" else Config()
+    settings = tyro.cli(Config, description=doc, default=defaults)
     if sys.platform == "linux":  # glibc: keep freed pages, which the kernel would have to zero again
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
@@ -370,7 +418,7 @@ def start(settings) -> tuple[torch.device, torch.dtype]:
     print("settings:", ", ".join(f"{k} {v}" for k, v in asdict(settings).items()))
     print(f"device: {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads"
           + (f", {world()[1]} processes" if world()[1] > 1 else ""), flush=True)
-    return device, dtype
+    return settings, device, dtype
 
 
 def finish(next_command: str, out: Path) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from model import load, start
@@ -37,8 +36,7 @@ class Config:
 
 
 if __name__ == "__main__":
-    cfg = tyro.cli(Config, description=__doc__)
-    device, dtype = start(cfg)
+    cfg, device, dtype = start(Config, __doc__)
     vader, person = SentimentIntensityAnalyzer(), SentimentIntensityAnalyzer()
     person.lexicon |= {w: -person.lexicon[w] for w in FLIPPED}
 

@@ -52,6 +52,31 @@ def test_hidden_states_are_causal_and_positions_matter():
     assert not torch.allclose(ab, ba, atol=1e-3)
 
 
+def test_a_rollout_uses_the_weights_of_now():
+    """The decoder keeps a copy of the weights, and must refresh it."""
+    gpt, other = tiny(seed=1), tiny(seed=2)
+    before = gpt.generate(20, 8, seed=0)[0]
+    with torch.no_grad():
+        for p, q in zip(gpt.parameters(), other.parameters()):
+            p.copy_(q)
+    after = gpt.generate(20, 8, seed=0)[0]
+    assert torch.equal(after, other.generate(20, 8, seed=0)[0]) and not torch.equal(before, after)
+    assert torch.equal(gpt.generate(5, 8, seed=0)[0], after[:5])  # a smaller batch, another decoder
+
+
+def test_settings_of_a_gpu(monkeypatch, capsys):
+    """Where there is a GPU the defaults are ON_GPU's; a flag on the command line still counts."""
+    from importlib import import_module
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, flag in (("01_pretrain", "--steps"), ("02_sample_label", "--n"), ("03_reward_model", "--warmup"),
+                       ("04_ppo", "--max-iterations")):
+        stage = import_module(name)
+        monkeypatch.setattr("sys.argv", [name, flag, "7"])
+        cfg, device, dtype = m.start(stage.Config, stage.__doc__, stage.ON_GPU)
+        expected = stage.Config(**stage.ON_GPU | {flag[2:].replace("-", "_"): 7})
+        assert cfg == expected != stage.Config() and device.type == "cuda" and dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize("kv", [1, 2])
 def test_cached_sampling_equals_the_full_forward(kv):
     """Guards against a cache, position or head slice that differs between rollout and scoring."""

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import attention, decode_attention, linear_logprob, sample
 from kernels import triton_attention, triton_head
@@ -386,6 +387,14 @@ def test_never_draws_the_impossible():
 
 
 # ---- The model on the kernels --------------------------------------------------------------------
+class NoHost(TorchDispatchMode):
+    """Fails where PyTorch reads a tensor's value into Python."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
+        return func(*args, **kwargs or {})
+
+
 @pytest.mark.parametrize("n_kv_head", [1, 2])
 def test_the_model_samples_and_learns_on_the_kernels(n_kv_head, monkeypatch):
     """What the scripts do on a GPU: rollout by decode and sample, scoring, a gradient. The sampler's
@@ -397,7 +406,7 @@ def test_the_model_samples_and_learns_on_the_kernels(n_kv_head, monkeypatch):
         torch.nn.init.normal_(p, std=0.1)
 
     def run():
-        logp, entropy = model.logprob(y)
+        logp, entropy = model.logprob(y, entropy=True)
         (logp.sum() + entropy.mean()).backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters()])
         model.zero_grad()
@@ -409,6 +418,12 @@ def test_the_model_samples_and_learns_on_the_kernels(n_kv_head, monkeypatch):
     assert torch.equal(again, y[5:])  # whatever batch it is drawn in
     assert (sampled - model.logprob(y)[0]).abs().max() < 1e-5
     on_triton = run()
+    with pytest.raises(AssertionError, match="host"), NoHost():
+        y.sum().item()
+    with NoHost():  # what a CUDA graph and a busy GPU need
+        model.decoder.pos.zero_()
+        model.decoder.step()
+        run()
     for module in ("attention", "logprob", "sample"):
         monkeypatch.setattr(importlib.import_module(f"kernels.{module}"), "use_triton", lambda *_: False)
     assert all(error(a, b) < 1e-5 for a, b in zip(on_triton, run()))
@@ -580,6 +595,23 @@ def test_more_than_65535_heads_and_more_than_2_to_31_elements():
     alone = attention(last, backend="triton")
     assert torch.equal(out[-2:], alone)
     assert torch.equal(grad[-2:], torch.autograd.grad(alone, last, torch.ones_like(alone))[0])
+
+
+@gpu
+def test_a_replayed_step_draws_what_a_launched_one_draws():
+    """The CUDA graph, also after the weights have changed in place."""
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(vocab_size=2051, context=32, n_layer=2, n_head=4, n_kv_head=1, d_model=256)).to(DEVICE)
+    model.dtype = torch.bfloat16
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        replayed = model.generate(300, 32, seed)
+        step = model.decoder.__dict__.pop("step")
+        launched = model.generate(300, 32, seed)
+        model.decoder.step = step
+        assert torch.equal(replayed[0], launched[0]) and torch.equal(replayed[1], launched[1])
 
 
 @gpu
