@@ -38,7 +38,7 @@ from model import UserError, fingerprint, finish, load, start, write
 
 SCRIPT = "02_sample_label.py"
 KEYS = {"p": "positive", "n": "negative", "0": "neutral", "s": "skip"}
-BATCH = 4096  # samples drawn before they are written
+BATCH = 1024  # samples drawn before they are written
 HELP = "p positive   n negative   0 neutral   s skip   u undo   q quit   ? help"
 
 

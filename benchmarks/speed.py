@@ -3,16 +3,20 @@
     python -m benchmarks.speed
     pip install transformers               # optional, for the rollout of Hugging Face `generate`
 
-Rollout: 1,024 completions of 64 tokens by `GPT.generate`, by Hugging Face `generate` (the same
-weights in its Nemotron, which has the same squared ReLU, rotary positions and grouped-query heads;
-its log-probs are compared first), and by a loop without a cache. Training step: ours against the same
-step written with PyTorch's own functions. Then time against completions, length, model size and
-vocabulary, one at a time. Prints Markdown; writes benchmarks/results/speed-<device>.json.
+Rollout by `GPT.generate`, by Hugging Face `generate` (the same weights in its Nemotron, which has the
+same squared ReLU, rotary positions and grouped-query heads; its log-probs are compared first), and by
+a loop without a cache. Training step: ours against the same step written with PyTorch's own
+functions. The floor is the arithmetic, or the KV cache read once a token, at the rates that a large
+product and a copy reach in this run. Then time and peak memory against completions, length, model
+size and vocabulary, one at a time, each in a process of its own. Model and batch are the defaults of
+01 and 04 on this device. Prints Markdown; writes benchmarks/results/speed-<device>.json.
 """
+import importlib
 import json
-import resource
-import sys
+import multiprocessing
+import re
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,11 +25,15 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+from kernels.bench import ceilings
 from model import GPT, GPTConfig, fast_dtype, norm, rotate
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DEFAULT = GPTConfig(vocab_size=4096, context=128, n_layer=4, n_head=3, n_kv_head=1, d_model=192)  # 01's
+pretrain = importlib.import_module("01_pretrain")
+PRESET = pretrain.Config(**(pretrain.ON_GPU if DEVICE.type == "cuda" else {}))
+DEFAULT = GPTConfig(PRESET.vocab_size, PRESET.context, PRESET.n_layer, PRESET.n_head, PRESET.n_kv_head, PRESET.d_model)
+COMPLETIONS = 4096 if DEVICE.type == "cuda" else 1024
 
 
 @dataclass
@@ -49,7 +57,7 @@ def make(c: GPTConfig) -> GPT:
 def medians(calls: dict, rounds: int) -> dict[str, float]:
     """Seconds, all in turn, after one warm-up each."""
     times: dict = {name: [] for name in calls}
-    for i in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, call in calls.items():
             began = time.perf_counter()
             call()
@@ -101,8 +109,8 @@ def without_cache(model: GPT, n: int, length: int) -> torch.Tensor:
     return y
 
 
-def rollout(rounds: int) -> dict:
-    ours, n, length = make(DEFAULT), 1024, 64
+def rollout(rounds: int, bandwidth: float, peak: float) -> dict:
+    ours, n, length = make(DEFAULT), COMPLETIONS, 64
     calls = {"ours": lambda: ours.generate(n, length, seed=0), "no cache": lambda: without_cache(ours, n, length)}
     if find_spec("transformers"):
         theirs = hugging_face(ours)
@@ -114,11 +122,26 @@ def rollout(rounds: int) -> dict:
         if off > 0.05:
             raise AssertionError(f"not the same model: log-probs differ by {off:.3f} on average")
         start = torch.full((n, 1), ours.bos, device=DEVICE)
-        calls["Hugging Face generate"] = lambda: theirs.generate(
-            start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=length,
-            min_new_tokens=length, pad_token_id=ours.bos)
-    s = medians(calls, rounds)
-    return {name: {"seconds": t, "tokens_per_s": n * length / t, "ours_is_faster": t / s["ours"]} for name, t in s.items()}
+
+        def generate(**how):
+            theirs.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, top_p=1.0,
+                            max_new_tokens=length, min_new_tokens=length, pad_token_id=ours.bos, **how)
+        calls["Hugging Face generate"] = generate
+        if DEVICE.type == "cuda":  # where a static cache also means a compiled forward
+            calls["Hugging Face generate, static cache"] = lambda: generate(cache_implementation="static")
+    c, itemsize = DEFAULT, ours.dtype.itemsize
+    cache = c.n_layer * 2 * n * c.n_kv_head * (c.d_model // c.n_head) * length**2 / 2 * itemsize
+    return table(medians(calls, rounds), n * length, max(2 * products(ours) * n * length / peak, cache / bandwidth))
+
+
+def products(model: GPT) -> int:
+    """Weights that every token is multiplied with."""
+    return sum(p.numel() for p in model.blocks.parameters()) + model.unembed().numel()
+
+
+def table(seconds: dict[str, float], tokens: int, floor: float) -> dict:
+    return {name: {"seconds": s, "tokens_per_s": tokens / s, "ours_is_faster": s / seconds["ours"],
+                   "of_floor": floor / s} for name, s in seconds.items()}
 
 
 # ---- Training step -------------------------------------------------------------------------------
@@ -137,40 +160,67 @@ def eager_logprob(model: GPT, y: torch.Tensor) -> torch.Tensor:
     return -F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
-def training_step(rounds: int) -> dict:
+def training_step(rounds: int, bandwidth: float, peak: float) -> dict:
     model = make(DEFAULT)
-    y = torch.randint(model.n_text, (32, 128), device=DEVICE)
+    y = torch.randint(model.n_text, (PRESET.batch, PRESET.context), device=DEVICE)
     calls = {"ours": lambda: model.logprob(y)[0].mean().backward(), "eager": lambda: eager_logprob(model, y).backward()}
-    s = medians(calls, 4 * rounds)
-    return {name: {"seconds": t, "tokens_per_s": y.numel() / t, "ours_is_faster": t / s["ours"]} for name, t in s.items()}
+    if DEVICE.type == "cuda":
+        compiled = torch.compile(eager_logprob)
+        calls["compiled"] = lambda: compiled(model, y).backward()
+    return table(medians(calls, 4 * rounds), y.numel(), 6 * products(model) * y.numel() / peak)
 
 
 # ---- Growth --------------------------------------------------------------------------------------
-def parts(c: GPTConfig, n: int, length: int, rounds: int) -> dict:
-    """Seconds of a rollout, a forward for scoring, and an update of n completions."""
-    model, mb = make(replace(c, context=length)), 256
+def peak_memory(reset: bool = False) -> float:
+    """GiB: allocated on the GPU, or resident in this process, at most since the last reset."""
+    if DEVICE.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**30
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
 
-    def score():
+
+def parts(c: GPTConfig, n: int, length: int) -> dict:
+    """Seconds and peak memory of a rollout, of a forward pass for scoring, and of an update by n
+    completions, once each after a warm-up with 256."""
+    model, mb = make(replace(c, context=length)), 256
+    y = torch.randint(model.n_text, (n, length), device=DEVICE)
+
+    def score(y):
         with torch.no_grad():
             for b in y.split(mb):
                 model.sentiment(b)
 
-    def update():
+    def update(y):
         for b in y.split(mb):
             model.logprob(b)[0].mean().backward()
-    y = torch.randint(model.n_text, (n, length), device=DEVICE)
-    s = medians({"rollout": lambda: model.generate(n, length, seed=0), "score": score, "update": update}, rounds)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "completions": n, "length": length,
-            "vocabulary": c.vocab_size} | s
+    row = {"parameters": sum(p.numel() for p in model.parameters()), "completions": n, "length": length,
+           "vocabulary": c.vocab_size}
+    for name, work in (("rollout", lambda y: model.generate(len(y), length, seed=0)), ("score", score), ("update", update)):
+        work(y[:mb])
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        peak_memory(reset=True)
+        began = time.perf_counter()
+        work(y)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        row |= {f"{name}_s": time.perf_counter() - began, f"{name}_gib": peak_memory()}
+    return row
 
 
 def growth():
-    c, n, T = DEFAULT, 512, 64
-    yield "completions", [parts(c, x, T, 1) for x in (512, 1024, 2048, 4096)]
-    yield "length", [parts(c, n, x, 1) for x in (32, 64, 128, 256)]
-    yield "model size", [parts(replace(c, n_layer=layers, d_model=d, n_head=d // 64), 256, T, 1)
-                         for layers, d in ((2, 128), (4, 192), (6, 384), (10, 576))]
-    yield "vocabulary", [parts(replace(c, vocab_size=x), n, T, 1) for x in (512, 2048, 8192, 16_384)]
+    c, n, T = DEFAULT, 2048, 64
+    for x in (512, 2048, 8192, 16_384):
+        yield "completions", c, x, T
+    for x in (32, 64, 128, 256):
+        yield "length", c, n, x
+    for layers, d in ((2, 128), (4, 192), (6, 384), (12, 576)):
+        yield "model size", replace(c, n_layer=layers, d_model=d, n_head=d // 64), 512, T
+    for x in (512, 2048, 4096, 16_384):
+        yield "vocabulary", replace(c, vocab_size=x), n, T
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -178,21 +228,26 @@ if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     path = ROOT / "benchmarks/results" / f"speed-{'cpu' if DEVICE.type == 'cpu' else device.replace(' ', '-').lower()}.json"
-    report = {"device": device, "torch": torch.__version__, "dtype": str(fast_dtype(DEVICE))}
-    for title, measure in (("rollout of 1,024 x 64 tokens", rollout), ("training step of 32 x 128 tokens", training_step)):
-        report[title] = r = measure(cfg.rounds)
-        print(f"\n| {title} | s | tokens/s | times ours |\n|---|---|---|---|")
+    bandwidth, peak = ceilings(5)
+    report = {"device": device, "torch": torch.__version__, "dtype": str(fast_dtype(DEVICE)),
+              "copy_bytes_per_s": bandwidth, "product_flop_per_s": peak}
+    print(f"{device}, torch {torch.__version__}: copy {bandwidth / 1e9:.0f} GB/s, product {peak / 1e12:.2f} TFLOP/s")
+    for title, measure in ((f"rollout of {COMPLETIONS:,} x 64 tokens", rollout),
+                           (f"training step of {PRESET.batch} x {PRESET.context} tokens", training_step)):
+        report[title] = r = measure(cfg.rounds, bandwidth, peak)
+        print(f"\n| {title} | s | tokens/s | times ours | of floor |\n|---|---|---|---|---|")
         for name, x in r.items():
-            print(f"| {name} | {x['seconds']:.3f} | {x['tokens_per_s']:,.0f} | {x['ours_is_faster']:.2f} |", flush=True)
+            print(f"| {name} | {x['seconds']:.3f} | {x['tokens_per_s']:,.0f} | {x['ours_is_faster']:.2f} | "
+                  f"{x['of_floor']:.0%} |", flush=True)
     if cfg.growth:
-        print("\n| grows with | parameters | completions | length | vocabulary | rollout, s | score, s | update, s |\n"
-              "|---|---|---|---|---|---|---|---|")
-        report["growth"] = {}
-        for name, rows in growth():
-            report["growth"][name] = rows
-            for r in rows:
-                print(f"| {name} | {r['parameters'] / 1e6:.1f} M | {r['completions']:,} | {r['length']} | {r['vocabulary']:,} | "
-                      f"{r['rollout']:.2f} | {r['score']:.2f} | {r['update']:.2f} |", flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    print(f"\npeak memory {peak:.2f} GiB")
+        print("\n| grows with | parameters | completions | length | vocabulary | rollout, s | GiB | score, s | GiB | "
+              "update, s | GiB |\n|" + "---|" * 11)
+        report["growth"] = []
+        for name, *case in growth():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                r = process.submit(parts, *case).result()
+            report["growth"].append({"grows_with": name} | r)
+            print(f"| {name} | {r['parameters'] / 1e6:.1f} M | {r['completions']:,} | {r['length']} | {r['vocabulary']:,} | "
+                  + " | ".join(f"{r[f'{k}_s']:.2f} | {r[f'{k}_gib']:.2f}" for k in ("rollout", "score", "update")) + " |",
+                  flush=True)
     path.write_text(json.dumps(report, indent=1))
