@@ -181,6 +181,7 @@ if __name__ == "__main__":
         # 1 -- rollout
         mine, mb_size = share(torch.arange(batch), cfg.minibatch), cfg.minibatch // world()[1]
         y, logp_old = policy.generate(mine, length, seed=cfg.seed << 32 | 4 << 24 | iteration)
+        y[0, 0].item()  # waits for a GPU, so that the next line tells the time of the rollout
         rolled = time.time()
 
         # 2 -- score
@@ -200,11 +201,11 @@ if __name__ == "__main__":
             logp_ref = logp_old if not cfg.kl_coef else \
                 torch.cat([reference.logprob(mb)[0] for mb in y.split(mb_size)])
             scores, entropy = gather(score), gather(entropy)
-        scored = time.time()
         row = {"step": iteration, "batch": batch, "kl": kl, "kl_se": kl_se, "kl_k1": kl_k1,
                "kl_k1_se": kl_k1_se, "score": scores.mean().item(), "score_std": scores.std().item(),
                "p_target": scores.exp().mean().item(), "reward": gather(reward).mean().item(),
                "entropy": entropy.mean().item(), "updates": updates, "sampler_off": sampler_off}
+        scored = time.time()
 
         # 7 and 8 come before the update: what was measured is the policy as it is now
         # 7 -- checkpoint at each crossing; one file serves all crossings of one iteration

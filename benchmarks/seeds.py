@@ -61,13 +61,25 @@ def figures(out: Path) -> dict[str, float]:
 
 
 def speeds(out: Path) -> dict[str, float]:
+    """Where the seconds of `make` go, and rates."""
     times = json.loads((out / "times.json").read_text())
-    ppo = [json.loads(x) for x in (out / "04-happy.jsonl").read_text().splitlines()]
-    return {"make, set-up excluded, minutes": sum(times.values()) / 60} | times | {
-        "pretraining, tokens/s": json.loads((out / "report.json").read_text())["base_metrics"]["tokens_per_s"],
-        "rollout, tokens/s": float(np.median([64 * r["batch"] / r["s_rollout"] for r in ppo if "s_rollout" in r])),
-        "PPO iteration of 2,048 completions, s": float(np.median([r["s_rollout"] + r["s_score"] + r["s_update"]
-                                                                  for r in ppo if r.get("s_rollout") and r["batch"] == 2048])),
+    logs = {n: [json.loads(x) for x in (out / n).read_text().splitlines()] for n in ("01.jsonl", "04-happy.jsonl")}
+    settings = load(out / "base.safetensors", "")[2]["settings"]
+    rate = logs["01.jsonl"][-1]["tokens_per_s"]
+    ppo = [r for r in logs["04-happy.jsonl"] if "s_update" in r]
+    seconds = {"make, set-up excluded, minutes": sum(t for k, t in times.items() if "start-up" not in k) / 60}
+    for script in SCRIPTS:
+        seconds[f"{script}, s"] = times[f"{script}, s"]
+        if script.startswith("01"):
+            seconds["of which training steps"] = settings["steps"] * settings["batch"] * settings["context"] / rate
+        if script.startswith("04"):
+            seconds |= {f"of which {k}": sum(r[f"s_{k}"] for r in ppo) for k in ("rollout", "score", "update")}
+    seconds["Python and imports, in all five, s"] = sum(t for k, t in times.items() if "start-up" in k)
+    return seconds | {
+        "pretraining, tokens/s": rate,
+        "rollout, tokens/s": float(np.median([64 * r["batch"] / r["s_rollout"] for r in ppo])),
+        "PPO iteration of the first batch size, s": float(np.median([r["s_rollout"] + r["s_score"] + r["s_update"]
+                                                                     for r in ppo if r["batch"] == ppo[0]["batch"]])),
     }
 
 
@@ -80,7 +92,9 @@ if __name__ == "__main__":
         for script in (s for s in SCRIPTS if f"{s}, s" not in times):
             began = time.time()
             subprocess.run([sys.executable, script, "--seed", str(seed), "--out", str(out)], cwd=ROOT, check=True)
-            times[f"{script}, s"] = time.time() - began
+            times[f"{script}, s"], began = time.time() - began, time.time()
+            subprocess.run([sys.executable, script, "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            times[f"{script}, start-up, s"] = time.time() - began
             file.write_text(json.dumps(times))
     runs = [figures(ROOT / f"out-{seed}") for seed in cfg.seeds]
     cpu = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x] \
