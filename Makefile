@@ -2,7 +2,7 @@
 # make test       set up .venv and run the tests
 # make test-old   the Triton tests once more, with the oldest Triton that is supported
 # make seeds      the pipeline on seeds 0, 1, 2 and the table in README
-# make clean      delete .venv and out/, but for labels and ratings
+# make clean      delete .venv and out/, but for labels, comparisons and ratings
 # make help       this list
 #
 # VENV= PYTHON=python3 make ...   use an existing environment, for example one with a CUDA torch
@@ -57,4 +57,4 @@ test-old: | $(READY)
 
 clean:
 	rm -rf $(VENV) .triton-3.6
-	find $(OUT) -type f ! -name 'labels-*' ! -name 'ratings-*' -delete
+	find $(OUT) -type f ! -name 'labels-*' ! -name 'comparisons-*' ! -name 'ratings-*' ! -name 'key-*' -delete

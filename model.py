@@ -160,6 +160,14 @@ class GPT(nn.Module):
         head = self.head[[self.happy, self.sad]].to(self.dtype)  # as `save` rounds it
         return (last.float() @ head.float().T).log_softmax(-1)
 
+    def reward(self, y: torch.Tensor, kind: str, target: str) -> torch.Tensor:
+        """Completions y (B, T) -> (B,), what a reward model rewards: log p(target) if it learned from
+        "labels"; if from "comparisons", the score log p(happy) - log p(sad), negated for sad. Of a score only
+        differences were learned: it gets its zero from the normalisation."""
+        log_p = self.sentiment(y)
+        i = ("happy", "sad").index(target)
+        return log_p[:, i] if kind == "labels" else log_p[:, i] - log_p[:, 1 - i]
+
     @torch.no_grad()
     def generate(self, n: int | torch.Tensor, length: int, seed: int, batch: int | None = None):
         """Unconditional completions at temperature 1 from the whole distribution: those numbered 0 to
@@ -394,6 +402,13 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def keep_freed_pages() -> None:
+    """Linux: do not return freed memory to the kernel, which would zero every page again."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
+
+
 def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     """Read the command line, choose device and dtype, print the settings, seed torch. -> Config, device,
     dtype. `on_gpu`: the defaults that differ where there is a GPU."""
@@ -401,10 +416,7 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     defaults = Config(**(on_gpu or {})) if device.type == "cuda" else Config()
     settings = tyro.cli(Config, description=doc, default=defaults)
-    if sys.platform == "linux":  # glibc: keep freed pages, which the kernel would have to zero again
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
+    keep_freed_pages()
     if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":

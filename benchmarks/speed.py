@@ -3,6 +3,9 @@
     python -m benchmarks.speed
     pip install transformers               # optional, for the rollout of Hugging Face `generate`
 
+On a CPU the comparisons are made twice: with the allocator as it comes, and with freed pages kept, as
+all scripts do (`model.keep_freed_pages`), which helps the others as well.
+
 Rollout by `GPT.generate`, by Hugging Face `generate` (the same weights in its Nemotron, which has the
 same squared ReLU, rotary positions and grouped-query heads; its log-probs are compared first), and by
 a loop without a cache. Training step: ours against the same step written with PyTorch's own
@@ -26,7 +29,7 @@ import torch.nn.functional as F
 import tyro
 
 from kernels.bench import ceilings
-from model import GPT, GPTConfig, fast_dtype, norm, rotate
+from model import GPT, GPTConfig, fast_dtype, keep_freed_pages, norm, rotate
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,7 +112,8 @@ def without_cache(model: GPT, n: int, length: int) -> torch.Tensor:
     return y
 
 
-def rollout(rounds: int, bandwidth: float, peak: float) -> dict:
+def rollout(rounds: int) -> tuple[dict, int, float, float]:
+    """-> seconds of each, tokens, FLOP and bytes that every one of them must at least do and read."""
     ours, n, length = make(DEFAULT), COMPLETIONS, 64
     calls = {"ours": lambda: ours.generate(n, length, seed=0), "no cache": lambda: without_cache(ours, n, length)}
     if find_spec("transformers"):
@@ -131,17 +135,12 @@ def rollout(rounds: int, bandwidth: float, peak: float) -> dict:
             calls["Hugging Face generate, static cache"] = lambda: generate(cache_implementation="static")
     c, itemsize = DEFAULT, ours.dtype.itemsize
     cache = c.n_layer * 2 * n * c.n_kv_head * (c.d_model // c.n_head) * length**2 / 2 * itemsize
-    return table(medians(calls, rounds), n * length, max(2 * products(ours) * n * length / peak, cache / bandwidth))
+    return medians(calls, rounds), n * length, 2 * products(ours) * n * length, cache
 
 
 def products(model: GPT) -> int:
     """Weights that every token is multiplied with."""
     return sum(p.numel() for p in model.blocks.parameters()) + model.unembed().numel()
-
-
-def table(seconds: dict[str, float], tokens: int, floor: float) -> dict:
-    return {name: {"seconds": s, "tokens_per_s": tokens / s, "ours_is_faster": s / seconds["ours"],
-                   "of_floor": floor / s} for name, s in seconds.items()}
 
 
 # ---- Training step -------------------------------------------------------------------------------
@@ -160,14 +159,34 @@ def eager_logprob(model: GPT, y: torch.Tensor) -> torch.Tensor:
     return -F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
-def training_step(rounds: int, bandwidth: float, peak: float) -> dict:
+def training_step(rounds: int) -> tuple[dict, int, float, float]:
     model = make(DEFAULT)
     y = torch.randint(model.n_text, (PRESET.batch, PRESET.context), device=DEVICE)
     calls = {"ours": lambda: model.logprob(y)[0].mean().backward(), "eager": lambda: eager_logprob(model, y).backward()}
     if DEVICE.type == "cuda":
         compiled = torch.compile(eager_logprob)
         calls["compiled"] = lambda: compiled(model, y).backward()
-    return table(medians(calls, 4 * rounds), y.numel(), 6 * products(model) * y.numel() / peak)
+    return medians(calls, 4 * rounds), y.numel(), 6 * products(model) * y.numel(), 0
+
+
+def compare(keep: bool, rounds: int) -> dict:
+    """Both comparisons, with the allocator as it comes, or with freed pages kept as the scripts do."""
+    if keep:
+        keep_freed_pages()
+    before = ceilings(11)
+    done = {f"rollout of {COMPLETIONS:,} x 64 tokens": rollout(rounds),
+            f"training step of {PRESET.batch} x {PRESET.context} tokens": training_step(rounds)}
+    bandwidth, peak = map(max, before, ceilings(11))
+    return {"copy_bytes_per_s": bandwidth, "product_flop_per_s": peak} | {
+        title: {name: {"seconds": s, "tokens_per_s": tokens / s, "ours_is_faster": s / seconds["ours"],
+                       "of_floor": max(flop / peak, read / bandwidth) / s} for name, s in seconds.items()}
+        for title, (seconds, tokens, flop, read) in done.items()}
+
+
+def alone(f, *arguments):
+    """f(*arguments) in a process of its own: neither its memory nor its allocator is another's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(f, *arguments).result()
 
 
 # ---- Growth --------------------------------------------------------------------------------------
@@ -185,6 +204,7 @@ def peak_memory(reset: bool = False) -> float:
 def parts(c: GPTConfig, n: int, length: int) -> dict:
     """Seconds and peak memory of a rollout, of a forward pass for scoring, and of an update by n
     completions, once each after a warm-up with 256."""
+    keep_freed_pages()  # as every script does
     model, mb = make(replace(c, context=length)), 256
     y = torch.randint(model.n_text, (n, length), device=DEVICE)
 
@@ -228,24 +248,23 @@ if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     path = ROOT / "benchmarks/results" / f"speed-{'cpu' if DEVICE.type == 'cpu' else device.replace(' ', '-').lower()}.json"
-    bandwidth, peak = ceilings(5)
-    report = {"device": device, "torch": torch.__version__, "dtype": str(fast_dtype(DEVICE)),
-              "copy_bytes_per_s": bandwidth, "product_flop_per_s": peak}
-    print(f"{device}, torch {torch.__version__}: copy {bandwidth / 1e9:.0f} GB/s, product {peak / 1e12:.2f} TFLOP/s")
-    for title, measure in ((f"rollout of {COMPLETIONS:,} x 64 tokens", rollout),
-                           (f"training step of {PRESET.batch} x {PRESET.context} tokens", training_step)):
-        report[title] = r = measure(cfg.rounds, bandwidth, peak)
-        print(f"\n| {title} | s | tokens/s | times ours | of floor |\n|---|---|---|---|---|")
-        for name, x in r.items():
-            print(f"| {name} | {x['seconds']:.3f} | {x['tokens_per_s']:,.0f} | {x['ours_is_faster']:.2f} | "
-                  f"{x['of_floor']:.0%} |", flush=True)
+    report = {"device": device, "torch": torch.__version__, "dtype": str(fast_dtype(DEVICE))}
+    for keep in (False, True) if DEVICE.type == "cpu" else (False,):
+        name = "freed pages kept" if keep else "allocator as it comes"
+        report[name] = r = alone(compare, keep, cfg.rounds)
+        print(f"\n{device}, torch {torch.__version__}, {name}: copy {r['copy_bytes_per_s'] / 1e9:.0f} GB/s, product "
+              f"{r['product_flop_per_s'] / 1e12:.2f} TFLOP/s")
+        for title in list(r)[2:]:
+            print(f"\n| {title} | s | tokens/s | times ours | of floor |\n|---|---|---|---|---|")
+            for provider, x in r[title].items():
+                print(f"| {provider} | {x['seconds']:.3f} | {x['tokens_per_s']:,.0f} | {x['ours_is_faster']:.2f} | "
+                      f"{x['of_floor']:.0%} |", flush=True)
     if cfg.growth:
         print("\n| grows with | parameters | completions | length | vocabulary | rollout, s | GiB | score, s | GiB | "
               "update, s | GiB |\n|" + "---|" * 11)
         report["growth"] = []
         for name, *case in growth():
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                r = process.submit(parts, *case).result()
+            r = alone(parts, *case)
             report["growth"].append({"grows_with": name} | r)
             print(f"| {name} | {r['parameters'] / 1e6:.1f} M | {r['completions']:,} | {r['length']} | {r['vocabulary']:,} | "
                   + " | ".join(f"{r[f'{k}_s']:.2f} | {r[f'{k}_gib']:.2f}" for k in ("rollout", "score", "update")) + " |",
