@@ -32,18 +32,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (GPT, Log, UserError, average_gradients, fingerprint, finish, gather, load,
                    load_optimizers, resume_from, save, start, world, write)
 
 SCRIPT = "03_reward_model.py"
-TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0}  # p(happy) that a label asks for
+TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label asks for
+          "left": 1.0, "tie": 0.5, "right": 0.0}             # p(left is the happier) of a comparison
 
 
 @dataclass
 class Config:
     labels: tuple[Path, ...] = ()  # label files; empty: every labels-*.jsonl in --out
+    comparisons: bool = False      # learn from pairs instead: every comparisons-*.jsonl
     machine_first: bool = True     # train on machine labels, then on people's; else on all at once
     machine_weight: float = 0.2    # of a machine's label where a person has labelled too, or pooled
     out: Path = Path("out")        # where all stages write
@@ -79,8 +82,8 @@ def read_labels(path: Path) -> list[dict]:
         try:
             row = json.loads(line)
             key, label, *_ = (str(row[k]) for k in ("id", "label", "labeller", "source", "text"))
-            row["tokens"] = [int(t) for t in row["tokens"]]
-            if not row["tokens"] or min(row["tokens"]) < 0:
+            tokens = np.array(row["tokens"], dtype=int)  # (length,), or (2, length) of a comparison
+            if not tokens.size or tokens.min() < 0 or tokens.ndim != (1 if isinstance(row["text"], str) else 2):
                 raise ValueError("tokens")
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it") from error
@@ -118,8 +121,8 @@ def split(items: list[dict], seed: int, test: float, val: float) -> list[str]:
     """"train", "val" or "test" for each item, by a seeded shuffle of the distinct texts: first of
     those that a person labelled, then of the others, so that both kinds are in every part. A piece
     goes where its sample goes."""
-    text_of = {item["id"]: item["text"] for item in items if item["source"] != "piece"}
-    people = {item["text"] for item in items if item["person"]}
+    text_of = {item["id"]: str(item["text"]) for item in items if item["source"] != "piece"}
+    people = {str(item["text"]) for item in items if item["person"]}
     g, part = torch.Generator().manual_seed(seed), {}
     for texts in (sorted(people), sorted({*text_of.values()} - people)):
         order = torch.randperm(len(texts), generator=g).tolist()
@@ -167,29 +170,45 @@ def calibration(p: np.ndarray, target: np.ndarray) -> list[dict]:
 
 
 def naive_bayes(train: list[dict], test: list[dict]) -> np.ndarray:
-    """Bag-of-words baseline: multinomial naive Bayes with add-one smoothing -> log-odds of happy."""
+    """Bag-of-words baseline: multinomial naive Bayes with add-one smoothing -> log-odds of happy, or of the
+    left side of a pair against the right."""
+    def sides(item):
+        return [(item["text"], 1)] if isinstance(item["text"], str) else [*zip(item["text"], (1, -1))]
     happy, sad = Counter(), Counter()
     for item in train:
-        for word in item["text"].lower().split():
-            happy[word] += item["target"]
-            sad[word] += 1 - item["target"]
+        for text, sign in sides(item):
+            target = item["target"] if sign > 0 else 1 - item["target"]
+            for word in text.lower().split():
+                happy[word] += target
+                sad[word] += 1 - target
     size = len(happy | sad)
     nh, ns = sum(happy.values()) + size, sum(sad.values()) + size
-    return np.array([sum(math.log((happy[w] + 1) / nh * ns / (sad[w] + 1))
-                         for w in item["text"].lower().split()) for item in test])
+    return np.array([sum(sign * math.log((happy[w] + 1) / nh * ns / (sad[w] + 1)) for text, sign in sides(item)
+                         for w in text.lower().split()) for item in test])
 
 
 # ---- Training ------------------------------------------------------------------------------------
 def sentiment_loss(log_p: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted mean cross-entropy, nats. log_p (B, 2) of happy and sad; target (B,) = p(happy)."""
+    """Weighted mean cross-entropy, nats. log_p (B, 2) of the two answers; target (B,) = p(the first)."""
     nll = -(target * log_p[:, 0] + (1 - target) * log_p[:, 1])
     return (weight * nll).sum() / weight.sum()
 
 
+def log_probs(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens (N, T) -> (N, 2): log p(happy), log p(sad). Pairs (N, 2, T) -> (N, 2): log p(the left is the
+    happier), log p(the right is), by Bradley & Terry 1952: the difference of the two scores
+    log p(happy) - log p(sad) is the logit."""
+    if tokens.dim() == 2:
+        return model.sentiment(tokens)
+    happy, sad = model.sentiment(tokens.flatten(0, 1)).unbind(-1)
+    left, right = (happy - sad).view(-1, 2).unbind(-1)
+    return F.logsigmoid(torch.stack((left - right, right - left), -1))
+
+
 @torch.no_grad()
 def predict(model: GPT, tokens: torch.Tensor) -> np.ndarray:
-    """tokens (N, T) -> log-probs of happy and sad (N, 2)."""
-    return torch.cat([model.sentiment(y) for y in tokens.split(256)]).numpy(force=True)
+    """`log_probs` in batches, as an array."""
+    return torch.cat([log_probs(model, y) for y in tokens.split(256)]).numpy(force=True)
 
 
 def tensors(items: list[dict], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -206,7 +225,7 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
     device = model.head.device
     tokens, target, weight = tensors([i for i in items if i["part"] == "train"], device)
     val_tokens, val_target, _ = tensors([i for i in items if i["part"] == "val"], device)
-    batch = max(1, cfg.batch_tokens // tokens.size(1))
+    batch = max(1, cfg.batch_tokens // tokens[0].numel())
     per_epoch = math.ceil(len(tokens) / batch)
     steps, every = math.ceil(epochs * per_epoch), max(1, per_epoch // 4)
     rate = cfg.person_rate if desc == "people" else 1.0
@@ -228,7 +247,7 @@ def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, 
         b = order[i * batch:(i + 1) * batch].to(device)
         rank, size = world() if len(b) >= world()[1] else (0, 1)  # too few to share: all compute the same
         mine = b[rank::size]
-        loss = sentiment_loss(model.sentiment(tokens[mine]), target[mine], weight[mine])
+        loss = sentiment_loss(log_probs(model, tokens[mine]), target[mine], weight[mine])
         loss = loss * size * weight[mine].sum() / weight[b].sum()  # so that the mean over processes is theirs
         loss.backward()
         average_gradients(model)
@@ -274,16 +293,21 @@ if __name__ == "__main__":
     base, tokenizer = fresh_base()
 
     # -- labels: read, compare, pool, check, split
-    files = cfg.labels or tuple(sorted(cfg.out.glob("labels-*.jsonl")))
+    kind = "comparisons" if cfg.comparisons else "labels"
+    files = cfg.labels or tuple(sorted(cfg.out.glob(f"{kind}-*.jsonl")))
     rows = []
     for path in files:
         rows += (new := read_labels(path))
-        texts = tokenizer.decode_batch([row["tokens"] for row in new])
-        if any(max(row["tokens"]) >= base.n_text or row["text"] != text for row, text in zip(new, texts)):
+        if any(isinstance(row["text"], str) == cfg.comparisons for row in new):
+            raise UserError(f"{path} does not hold {kind}: " + ("use --comparisons" if kind == "labels" else "leave out --comparisons"))
+        sides = [(t, text) for row in new for t, text in (zip(row["tokens"], row["text"]) if cfg.comparisons
+                                                          else [(row["tokens"], row["text"])])]
+        texts = tokenizer.decode_batch([tokens for tokens, _ in sides])
+        if any(max(tokens) >= base.n_text or text != decoded for (tokens, text), decoded in zip(sides, texts)):
             raise UserError(f"{path} was made with another tokenizer than {base_path}: "
                             "label again with 02_sample_label.py, or move the file away")
     if all(row["source"] == "piece" for row in rows):
-        raise UserError(f"there are no labels in {cfg.out / 'labels-*.jsonl'}: run 02_sample_label.py first")
+        raise UserError(f"there are no labels in {cfg.out}/{kind}-*.jsonl: run 02_sample_label.py first")
     by_labeller: dict[str, dict[str, str]] = {}
     for row in rows:
         by_labeller.setdefault(row["labeller"], {})[row["id"]] = row["label"]
@@ -303,7 +327,7 @@ if __name__ == "__main__":
     for name, data, _ in phases:
         for wrong, why in ((len(data) < 20, f"only {len(data)} labels, at least 20 are needed"),
                            (len({i["target"] for i in data}) < 2, "all labels are the same"),
-                           (len({len(i["tokens"]) for i in data}) > 1, "samples of several lengths")):
+                           (len({np.shape(i["tokens"]) for i in data}) > 1, "samples of several lengths")):
             if wrong:
                 raise UserError(f"{', '.join(map(str, files))} ({name}): {why}; "
                                 "label more with 02_sample_label.py")
@@ -345,7 +369,7 @@ if __name__ == "__main__":
                 inputs=inputs, **header),
             resumed[2] if resumed and number == at_phase else None)
         offset += math.ceil(epochs * math.ceil(sum(i["part"] == "train" for i in data)
-                                               / max(1, cfg.batch_tokens // len(data[0]["tokens"]))))
+                                               / max(1, cfg.batch_tokens // np.size(data[0]["tokens"]))))
 
     # -- held-out figures, all and per source, against the bag of words
     log_p = predict(model, test_tokens)
@@ -361,15 +385,17 @@ if __name__ == "__main__":
           ", ".join(f"{r['predicted']:.2f} -> {r['target']:.2f} ({r['n']})" for r in table))
 
     # -- the constants that 04 normalises with
-    length = test_tokens.size(1)
-    scores = predict(model, base.generate(cfg.norm_samples, length, seed=cfg.seed << 32 | 3 << 24)[0])
-    norm = {t: {"mean": float(scores[:, i].mean()), "std": float(scores[:, i].std())}
-            for i, t in enumerate(("happy", "sad"))}
+    length, norm = test_tokens.size(-1), {}
+    fresh = base.generate(cfg.norm_samples, length, seed=cfg.seed << 32 | 3 << 24)[0]
+    with torch.no_grad():
+        for target_name in ("happy", "sad"):
+            rewards = torch.cat([model.reward(y, kind, target_name) for y in fresh.split(256)])
+            norm[target_name] = {"mean": rewards.mean().item(), "std": rewards.std().item()}
     if not all(v["std"] > 1e-3 for v in norm.values()):
         raise UserError("the reward model gives every sample the same reward: label more samples")
     print(f"reward on {cfg.norm_samples} fresh samples of the base model:",
-          ", ".join(f"log p({t}) {v['mean']:.3f} +- {v['std']:.3f}" for t, v in norm.items()))
-    save(done, model, tokenizer, step=offset, length=length, normalisation=norm, metrics=metrics,
+          ", ".join(f"towards {t} {v['mean']:.3f} +- {v['std']:.3f}" for t, v in norm.items()))
+    save(done, model, tokenizer, step=offset, kind=kind, length=length, normalisation=norm, metrics=metrics,
          calibration=table, settings=settings, inputs=inputs, seed=cfg.seed)
     state.unlink(missing_ok=True)
     finish("python 04_ppo.py", cfg.out)

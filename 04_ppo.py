@@ -9,9 +9,9 @@ Writes  out/policy-happy.safetensors (the last policy measured at or below 10 na
 
 Decisions a reader may question:
 1. No value function, no GAE: the normalised reward is the advantage of every token.
-2. The reward is log p(target), normalised by two constants that 03 measured on the base model and
-   nobody updates. Whitening each batch instead would blow noise up to unit variance once all
-   samples are alike.
+2. The reward is log p(target), or the score of a reward model that learned from comparisons,
+   normalised by two constants that 03 measured on the base model and nobody updates. Whitening each
+   batch instead would blow noise up to unit variance once all samples are alike.
 3. No KL penalty (--kl-coef for comparison): clipping and stopping are what bounds the KL.
 4. The policy is measured before it is updated, on the samples it has just drawn. So KL, reward and
    entropy of a row belong to one policy and are unbiased, and a checkpoint's KL is its own.
@@ -65,7 +65,7 @@ ON_GPU = dict(batch=4096, max_batch=8192, minibatch=512, save_every=5)
 
 # ---- The mathematics -----------------------------------------------------------------------------
 def normalise(score: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """score (B,) = log p(target), nats -> reward (B,) in standard deviations of the base model."""
+    """score (B,) of `GPT.reward` -> reward (B,) in standard deviations of the base model."""
     return (score - mean) / std
 
 
@@ -153,7 +153,7 @@ if __name__ == "__main__":
     if reward_header.get("inputs", {}).get("base") != fingerprint(reference):
         raise UserError(f"{reward_path} was trained from another base model than {base_path}: "
                         "run 02_sample_label.py and 03_reward_model.py again")
-    norm, length = reward_header["normalisation"][cfg.target], reward_header["length"]
+    norm, length, kind = reward_header["normalisation"][cfg.target], reward_header["length"], reward_header.get("kind", "labels")
     settings = {k: v for k, v in asdict(cfg).items()
                 if k not in ("out", "resume", "kl_stop", "max_iterations", "save_every")}
     inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
@@ -186,8 +186,7 @@ if __name__ == "__main__":
 
         # 2 -- score
         with torch.no_grad():
-            i = ("happy", "sad").index(cfg.target)
-            score = torch.cat([reward_model.sentiment(mb)[:, i] for mb in y.split(mb_size)])         # (B,)
+            score = torch.cat([reward_model.reward(mb, kind, cfg.target) for mb in y.split(mb_size)])    # (B,)
             reward = normalise(score, norm["mean"], norm["std"])
 
             # 3 -- the KL to the reference, and whether the sampler's log-probs will do as the old ones
@@ -203,7 +202,8 @@ if __name__ == "__main__":
             scores, entropy = gather(score), gather(entropy)
         row = {"step": iteration, "batch": batch, "kl": kl, "kl_se": kl_se, "kl_k1": kl_k1,
                "kl_k1_se": kl_k1_se, "score": scores.mean().item(), "score_std": scores.std().item(),
-               "p_target": scores.exp().mean().item(), "reward": gather(reward).mean().item(),
+               "p_target": (scores.exp() if kind == "labels" else scores.sigmoid()).mean().item(),
+               "reward": gather(reward).mean().item(),
                "entropy": entropy.mean().item(), "updates": updates, "sampler_off": sampler_off}
         scored = time.time()
 

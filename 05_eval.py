@@ -16,8 +16,8 @@ Decisions a reader may question:
    later one whose gold is lower by more than two standard errors of the difference.
 4. Best-of-n from the base model stands on the same axes: it needs no training, and for the same
    reward it spends far less KL.
-5. A blind rating is stored by its place in the shuffled order alone; which model spoke is drawn
-   again from the seed once all are rated.
+5. A blind rating is stored by its place in the shuffled order alone. Which model spoke is in a file of
+   its own, out/key-*.json, and is read once all are rated.
 """
 import base64
 import hashlib
@@ -55,6 +55,8 @@ class Config:
     n_ends: int = 2048       # samples of the base and the final policy, and behind best-of-n
     show: int = 4            # samples of each checkpoint side by side in the report
     rate: str = ""           # your name: rate blind instead of measuring
+    sheet: Path | None = None         # write a page FILE.html on which others rate blind, and measure nothing
+    ratings: tuple[Path, ...] = ()    # answers to such a sheet that came back
     rate_n: int = 20         # samples of each arm to rate
 
 
@@ -153,6 +155,23 @@ def fisher_power(p: float, q: float, n: int, level: float = 0.05) -> float:
                if fisher_exact(a, n, b, n) < level)
 
 
+def unblind(arms: dict[str, str], given: dict[str, dict[str, str]]) -> list[dict]:
+    """arms: id -> "base", "happy" or "sad"; given: rater -> id -> label. -> for each rater, and for the majority
+    of several, how often each arm against the base expresses its feeling, with Fisher's test and its power."""
+    if len(given) > 1:  # summing over raters would count one sample several times
+        majority = {i: Counter(answers[i] for answers in given.values()).most_common(1)[0] for i in arms}
+        given = given | {"majority": {i: label if 2 * n > len(given) else "none" for i, (label, n) in majority.items()}}
+    results = []
+    for rater, answers in given.items():
+        for arm, feeling in (("happy", "positive"), ("sad", "negative")):
+            n = sum(a == "base" for a in arms.values())
+            base, other = (sum(answers[i] == feeling for i in arms if arms[i] == a) for a in ("base", arm))
+            if arm in arms.values():
+                results.append({"rater": rater, "arm": arm, "feeling": feeling, "base": base, "other": other, "n": n,
+                                "p": fisher_exact(base, n, other, n), "power": fisher_power(base / n, other / n, n)})
+    return results
+
+
 def fit_line(x, y) -> tuple[float, float, float]:
     """Least squares y = slope x + intercept -> slope, intercept, R^2."""
     slope, intercept = np.polyfit(x, y, 1)
@@ -182,12 +201,11 @@ def over_optimisation(rows: list[dict], sign: int = 1) -> tuple[dict, dict | Non
 @torch.no_grad()
 def measure(policy, models, tokenizer, corpus: Corpus | None, n: int, seed: int, target: str) -> dict:
     """All figures of one policy on n fresh samples; those of the base also give best-of-n."""
-    reference, reward_model, length = models
+    reference, reward_model, kind, length = models
     y, _ = policy.generate(n, length, seed)
     logp, entropy = (torch.cat(p) for p in zip(*(policy.logprob(mb, entropy=True) for mb in y.split(256))))
     logp_ref = torch.cat([reference.logprob(mb)[0] for mb in y.split(256)])
-    i = ("happy", "sad").index(target)
-    proxy = torch.cat([reward_model.sentiment(mb)[:, i] for mb in y.split(256)]).numpy(force=True)
+    proxy = torch.cat([reward_model.reward(mb, kind, target) for mb in y.split(256)]).numpy(force=True)
     texts = tokenizer.decode_batch(y.tolist())
     vader = SentimentIntensityAnalyzer()
     gold = np.array([vader.polarity_scores(t)["compound"] for t in texts])
@@ -250,12 +268,13 @@ def plot(folder: Path, name: str, title: str, xlabel: str, ylabel: str, series, 
 def plots(folder: Path, report: dict, ppo: list[dict], bins: list[dict], curve: list[dict]) -> str:
     """All figures of the report, each also a file in `folder` -> HTML."""
     best, fit = report["happy"][0]["best_of_n"], report["sqrt_kl_fit"]
-    rows = sorted(report["happy"], key=lambda r: r["kl"])
-    figures, root = [], [math.sqrt(max(r["kl"], 0)) for r in rows]
-    for key, title in (("proxy", "Reward model: log p(happy)"), ("gold", "Gold: VADER compound score")):
+    towards = {t: sorted(report[t], key=lambda r: r["kl"]) for t in ("happy", "sad") if t in report}
+    figures = []
+    for key, title in (("proxy", "Reward model, of its target"), ("gold", "Gold: VADER compound score")):
         figures.append(plot(folder, f"{key}_by_kl", title, "sqrt KL(policy || base), sqrt nats", "mean ± 2 SE", [
-            ("o-", "PPO", root, [r[key] for r in rows], [2 * r[key + "_se"] for r in rows]),
-            ("s--", "best of n = 1 ... 256", [math.sqrt(b["kl"]) for b in best], [b[key] for b in best], None)]))
+            *((style, f"PPO, {target}", [math.sqrt(max(r["kl"], 0)) for r in rows], [r[key] for r in rows],
+               [2 * r[key + "_se"] for r in rows]) for style, (target, rows) in zip(("o-", "v-"), towards.items())),
+            ("s--", "best of n = 1 ... 256, happy", [math.sqrt(b["kl"]) for b in best], [b[key] for b in best], None)]))
     x = [r["step"] for r in ppo]
     figures.append(plot(folder, "kl", "Distance from the base model", "iteration", "sqrt nats per completion", [
         ("o", "measured", x, [math.sqrt(max(r["kl"], 0)) for r in ppo], None),
@@ -291,7 +310,7 @@ def render(report: dict, figures: str, show: int) -> str:
             "<tr>" + "".join(f"<td>{html.escape(r['samples'][i])}</td>" for r in policies) + "</tr>"
             for i in range(show)) + "</table></div>"
 
-    columns = {"policy": lambda r: r["name"], "KL, nats": number("kl"), "proxy, log p": number("proxy", 3),
+    columns = {"policy": lambda r: r["name"], "KL, nats": number("kl"), "proxy": number("proxy", 3),
                "gold": number("gold", 3), "positive, %": number("positive", 1, 100), "negative, %": number("negative", 1, 100),
                "distinct-1": number("distinct_1", 3), "distinct-2": number("distinct_2", 3),
                "self-similarity": number("self_similarity", 3), "duplicates": number("duplicates", 0),
@@ -299,7 +318,7 @@ def render(report: dict, figures: str, show: int) -> str:
                "perplexity under base": number("base_perplexity", 1), "entropy": number("entropy")}
     happy = report["happy"]
     parts = [f"<h1>Shakespeare, cheered up</h1><p>{html.escape(report['summary'])}</p>",
-             "<h2>Before and after</h2>", side_by_side([happy[0], happy[-1]]),
+             "<h2>Before and after</h2>", side_by_side([happy[0], happy[-1], *report.get("sad", [])[-1:]]),
              f"<h2>What happened</h2><div class='plots'>{figures}</div>",
              "<h2>The words that the policy learned to say, per 1,000</h2>",
              table({"word": lambda r: r["word"], "base": number("before", 1), "final policy": number("after", 1)},
@@ -308,12 +327,12 @@ def render(report: dict, figures: str, show: int) -> str:
         marks = {report[f"over_{target}"]: "over", report[f"best_{target}"]: "best"}
         parts += [f"<h2>Checkpoints towards {target}</h2>",
                   table(columns, report[target], lambda r: marks.get(r["name"], "")),
-                  "<p><small>± one standard error. Proxy: the reward model's log p of its target. Gold: VADER's compound "
+                  "<p><small>± one standard error. Proxy: what the reward model gives for its target. Gold: VADER's compound "
                   "score in [-1, 1]; in the default run it also made the labels. Green: highest gold (lowest, towards "
                   "sad); red: worse than that by more than 2 SE. Copied run: words in a row that stand in the corpus."
                   "</small></p>"]
     parts += ["<h2>Best of n from the base model</h2>", table(
-        {"n": lambda r: str(r["n"]), "KL bound, nats": number("kl"), "proxy, log p": number("proxy", 3),
+        {"n": lambda r: str(r["n"]), "KL bound, nats": number("kl"), "proxy": number("proxy", 3),
          "gold": number("gold", 3), "positive, %": number("positive", 1, 100)}, happy[0]["best_of_n"]),
         "<h2>The same random numbers, checkpoint by checkpoint</h2>", side_by_side(happy),
         "<h2>Reward model, held-out samples</h2>", table(
@@ -323,8 +342,9 @@ def render(report: dict, figures: str, show: int) -> str:
         [{"source": k} | m for k, m in report["reward_model"].items()])]
     if report["ratings"]:
         parts += ["<h2>Blind ratings</h2>", table(
-            {"rater": lambda r: r["rater"], "positive, base": number("base", 0), "positive, final": number("final", 0),
-             "of each": number("n", 0), "p, Fisher, one-sided": number("p", 4)}, report["ratings"])]
+            {"rater": lambda r: r["rater"], "judged": lambda r: r["feeling"], "base": number("base", 0), "arm": lambda r: r["arm"],
+             "its": number("other", 0), "of each": number("n", 0), "p, Fisher, one-sided": number("p", 4),
+             "power": number("power")}, report["ratings"])]
     parts.append("<h2>Base model, held-out text</h2>" + table(
         {k.replace("_", " "): number(k, 3) for k in report["base_metrics"]}, [report["base_metrics"]]))
     return ("<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
@@ -354,26 +374,56 @@ if __name__ == "__main__":
                         "run 04_ppo.py again")
     length, seed = reward_header["length"], cfg.seed << 32 | 5 << 24
 
-    # -- blind rating: arm 0 is the base, arm 1 the final policy; the order alone names an item
-    mixed = [(arm, text) for arm, model in enumerate((reference, final)) for text in
-             tokenizer.decode_batch(model.generate(cfg.rate_n, length, seed + 1 + arm)[0].tolist())]
-    order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(seed)).tolist()
-    series = f"{fingerprint(final)[:8]}-{cfg.seed}-{cfg.rate_n}"
-    arm_of = {f"{series}-{place}": mixed[i][0] for place, i in enumerate(order)}
-    if cfg.rate:
-        items = [{"id": key, "text": mixed[i][1], "source": "hidden", "tokens": []} for key, i in zip(arm_of, order)]
-        labeller.label_in_terminal(items, cfg.out / f"ratings-{cfg.rate}.jsonl", cfg.rate)
+    # -- blind rating: what is shown names an item by its place alone; which arm spoke is in a file of its own
+    if cfg.rate or cfg.sheet:
+        arms = {"base": reference, "happy": final}
+        if (path := cfg.out / "policy-sad.safetensors").exists() and load(path, SCRIPT)[2]["inputs"] == inputs:
+            arms["sad"] = ready(path, SCRIPT)[0]
+        mixed = [(arm, text) for k, (arm, model) in enumerate(arms.items()) for text in
+                 tokenizer.decode_batch(model.generate(cfg.rate_n, length, seed + 1 + k)[0].tolist())]
+        order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(seed)).tolist()
+        series = hashlib.sha256(json.dumps([mixed[i] for i in order]).encode()).hexdigest()[:16]
+        items = [{"id": f"{series}-{place}", "text": mixed[i][1]} for place, i in enumerate(order)]
+        key = {"items": items, "arms": {item["id"]: mixed[i][0] for item, i in zip(items, order)},
+               "final": fingerprint(final)}
+        write(cfg.out / f"key-{series}.json", json.dumps(key))
+        if cfg.sheet:
+            labeller.write_sheet(cfg.sheet, "ratings", "Shakespeare, by machines: how does it feel?", labeller.QUESTION,
+                                 labeller.KEYS, items)
+            print(f"{cfg.sheet}: {len(items)} items of {len(arms)} arms. Keep {cfg.out}/key-{series}.json to yourself.")
+            finish(f"python {SCRIPT} --ratings FILE.jsonl ...", cfg.out)
+            raise SystemExit
+        labeller.label_in_terminal([item | {"source": "hidden", "tokens": []} for item in items],
+                                   cfg.out / f"ratings-{cfg.rate}.jsonl", cfg.rate)
+    keys = [k for path in sorted(cfg.out.glob("key-*.json")) if (k := json.loads(path.read_text()))["final"] == fingerprint(final)]
+    if cfg.ratings:
+        if not keys:
+            raise UserError(f"{cfg.out}/key-*.json of the sheet is missing, or belongs to another final policy: "
+                            "it is written together with the sheet, by --sheet")
+        sheet = {"answers": [*labeller.KEYS.items()], "items": [item for k in keys for item in k["items"]]}
+        people, wrong = labeller.returned(sheet, cfg.ratings)
+        for name, rows in people.items():
+            labeller.append_new(cfg.out / f"ratings-{name}.jsonl", rows)
+        if wrong:
+            raise UserError(f"{wrong} lines were left out, for the reasons above; the others are kept: run {SCRIPT}")
     ratings = []
-    for path in sorted(cfg.out.glob("ratings-*.jsonl")):
-        answers = {k: v for k, v in labeller.current_labels(labeller.read_jsonl(path)).items() if k in arm_of}
-        if len(answers) < len(arm_of):
-            print(f"{path}: {len(answers)} of {len(arm_of)} rated; the key stays hidden until all are")
-            continue
-        a, b = (sum(v == "positive" and arm_of[k] == arm for k, v in answers.items()) for arm in (0, 1))
-        ratings.append({"rater": path.stem[8:], "base": a, "final": b, "n": cfg.rate_n,
-                        "p": fisher_exact(a, cfg.rate_n, b, cfg.rate_n)})
-        print("{rater}: positive {base} of {n} base, {final} of {n} final samples; Fisher's exact test, one-sided: "
-              "p = {p:.2g}".format(**ratings[-1]))
+    for key in keys:
+        given = {}
+        for path in sorted(cfg.out.glob("ratings-*.jsonl")):
+            answers = {k: v for k, v in labeller.current_labels(labeller.read_jsonl(path)).items() if k in key["arms"]}
+            if len(answers) == len(key["arms"]):
+                given[path.stem[8:]] = answers
+            elif answers:
+                print(f"{path}: {len(answers)} of {len(key['arms'])} rated; the key stays hidden until all are")
+        ratings += unblind(key["arms"], given)
+        if len(given) > 1:
+            found = labeller.agreement({n: {k: v for k, v in a.items() if v != "skip"} for n, a in given.items()},
+                                       [v for v in labeller.KEYS.values() if v != "skip"])
+            print("agreement:", ", ".join(f"{pair} kappa {kappa:.2f}" for pair, (kappa, _) in found["kappa"].items()),
+                  f"Krippendorff's alpha {found['alpha']:.2f}")
+    for r in ratings:
+        print("{rater}: {feeling} {base} of {n} base, {other} of {n} {arm} samples; Fisher's exact test, one-sided: p = {p:.2g}; "
+              "power if these are the true shares {power:.2f}".format(**r))
     if cfg.rate:
         for p, q in ((0.2, 0.6), (0.3, 0.6), (0.57, 0.93)):
             print(f"power of {cfg.rate_n} against {cfg.rate_n} if the shares are {p:.0%} and {q:.0%}: "
@@ -402,7 +452,7 @@ if __name__ == "__main__":
             if key not in cache:
                 policy = reference if fingerprint(policy) == inputs["base"] else policy
                 cache[key] = {"key": key, "name": path.stem, "target": target} | measure(
-                    policy, (reference, reward_model, length), tokenizer, corpus, n, seed, target)
+                    policy, (reference, reward_model, reward_header.get("kind", "labels"), length), tokenizer, corpus, n, seed, target)
                 file.write(json.dumps(cache[key]) + "\n")
                 file.flush()
             rows[target].append(cache[key])

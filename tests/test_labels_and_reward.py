@@ -27,6 +27,46 @@ def test_vader_thresholds():
         "negative", "negative", "neutral", "neutral", "neutral", "positive"]
 
 
+def test_vader_compares():
+    assert [label.vader_label(a, b) for a, b in ((0.5, 0.4), (-0.5, 0.4), (0.0, 0.0))] == ["left", "right", "tie"]
+
+
+def test_pairs_and_their_pieces():
+    """Every item in at most one pair; sides do not follow the order of drawing; piece k of both sides together."""
+    class Letters:
+        def decode_batch(self, tokens):
+            return ["".join(chr(97 + t) for t in x) for x in tokens]
+    items = [{"id": f"i{n}", "source": "model", "text": "abcd", "tokens": [n % 20, 1, 2, 3]} for n in range(401)]
+    pairs = label.pair_up(items, seed=0)
+    ids = [i for p in pairs for i in p["id"].split()]
+    assert len(pairs) == 200 and len(set(ids)) == 400 and pairs == label.pair_up(items, seed=0) != label.pair_up(items, seed=1)
+    assert 60 < sum(int(a[1:]) < int(b[1:]) for a, b in zip(ids[::2], ids[1::2])) < 140
+    piece = label.cut(pairs[:1], 2, Letters())[1]
+    assert piece["id"] == pairs[0]["id"] + "#1" and piece["tokens"] == [[2, 3], [2, 3]] and piece["text"] == ["cd", "cd"]
+    assert label.cut(items[:1], 2, Letters())[0] == {"id": "i0#0", "source": "piece", "text": "ab", "tokens": [0, 1]}
+
+
+def test_bradley_terry_by_hand():
+    """p(left) = sigmoid(score left - score right); exchanging sides exchanges the answers; a tie wants equal scores."""
+    class Stub:
+        def sentiment(self, y):
+            return torch.stack((y[:, 0] / 10.0, -y[:, 0] / 10.0), -1)  # score = y / 5
+    pairs = torch.tensor([[[10, 0], [5, 0]], [[5, 0], [10, 0]], [[7, 0], [7, 0]]])
+    log_p = rm.log_probs(Stub(), pairs)
+    expected = [1 / (1 + math.exp(-d)) for d in (1.0, -1.0, 0.0)]
+    torch.testing.assert_close(log_p.exp(), torch.tensor([[p, 1 - p] for p in expected]))
+    assert torch.equal(log_p[0], log_p[1].flip(0))
+    one, tie = torch.ones(1), torch.tensor([0.5])
+    losses = [rm.sentiment_loss(log_p[i:i + 1], tie, one).item() for i in range(3)]
+    assert losses[2] == pytest.approx(math.log(2)) and min(losses[:2]) > losses[2]
+
+
+def test_the_bag_of_words_of_a_pair():
+    train = [{"text": ["good", "bad"], "target": 1.0}, {"text": ["bad", "good"], "target": 0.0}]
+    ahead, behind = rm.naive_bayes(train, [{"text": ["good", "bad"], "target": 1}, {"text": ["bad", "good"], "target": 0}])
+    assert ahead == pytest.approx(2 * math.log(3)) and behind == pytest.approx(-ahead)  # (2 + 1) / (0 + 1), of each word
+
+
 def test_the_last_line_about_an_item_counts(tmp_path):
     rows = [row(1, "positive"), row(2, "skip"), row(3, "negative"), row(1, "undo"), row(1, "neutral"), row(3, "undo")]
     assert label.current_labels(rows) == {"2": "skip", "1": "neutral"}

@@ -55,24 +55,6 @@ def run(script, out, *args, **kw):
     return subprocess.run(command(script, out, *args), capture_output=True, text=True, timeout=200, **kw)
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text(make_corpus())
-    return path
-
-
-@pytest.fixture(scope="session")
-def pipeline(corpus, tmp_path_factory):
-    """out/ after an uninterrupted run of all five scripts, and what they printed."""
-    out, printed = tmp_path_factory.mktemp("pipeline") / "out", {}
-    for script in STAGES:
-        done = run(script, out, *(["--corpus", str(corpus)] if script.startswith("01") else []))
-        assert done.returncode == 0, done.stderr
-        printed[script] = done.stdout
-    return out, printed
-
-
 def rows(path):
     return [json.loads(x) for x in path.read_text().splitlines()]
 
@@ -167,6 +149,28 @@ def test_killed_and_resumed_equals_uninterrupted(script, pipeline, corpus, tmp_p
             comparable(p) for p in sorted((before / "checkpoints").iterdir())]
     if script == "05_eval.py":  # finished measurements are kept, not repeated
         assert log.read_text().splitlines()[: len(survived) - 1] == survived[:-1]
+
+
+def test_comparisons_train_a_reward_model_that_04_takes_as_it_is(pipeline, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    done = run("02_sample_label.py", out, "--compare")
+    assert done.returncode == 0 and "comparisons-vader.jsonl: 1500 labels" in done.stdout, done.stderr
+    done = run("03_reward_model.py", out, "--comparisons")
+    assert done.returncode == 0, done.stderr
+    header = load(out / "reward.safetensors", "")[2]
+    assert header["kind"] == "comparisons" and header["metrics"]["all"]["auc"] > 0.8
+    assert header["normalisation"]["happy"]["mean"] == pytest.approx(-header["normalisation"]["sad"]["mean"], abs=1e-4)
+    done = run("04_ppo.py", out)
+    assert done.returncode == 0, done.stderr
+    log = rows(out / "04-happy.jsonl")
+    assert abs(log[0]["reward"]) < 0.3 and log[-1]["reward"] > log[0]["reward"] + 0.5  # recentred, then raised
+    done = run("05_eval.py", out)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["happy"][-1]["positive"] > report["happy"][0]["positive"] + 0.05
+    done = run("03_reward_model.py", out, "--labels", str(out / "comparisons-vader.jsonl"))
+    assert done.returncode == 2 and "use --comparisons" in done.stderr
 
 
 # ---- A person in the terminal --------------------------------------------------------------------

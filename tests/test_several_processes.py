@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from model import load
-from tests.test_pipeline import ROOT, corpus, command, pipeline, rows, run, wait_for  # noqa: F401  (fixtures)
+from tests.test_pipeline import ROOT, command, rows, run, wait_for
 
 
 def torchrun(script, out, *args, processes=2):

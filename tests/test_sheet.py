@@ -1,0 +1,212 @@
+"""Sheets: the page in a real browser, what comes back, agreement, blind rating."""
+import importlib
+import json
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from tests.test_pipeline import rows, run
+
+label = importlib.import_module("02_sample_label")
+NASTY = ["</script><script>document.title='hacked'</script>", "<b>bold</b> &amp; \"quotes\" 'single'", "\U0001f600 emoji",
+         "bell \x07 and \x1b[31m escape", "<!-- comment", "line\nbreak", "\u2028 separator", "{} DATA POLICY TITLE"]
+
+
+def sheet_of(tmp_path, texts, answers=label.KEYS, kind="labels"):
+    items = [{"id": f"item-{i}", "source": "model", "text": text, "tokens": [i]} for i, text in enumerate(texts)]
+    label.write_sheet(tmp_path / "sheet.html", kind, "A <title>", "A question?", answers, items)
+    return tmp_path / "sheet.html", items
+
+
+def test_a_sheet_says_what_was_put_into_it(tmp_path):
+    path, items = sheet_of(tmp_path, NASTY)
+    assert label.read_sheet(path)["items"] == items
+    page = path.read_text()
+    assert page.count("<script") == 2 and "unsafe" not in page and "://" not in page  # two of ours, none of theirs
+    (tmp_path / "other.html").write_text("<p>hello</p>")
+    with pytest.raises(label.UserError, match="not a sheet"):
+        label.read_sheet(tmp_path / "other.html")
+
+
+def test_what_came_back_is_checked_line_by_line(tmp_path, capsys):
+    path, items = sheet_of(tmp_path, ["one", "two", "three"])
+
+    def row(i, **change):
+        return json.dumps(items[i] | {"label": "positive", "labeller": "anna", "time": 1, "seconds": 2.0} | change) + "\n"
+    (tmp_path / "a.jsonl").write_text(row(0) + row(1, text="tWo") + row(2, label="glorious") + row(0, id="item-9")
+                                      + "{broken\n" + row(1, labeller="../x") + row(2, label="skip"))
+    (tmp_path / "b.jsonl").write_text(row(1) + row(1, labeller="bo", label="negative"))
+    people, wrong = label.returned(label.read_sheet(path), (tmp_path / "a.jsonl", tmp_path / "b.jsonl"))
+    assert {name: {k: r["label"] for k, r in given.items()} for name, given in people.items()} == {
+        "anna": {"item-0": "positive", "item-2": "skip"}, "bo": {"item-1": "negative"}}
+    told = capsys.readouterr().err.splitlines()
+    assert wrong == len(told) == 6
+    for line, why in zip(told, ("a.jsonl line 2 .*altered", "a.jsonl line 3 .*glorious", "line 4 .*not an item", "line 5 .*broken",
+                                "line 6 .*not a name", "b.jsonl line 1 .*already answered in")):
+        assert re.search(why, line), (why, line)
+
+
+def test_agreement_equals_a_worked_example():
+    """Krippendorff 2011, "Computing Krippendorff's alpha-reliability", example C: nominal data, four observers,
+    missing values, alpha = 0.743; and kappa of two raters by hand."""
+    observers = {"A": "1 2 3 3 2 1 4 1 2 . . .", "B": "1 2 3 3 2 2 4 1 2 5 . 3",
+                 "C": ". 3 3 3 2 3 4 2 2 5 1 .", "D": "1 2 3 3 2 4 4 1 2 5 1 ."}
+    people = {name: {str(i): x for i, x in enumerate(line.split()) if x != "."} for name, line in observers.items()}
+    found = label.agreement(people, list("12345"))
+    assert abs(found["alpha"] - 0.743) < 5e-4
+    assert found["disputed"] == ["1", "5", "7"]
+    a, b = {"x": "p", "y": "p", "z": "n", "w": "n"}, {"x": "p", "y": "n", "z": "n", "w": "n"}
+    (kappa, n), = label.agreement({"a": a, "b": b}, ["p", "n"])["kappa"].values()
+    assert n == 4 and abs(kappa - 0.5) < 1e-12  # observed .75, expected .5
+    same = label.agreement({"a": a, "b": a}, ["p", "n"])
+    assert same["alpha"] == 1 and same["disputed"] == []
+    assert np.isnan(label.agreement({"a": {"x": "p"}, "b": {"x": "p"}}, ["p", "n"])["alpha"])  # nothing varies
+
+
+# ---- A real browser ------------------------------------------------------------------------------
+@pytest.fixture
+def browser(tmp_path):
+    """Opens a page in headless Chromium with a profile that outlives it, as a person's does."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    opened = []
+
+    def open_page(path, size="1000,800"):
+        for old in opened:
+            old.quit()
+        options = webdriver.ChromeOptions()
+        options.binary_location = program
+        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={size}", f"--user-data-dir={tmp_path / 'profile'}"):
+            options.add_argument(flag)
+        options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+        page.get(path.as_uri())
+        opened[:] = [page]
+        return page
+    yield open_page
+    for old in opened:
+        old.quit()
+
+
+def press(page, keys):
+    for key in keys:
+        page.switch_to.active_element.send_keys(key)
+
+
+def text(page, element):
+    return page.find_element("id", element).text
+
+
+def save(page, tmp_path, name):
+    from selenium.webdriver.common.by import By
+    field = page.find_element(By.ID, "name")
+    field.clear()
+    field.send_keys(name)
+    page.find_element(By.ID, "save").click()
+    files, deadline = tmp_path / "downloads", time.time() + 20
+    while not (done := list(files.glob(f"*-{name}.jsonl"))):
+        assert time.time() < deadline, text(page, "warning")
+        time.sleep(0.1)
+    return done[0]
+
+
+def test_thirty_items_by_keyboard_in_a_browser_and_03_trains_on_them(pipeline, tmp_path, browser):
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    sheet = tmp_path / "for anna.html"
+    done = run("02_sample_label.py", out, "--sheet", str(sheet), "--sheet-n", "40", "--pick", "uncertain")
+    assert done.returncode == 0 and "10 at random" in done.stdout, done.stderr
+    items = label.read_sheet(sheet)["items"]
+    assert [i["picked"] for i in items].count("random") == 10
+
+    page = browser(sheet)
+    press(page, "pn0" * 10)
+    assert "30 answered" in text(page, "count") and "positive 10, negative 10, neutral 10, skip 0" in text(page, "count")
+    page = browser(sheet)                                  # closed and opened again
+    assert "Item 31 of 40. 30 answered" in text(page, "count")
+    press(page, "u")                                       # the last of the three, a neutral one
+    assert "Item 30 of 40. 29 answered" in text(page, "count")
+    press(page, "s")
+    page.find_element("id", "save").click()
+    assert "First enter your name" in text(page, "warning")
+    answers = rows(save(page, tmp_path, "anna"))
+    assert [r["id"] for r in answers] == [i["id"] for i in items[:30]]
+    assert [r["label"] for r in answers] == ["positive", "negative", "neutral"] * 9 + ["positive", "negative", "skip"]
+    assert all(r["labeller"] == "anna" and r["text"] == i["text"] and 0 <= r["seconds"] < 60 for r, i in zip(answers, items))
+    assert not [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+
+    back = tmp_path / "downloads" / "labels-anna.jsonl"
+    for new in (30, 0):                                    # merging twice adds nothing
+        done = run("02_sample_label.py", out, "--sheet", str(sheet), "--merge", str(back))
+        assert done.returncode == 0 and f"30 answers, {new} of them new" in done.stdout, done.stderr
+    done = run("03_reward_model.py", out)
+    assert done.returncode == 0 and "anna: 29 labels" in done.stdout, done.stderr
+    back.write_text(back.read_text().replace('"positive"', '"glorious"', 1))
+    done = run("02_sample_label.py", out, "--sheet", str(sheet), "--merge", str(back))
+    assert done.returncode == 2 and "line 1 left out" in done.stderr and "1 lines were left out" in done.stderr
+
+
+def test_samples_stay_text_on_a_phone_in_the_dark(tmp_path, browser):
+    path, items = sheet_of(tmp_path, NASTY)
+    page = browser(path, "360,640")
+    for i, item in enumerate(items):
+        shown = page.execute_script("return document.querySelector('#texts p').textContent")
+        assert shown == "".join("\ufffd" if ord(c) < 32 and c != "\n" or 127 <= ord(c) < 160 else c for c in item["text"])
+        assert page.execute_script("return document.querySelector('#texts p').children.length") == 0
+        page.execute_script("document.querySelector('#answers button').click()")  # a touch
+    assert page.title == "A <title>" and "All are answered" in text(page, "count")
+    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    press(page, [chr(0xE012)])                             # arrow left
+    assert f"Item {len(items) - 1} of" in text(page, "count")
+    assert {r["text"] for r in rows(save(page, tmp_path, "bo"))} == set(NASTY)
+    # a script that a sample might smuggle in would not run, and nothing may be loaded
+    page.execute_script("const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)")
+    assert page.execute_script("return window.ran") is None
+
+
+def test_pairs_are_compared(pipeline, tmp_path, browser):
+    sheet = tmp_path / "pairs.html"
+    done = run("02_sample_label.py", pipeline[0], "--sheet", str(sheet), "--sheet-n", "4", "--compare")
+    assert done.returncode == 0, done.stderr
+    page = browser(sheet)
+    assert len(page.find_elements("css selector", "#texts p")) == 2
+    press(page, "ltrs")
+    answers = rows(save(page, tmp_path, "anna"))
+    assert [r["label"] for r in answers] == ["left", "tie", "right", "skip"]
+    by_id = {r["id"]: r for r in rows(pipeline[0] / "samples.jsonl")}
+    assert all([by_id[i]["text"] for i in r["id"].split()] == r["text"] and len(r["tokens"]) == 2 for r in answers)
+
+
+# ---- Blind rating --------------------------------------------------------------------------------
+def test_ratings_by_mail_stay_blind_until_they_are_back(pipeline, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    done = run("05_eval.py", out, "--sheet", str(tmp_path / "rate.html"), "--rate-n", "5")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "rate.html").read_text()
+    key = json.loads(next(out.glob("key-*.json")).read_text())
+    assert sorted(key["arms"].values()) == ["base"] * 5 + ["happy"] * 5
+    assert not [word for word in ("policy", "arms", "happy") if word in page.split('id="data"')[0]]
+    items = label.read_sheet(tmp_path / "rate.html")["items"]
+    assert all(set(item) == {"id", "text"} for item in items)
+
+    def rate(name, judge, n=10):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(
+            i | {"label": judge(key["arms"][i["id"]]), "labeller": name, "time": 0, "seconds": 1}) + "\n" for i in items[:n]))
+        return str(tmp_path / f"{name}.jsonl")
+    fair = rate("anna", lambda arm: "positive" if arm == "happy" else "negative")
+    done = run("05_eval.py", out, "--ratings", fair, rate("bo", lambda arm: "neutral"),
+               rate("cy", lambda arm: "positive" if arm == "happy" else "neutral"), rate("di", lambda arm: "neutral", 9))
+    assert done.returncode == 0, done.stderr
+    assert "anna: positive 0 of 5 base, 5 of 5 happy samples; Fisher's exact test, one-sided: p = 0.004" in done.stdout
+    assert "majority: positive 0 of 5 base, 5 of 5" in done.stdout and "Krippendorff's alpha" in done.stdout
+    assert "9 of 10 rated; the key stays hidden" in done.stdout and "Blind ratings" in (out / "report.html").read_text()
+    (tmp_path / "anna.jsonl").write_text("{}\n")
+    done = run("05_eval.py", out, "--ratings", fair)
+    assert done.returncode == 2 and "line 1 left out: broken" in done.stderr
