@@ -1,9 +1,9 @@
 """Stage 1: train a small transformer on Shakespeare, from raw text to held-out bits per byte.
 
-    python 01_pretrain.py                   # 324 s: 1.914 bits per byte held out
+    python 01_pretrain.py                   # 144 s: 1.913 bits per byte held out
     python 01_pretrain.py --corpus my.txt   # any UTF-8 text
 
-Times and figures here and in 02 to 05: seed 0, two cores of an AMD EPYC with AVX512-BF16, no GPU.
+Times and figures here and in 02 to 05: seed 0, two cores of an AMD EPYC (Zen 5, AVX512-BF16), no GPU.
 
 Reads   data/shakespeare.txt, or ../shared/data/shakespeare.txt, or downloads the complete works.
 Writes  out/base.safetensors (weights, tokenizer, settings, metrics), out/corpus.txt, out/01.jsonl

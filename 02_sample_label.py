@@ -1,6 +1,6 @@
 """Stage 2: draw samples from the base model and have them labelled positive, negative or neutral.
 
-    python 02_sample_label.py                       # 57 s: 59.0 % of the samples positive
+    python 02_sample_label.py                       # 32 s: 58.7 % of the samples positive
     python 02_sample_label.py --labeller anna       # one key per sample, in the terminal
     python 02_sample_label.py --labeller anna --corpus-fraction 0.2
     python 02_sample_label.py --sheet friends.html                      # a page to mail, and what
