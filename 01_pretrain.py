@@ -66,8 +66,8 @@ class Config:
     n_samples: int = 512     # samples drawn at the end to count real words
 
 
-ON_GPU = dict(n_layer=6, n_head=6, d_model=384, batch=128, steps=450, muon_lr=0.03, embed_lr=0.07, head_lr=0.01,
-              save_every=150, n_samples=4096)  # 12 M parameters
+ON_GPU = dict(n_layer=6, n_head=6, d_model=384, batch=128, steps=320, muon_lr=0.03, weight_decay=0.3, embed_lr=0.07,
+              head_lr=0.01, save_every=80, n_samples=4096)  # 12 M parameters; 450 steps would be too many epochs
 
 
 # ---- Corpus --------------------------------------------------------------------------------------
