@@ -26,6 +26,8 @@ Decisions a reader may question:
    disk, and sends nothing anywhere. What comes back is believed only where it matches the sheet.
 8. --pick uncertain shows people what the reward model cannot decide. Those samples are not like the
    others, so a share is still picked at random, and every row says how it was picked.
+9. With --prompts the prompt is context: what is labelled, rewarded and counted in the KL is the
+   completion. Two samples share a prompt, so that --compare compares completions of one prompt.
 """
 import hashlib
 import html
@@ -49,7 +51,7 @@ import torch
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import UserError, fingerprint, finish, load, start, write
+from model import UserError, draw_prompts, fingerprint, finish, load, read_prompts, start, write
 
 SCRIPT = "02_sample_label.py"
 reward_model = importlib.import_module("03_reward_model")
@@ -64,6 +66,7 @@ class Config:
     labeller: str = "vader"       # "vader", or your name: then you label in the terminal
     n: int = 24_576               # items
     length: int = 64              # tokens of an item
+    prompts: bool = False         # each sample continues a speaker's first line of the training text
     corpus_fraction: float = 0.0  # share of items that are snippets of the corpus
     out: Path = Path("out")       # where all stages write
     pieces: int = 4               # pieces of each sample that the machine labels too; 0: none
@@ -72,7 +75,7 @@ class Config:
     compare: bool = False         # label pairs of samples: which of two is the happier
     sheet: Path | None = None     # write a page FILE.html, to be labelled in any browser, and label nothing
     sheet_n: int = 300            # its items
-    sheet_skip: int = 0           # items to leave out first: those on a friend's sheet
+    sheet_skip: int = 0           # items picked at random to leave out first: those on a friend's sheet
     pick: Literal["random", "uncertain"] = "random"  # uncertain: where the reward model is least sure
     random_share: float = 0.25    # then still picked at random: only these estimate an accuracy without bias
     merge: tuple[Path, ...] = ()  # answers to --sheet that came back: check them, and add them to --out
@@ -105,7 +108,10 @@ def drop_unfinished_line(path: Path) -> None:
 def draw(path: Path, model, tokenizer, cfg: Config, base: str) -> list[dict]:
     """All items; those already in `path` are kept if cfg.resume, or if there is nothing to add."""
     n_corpus = round(cfg.n * cfg.corpus_fraction)
-    ids = [f"{base[:8]}-{cfg.seed}-{cfg.length}-{i}" for i in range(cfg.n - n_corpus)]
+    ids = [f"{base[:8]}-{cfg.seed}-{cfg.length}{'p' * cfg.prompts}-{i}" for i in range(cfg.n - n_corpus)]
+    if cfg.prompts:
+        prompts = read_prompts(path.with_name("corpus.txt"), tokenizer)[0]
+        prompts = draw_prompts(prompts, -(-cfg.n // 2), cfg.seed).repeat_interleave(2, 0)  # two of each, to compare
     if n_corpus:
         corpus = path.with_name("corpus.txt")
         if not corpus.exists():
@@ -132,12 +138,17 @@ def draw(path: Path, model, tokenizer, cfg: Config, base: str) -> list[dict]:
             done = len(rows)
             if done < cfg.n - n_corpus:
                 count = min(BATCH, cfg.n - n_corpus - done)
-                new = model.generate(torch.arange(done, done + count), cfg.length, cfg.seed)[0].tolist()
+                numbers = torch.arange(done, done + count)
+                given = prompts[numbers] if cfg.prompts else None
+                new = model.generate(numbers, cfg.length, cfg.seed, prompts=given)[0].tolist()
             else:
                 new = [tokens[p:p + cfg.length].tolist() for p in places[done - (cfg.n - n_corpus):].tolist()]
             source = "model" if done < cfg.n - n_corpus else "corpus"
             fresh = [{"id": ids[done + i], "source": source, "text": text, "tokens": t}
                      for i, (text, t) in enumerate(zip(tokenizer.decode_batch(new), new))]
+            if source == "model" and cfg.prompts:
+                for row, prompt in zip(fresh, ([t for t in x if t >= 0] for x in given.tolist())):
+                    row |= {"prompt": tokenizer.decode(prompt), "prompt_tokens": prompt}
             file.write("".join(json.dumps(row) + "\n" for row in fresh))
             file.flush()
             rows += fresh
@@ -158,11 +169,16 @@ def vader_label(*compound: float) -> str:
 
 def pair_up(items: list[dict], seed: int) -> list[dict]:
     """Two items each, in a seeded order which also decides who stands on the left: ids "ID ID", text and
-    tokens of both in lists."""
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    two = [(items[i], items[j]) for i, j in zip(order[::2], order[1::2])]
-    return [{"id": f"{a['id']} {b['id']}", "source": a["source"], "text": [a["text"], b["text"]],
-             "tokens": [a["tokens"], b["tokens"]]} for a, b in two]
+    tokens of both in lists. Those that have prompts are paired with the other one of the same prompt."""
+    g = torch.Generator().manual_seed(seed)
+    if "prompt" in items[0]:
+        flips = torch.randint(2, (len(items) // 2,), generator=g).tolist()
+        two = [(b, a) if flip else (a, b) for a, b, flip in zip(items[::2], items[1::2], flips)]
+    else:
+        order = torch.randperm(len(items), generator=g).tolist()
+        two = [(items[i], items[j]) for i, j in zip(order[::2], order[1::2])]
+    return [a | {"id": f"{a['id']} {b['id']}", "source": a["source"] if a["source"] == b["source"] else "mixed", "text": [a["text"], b["text"]], "tokens": [a["tokens"], b["tokens"]]}
+            for a, b in two]
 
 
 def cut(items: list[dict], pieces: int, tokenizer) -> list[dict]:
@@ -188,6 +204,11 @@ def current_labels(rows: list[dict]) -> dict[str, str]:
     return labels
 
 
+def is_name(name: str) -> bool:
+    """Whether it can stand in a file name of its own, beside those of the machine."""
+    return name.replace("-", "").isalnum() and name.lower() not in ("vader", "vader-pieces", "majority")
+
+
 def need_terminal() -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UserError("this asks a person for keys and needs a terminal: run the command in one")
@@ -209,6 +230,7 @@ def read_key() -> str:
 def show(item: dict, labels: dict[str, str], total: int, keys: dict[str, str]) -> None:
     counts = "  ".join(f"{v} {list(labels.values()).count(v)}" for v in keys.values())
     text = item["text"] if isinstance(item["text"], str) else "LEFT\n\n{}\n\nRIGHT\n\n{}".format(*item["text"])
+    text = f"{item['prompt']}...\n{text}" if "prompt" in item else text
     text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     width = min(shutil.get_terminal_size().columns, 90) - 4
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]
@@ -225,8 +247,7 @@ def label_in_terminal(items: list[dict], path: Path, labeller: str, keys: dict[s
     by_id = {item["id"]: item for item in items}
     with open(path, "a", encoding="utf-8") as file:
         def append(item, label):
-            row = {"id": item["id"], "label": label, "labeller": labeller, "source": item["source"],
-                   "time": round(time.time()), "text": item["text"], "tokens": item["tokens"]}
+            row = item | {"label": label, "labeller": labeller, "time": round(time.time())}
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -246,7 +267,7 @@ def label_in_terminal(items: list[dict], path: Path, labeller: str, keys: dict[s
             elif key == "q":
                 break
             elif key == "?":
-                print("\nJudge the feeling that the text expresses, not how good it is. Neutral: neither, "
+                print("\nJudge the feeling that the text expresses, not how good it is. Neutral or tie: neither, "
                       "or both alike.\nEvery key is saved at once; quit whenever you like and run the "
                       "same command to go on.\nAny key returns.", flush=True)
                 read_key()
@@ -260,6 +281,8 @@ def write_sheet(path: Path, kind: str, title: str, question: str, answers: dict[
     page = (Path(__file__).parent / "sheet.html").read_text(encoding="utf-8")
     sheet = {"kind": kind, "title": title, "question": question, "answers": [*answers.items()], "items": items}
     sheet["hash"] = hashlib.sha256(json.dumps(sheet).encode()).hexdigest()[:16]
+    if path.exists() and read_sheet(path)["hash"] != sheet["hash"]:
+        raise UserError(f"{path} is a sheet of other items, whose answers may still come back: choose another name")
     # only this very script and style may run, and nothing may be loaded from anywhere
     script, style = (b64encode(hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1].encode()).digest()).decode()
                      for tag in ("script", "style"))
@@ -291,20 +314,22 @@ def returned(sheet: dict, files: tuple[Path, ...]) -> tuple[dict[str, dict[str, 
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 row = json.loads(line)
-                key, label, name = str(row["id"]), row["label"], str(row["labeller"])
+                key, label, name, seconds = str(row["id"]), row["label"], str(row["labeller"]), float(row.get("seconds") or 0)
             except (ValueError, TypeError, KeyError):
-                row, key, label, name = {}, "", "", "x"
+                row, key, label, name, seconds = {}, "", "", "", 0
             for bad, why in ((not row, "broken"), (key not in items, "not an item of this sheet"),
                              (any(row.get(k) != v for k, v in items.get(key, {}).items()), "altered text"),
                              (label not in labels, f"label {label!r} is none of {', '.join(labels)}"),
-                             (not name.replace("-", "").isalnum() or name == "vader", f"labeller {name!r} is not a name"),
-                             (file_of.setdefault(name, path) != path, f"{name} already answered in {file_of.get(name)}")):
+                             (not is_name(name), f"labeller {name!r} is not a name"),
+                             (file_of.get(name, path) != path, f"{name} already answered in {file_of.get(name)}")):
                 if bad:
                     print(f"{path} line {number} left out: {why}", file=sys.stderr)
                     wrong += 1
                     break
             else:
-                people.setdefault(name, {})[key] = items[key] | {k: row.get(k) for k in ("label", "labeller", "time", "seconds")}
+                file_of[name] = path
+                people.setdefault(name, {})[key] = items[key] | {"label": label, "labeller": name, "time": row.get("time"),
+                                                                 "seconds": seconds}
     return people, wrong
 
 
@@ -348,7 +373,8 @@ def choose(items: list[dict], cfg: Config, device, dtype) -> list[dict]:
     at_random = order[: round(n * cfg.random_share)]
     rest = {*order} - {*at_random}
     unsure = [i for i in (p - 0.5).abs().argsort().tolist() if i in rest][: n - len(at_random)]
-    print(f"{len(unsure)} items with p from {p[unsure].min():.2f} to {p[unsure].max():.2f}, {len(at_random)} at random")
+    if unsure:
+        print(f"{len(unsure)} items with p from {p[unsure].min():.2f} to {p[unsure].max():.2f}, {len(at_random)} at random")
     chosen = [(i, "random") for i in at_random] + [(i, "uncertain") for i in unsure]
     return [items[i] | {"picked": how} for i, how in (chosen[j] for j in torch.randperm(n, generator=g).tolist())]
 
@@ -362,7 +388,7 @@ def merge(cfg: Config) -> None:
         new = append_new(path, rows)
         counts = {v: sum(row["label"] == v for row in rows.values()) for _, v in sheet["answers"]}
         print(f"{path}: {len(rows)} answers, {new} of them new;", ", ".join(f"{k} {v}" for k, v in counts.items()),
-              f"; {sum(row['seconds'] or 0 for row in rows.values()) / 60:.1f} minutes")
+              f"; {sum(row['seconds'] for row in rows.values()) / 60:.1f} minutes")
     given = {name: {k: row["label"] for k, row in rows.items() if row["label"] != "skip"} for name, rows in people.items()}
     if len(given) > 1:
         found, texts = agreement(given, [v for _, v in sheet["answers"] if v != "skip"]), {i["id"]: i["text"] for i in sheet["items"]}
@@ -374,16 +400,20 @@ def merge(cfg: Config) -> None:
             print(*([texts[key]] if isinstance(texts[key], str) else texts[key]), sep="\n-- or --\n")
     if wrong:
         raise UserError(f"{wrong} lines were left out, for the reasons above; the others are kept in {cfg.out}")
-    finish("python 03_reward_model.py", cfg.out)
+    finish("python 03_reward_model.py" + " --comparisons" * (sheet["kind"] == "comparisons"), cfg.out)
 
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__, ON_GPU)
     if not (0 <= cfg.corpus_fraction <= 1 and cfg.n > 0 and 0 <= cfg.pieces <= cfg.length
-            and cfg.labeller.replace("-", "").isalnum()):
+            and (cfg.labeller == "vader" or is_name(cfg.labeller))):
         raise UserError("--n must be positive, --corpus-fraction in [0, 1], --pieces in [0, --length], "
-                        "--labeller letters and digits")
+                        "--labeller letters and digits, and not the machine's name")
+    if cfg.prompts and cfg.corpus_fraction:
+        raise UserError("--prompts needs --corpus-fraction 0: only samples have prompts, so people would see which they are")
+    if cfg.pick == "uncertain" and cfg.sheet_skip:
+        raise UserError("--sheet-skip counts items in random order: it cannot go with --pick uncertain")
     if cfg.sheet_n < 1 or not 0 <= cfg.sheet_skip < cfg.n or not 0 <= cfg.random_share <= 1 or cfg.merge and not cfg.sheet:
         raise UserError("--sheet-n must be positive, --sheet-skip below --n, --random-share in [0, 1], and --merge needs "
                         "the --sheet that the answers belong to")

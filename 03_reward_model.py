@@ -2,9 +2,10 @@
 
     python 03_reward_model.py               # 80 s: AUC .886 on held-out samples
     python 03_reward_model.py --labels out/labels-anna.jsonl out/labels-vader.jsonl
+    python 03_reward_model.py --comparisons # from pairs: which is the happier
     python 03_reward_model.py --curve       # instead: AUC against number of labels
 
-Reads   out/base.safetensors, out/labels-*.jsonl
+Reads   out/base.safetensors, out/labels-*.jsonl (or comparisons-*.jsonl)
 Writes  out/reward.safetensors, out/03.jsonl, out/curve.json with --curve
 
 Decisions a reader may question:
@@ -17,9 +18,9 @@ Decisions a reader may question:
 3. The embedding learns a hundred times faster than the matrices: sentiment is a property of words,
    and its rows are long. One rate of 5e-4 for everything ends below the bag of words.
 4. Train, validation and test parts are split by text: a duplicate never sits on both sides, and
-   pieces of a sample stay on its side.
-5. The mean and standard deviation of log p(happy) and of log p(sad) over fresh samples of the base
-   model are stored here once. 04 normalises with these constants and never updates them.
+   pieces of a sample stay on its side. Comparisons are split by pair: a sample is in one pair only.
+5. The mean and standard deviation of the reward, towards happy and towards sad, over fresh samples of
+   the base model are stored here once. 04 normalises with these constants and never updates them.
 6. Accuracy and AUC compare positive with negative items; neutral ones have no right answer. NLL,
    Brier score and calibration count them as one half.
 """
@@ -35,8 +36,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (GPT, Log, UserError, average_gradients, fingerprint, finish, gather, load,
-                   load_optimizers, resume_from, save, start, world, write)
+from model import (GPT, Log, UserError, average_gradients, draw_prompts, fingerprint, finish, gather, load,
+                   load_optimizers, read_prompts, resume_from, save, start, world, write)
 
 SCRIPT = "03_reward_model.py"
 TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label asks for
@@ -106,6 +107,7 @@ def pool(rows: list[dict], machine_weight: float) -> list[dict]:
         item["sum"] += w * TARGET[row["label"]]
         item["weight"] += w
         item["person"] |= row["labeller"] != "vader"
+        item |= {k: row[k] for k in ("picked",) if k in row}
     return [item | {"target": item["sum"] / item["weight"]} for item in items.values() if item["weight"]]
 
 
@@ -374,9 +376,9 @@ if __name__ == "__main__":
     # -- held-out figures, all and per source, against the bag of words
     log_p = predict(model, test_tokens)
     bag = naive_bayes([i for i in whole if i["part"] == "train"], test)
-    metrics = {}
-    for source in ("all", *sorted({i["source"] for i in test})):
-        of = np.array([source in ("all", i["source"]) for i in test])
+    metrics, picked = {}, ["picked at random"] * any(i.get("picked") == "uncertain" for i in test)
+    for source in ("all", *sorted({i["source"] for i in test}), *picked):
+        of = np.array([source in ("all", i["source"], f"picked at {i.get('picked')}") for i in test])
         m = metrics[source] = measures(log_p[of], target[of]) | {"bag_of_words_auc": auc(bag[of], target[of])}
         print("held out, {}: n {n}, accuracy {accuracy:.3f} [{:.3f}, {:.3f}], AUC {auc:.3f} (bag of words "
               "{bag_of_words_auc:.3f}), NLL {nll:.3f}, Brier {brier:.3f}".format(source, *m["accuracy_interval"], **m))
@@ -386,7 +388,10 @@ if __name__ == "__main__":
 
     # -- the constants that 04 normalises with
     length, norm = test_tokens.size(-1), {}
-    fresh = base.generate(cfg.norm_samples, length, seed=cfg.seed << 32 | 3 << 24)[0]
+    prompted = any("prompt" in item for item in test)
+    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer)[0] if prompted else None
+    fresh = base.generate(cfg.norm_samples, length, seed=cfg.seed << 32 | 3 << 24,
+                          prompts=draw_prompts(prompts, cfg.norm_samples, cfg.seed))[0]
     with torch.no_grad():
         for target_name in ("happy", "sad"):
             rewards = torch.cat([model.reward(y, kind, target_name) for y in fresh.split(256)])
@@ -395,7 +400,7 @@ if __name__ == "__main__":
         raise UserError("the reward model gives every sample the same reward: label more samples")
     print(f"reward on {cfg.norm_samples} fresh samples of the base model:",
           ", ".join(f"towards {t} {v['mean']:.3f} +- {v['std']:.3f}" for t, v in norm.items()))
-    save(done, model, tokenizer, step=offset, kind=kind, length=length, normalisation=norm, metrics=metrics,
+    save(done, model, tokenizer, step=offset, kind=kind, prompted=prompted, length=length, normalisation=norm, metrics=metrics,
          calibration=table, settings=settings, inputs=inputs, seed=cfg.seed)
     state.unlink(missing_ok=True)
     finish("python 04_ppo.py", cfg.out)

@@ -20,7 +20,9 @@ Decisions a reader may question:
    forms them. Either way the ratio on the first minibatch is 1, and that is asserted.
 6. The reference model sees `kl_samples` completions of each iteration, not all: the exact KL at
    their prefixes has a smaller error than the usual sampled one (k1) on four times as many.
-7. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
+7. A reward model of prompted samples means prompts here as well, other ones in every iteration: loss,
+   KL and reward are those of the completion. The checkpoint says so, there is no flag.
+8. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
    would maximise -log p(happy), which is not bounded by anything.
 """
 import math
@@ -32,8 +34,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from model import (Log, UserError, average_gradients, fingerprint, finish, gather, load, load_optimizers,
-                   resume_from, save, share, start, world, write)
+from model import (Log, UserError, average_gradients, draw_prompts, fingerprint, finish, gather, load,
+                   load_optimizers, read_prompts, resume_from, save, share, start, world, write)
 
 SCRIPT = "04_ppo.py"
 CROSSINGS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)  # nats
@@ -44,7 +46,7 @@ class Config:
     target: Literal["happy", "sad"] = "happy"
     out: Path = Path("out")     # where all stages write
     seed: int = 0
-    resume: bool = False        # continue a killed run from its last complete iteration
+    resume: bool = False        # continue a killed run from its last saved state
     batch: int = 2048           # completions an iteration; doubled if the clip fraction stays below 1 %
     max_batch: int = 4096       # the doubling stops here
     minibatch: int = 256        # completions an optimizer step
@@ -56,7 +58,7 @@ class Config:
     kl_coef: float = 0.0        # per-token KL penalty (k1), in units of log p(target)
     kl_stop: float = 10.0       # nats per completion
     max_iterations: int = 60
-    kl_samples: int = 512       # completions of an iteration on which the KL is computed
+    kl_samples: int = 512       # completions of an iteration on which the KL is computed, in whole minibatches
     save_every: int = 1         # iterations between the states that --resume continues from
 
 
@@ -154,13 +156,14 @@ if __name__ == "__main__":
         raise UserError(f"{reward_path} was trained from another base model than {base_path}: "
                         "run 02_sample_label.py and 03_reward_model.py again")
     norm, length, kind = reward_header["normalisation"][cfg.target], reward_header["length"], reward_header.get("kind", "labels")
+    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer)[0] if reward_header.get("prompted") else None
     settings = {k: v for k, v in asdict(cfg).items()
                 if k not in ("out", "resume", "kl_stop", "max_iterations", "save_every")}
     inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
     resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
-    if not resumed:  # checkpoints of an earlier run must not mix with this one's
-        for old in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
-            old.unlink(missing_ok=True)
+    for old in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
+        if not resumed or load(old, SCRIPT)[2]["step"] >= resumed[2]["step"]:
+            old.unlink()  # of an earlier run, or of iterations that are now made again: they must not mix with this one's
     policy = (resumed or load(base_path, SCRIPT))[0]
     for model in (policy, reference, reward_model):
         model.to(device).dtype = dtype
@@ -171,6 +174,7 @@ if __name__ == "__main__":
         load_optimizers(resumed[2], (optimizer,))
         first, batch, kl_before, clips, updates = (
             resumed[2][k] for k in ("step", "batch", "kl", "clip_fractions", "updates"))
+    kl = kl_before
     log = Log(cfg.out / f"04-{cfg.target}.jsonl", first)
     print(f"{'iter':>4} {'batch':>5} {'KL +- SE':>13} {'k1':>6} {'score':>7} {'p':>5} {'entropy':>7} "
           f"{'clip %':>6} {'bind %':>6} {'kl old':>7} {'|grad|':>6} {'s':>4}")
@@ -180,7 +184,10 @@ if __name__ == "__main__":
         began = time.time()
         # 1 -- rollout
         mine, mb_size = share(torch.arange(batch), cfg.minibatch), cfg.minibatch // world()[1]
-        y, logp_old = policy.generate(mine, length, seed=cfg.seed << 32 | 4 << 24 | iteration)
+        seed = cfg.seed << 32 | 4 << 24 | iteration
+        prompt = draw_prompts(prompts, batch, seed)[mine].to(device)  # (B, 0) without prompts
+        y, logp_old = policy.generate(mine, length, seed, prompts=prompt)
+        minibatches = [*zip(y.split(mb_size), prompt.split(mb_size))]
         y[0, 0].item()  # waits for a GPU, so that the next line tells the time of the rollout
         rolled = time.time()
 
@@ -191,14 +198,14 @@ if __name__ == "__main__":
 
             # 3 -- the KL to the reference, and whether the sampler's log-probs will do as the old ones
             exact, k1, logp, entropy = (torch.cat(x) for x in zip(*(
-                kl_nats(mb, policy.before(mb), policy.unembed(), reference.before(mb), reference.unembed())
-                for mb in y[: cfg.kl_samples // world()[1]].split(mb_size))))
+                kl_nats(mb, policy.before(mb, p), policy.unembed(), reference.before(mb, p), reference.unembed())
+                for mb, p in minibatches[: -(-cfg.kl_samples // cfg.minibatch)])))
             (kl, kl_se), (kl_k1, kl_k1_se) = mean_and_error(gather(exact)), mean_and_error(gather(k1))
             sampler_off = gather((logp_old[: len(logp)] - logp).abs().max()[None]).max().item()
             if sampler_off > 5e-6:
-                logp_old = torch.cat([policy.logprob(mb)[0] for mb in y.split(mb_size)])             # (B, T)
+                logp_old = torch.cat([policy.logprob(mb, p)[0] for mb, p in minibatches])            # (B, T)
             logp_ref = logp_old if not cfg.kl_coef else \
-                torch.cat([reference.logprob(mb)[0] for mb in y.split(mb_size)])
+                torch.cat([reference.logprob(mb, p)[0] for mb, p in minibatches])
             scores, entropy = gather(score), gather(entropy)
         row = {"step": iteration, "batch": batch, "kl": kl, "kl_se": kl_se, "kl_k1": kl_k1,
                "kl_k1_se": kl_k1_se, "score": scores.mean().item(), "score_std": scores.std().item(),
@@ -240,7 +247,7 @@ if __name__ == "__main__":
             g = torch.Generator().manual_seed((cfg.seed * 1000 + iteration) * 10 + epoch)
             order = torch.arange(len(y)) if epoch == 0 else torch.randperm(len(y), generator=g)
             for b in order.to(device).split(mb_size):  # in here nothing waits for the GPU
-                logp = policy.logprob(y[b])[0]
+                logp = policy.logprob(y[b], prompt[b])[0]
                 loss, s = ppo_loss(logp, logp_old[b], adv[b], cfg.clip)
                 optimizer.zero_grad()
                 loss.backward()

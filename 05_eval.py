@@ -5,7 +5,7 @@
 
 Reads   out/*.safetensors, out/checkpoints/*.safetensors, the logs of the other stages
 Writes  out/report.html (one self-contained page), out/report.json, out/plots/*.png, out/05.jsonl,
-        out/ratings-NAME.jsonl
+        out/ratings-NAME.jsonl, out/key-*.json (which arm a rated sample is of)
 
 Decisions a reader may question:
 1. All policies draw with the same noise: sample 7 of each starts from the same random numbers, so
@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import UserError, finish, fingerprint, load, start, write
+from model import UserError, draw_prompts, finish, fingerprint, load, read_prompts, start, write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
@@ -201,15 +201,17 @@ def over_optimisation(rows: list[dict], sign: int = 1) -> tuple[dict, dict | Non
 @torch.no_grad()
 def measure(policy, models, tokenizer, corpus: Corpus | None, n: int, seed: int, target: str) -> dict:
     """All figures of one policy on n fresh samples; those of the base also give best-of-n."""
-    reference, reward_model, kind, length = models
-    y, _ = policy.generate(n, length, seed)
-    logp, entropy = (torch.cat(p) for p in zip(*(policy.logprob(mb, entropy=True) for mb in y.split(256))))
-    logp_ref = torch.cat([reference.logprob(mb)[0] for mb in y.split(256)])
+    reference, reward_model, kind, length, prompts = models
+    prompt = draw_prompts(prompts, n, seed).to(reference.head.device)
+    y, _ = policy.generate(n, length, seed, prompts=prompt)
+    parts = [*zip(y.split(256), prompt.split(256))]
+    logp, entropy = (torch.cat(x) for x in zip(*(policy.logprob(mb, p, entropy=True) for mb, p in parts)))
+    logp_ref = torch.cat([reference.logprob(mb, p)[0] for mb, p in parts])
     proxy = torch.cat([reward_model.reward(mb, kind, target) for mb in y.split(256)]).numpy(force=True)
     texts = tokenizer.decode_batch(y.tolist())
     vader = SentimentIntensityAnalyzer()
     gold = np.array([vader.polarity_scores(t)["compound"] for t in texts])
-    row = {"n": n, "samples": texts[:64],
+    row = {"n": n, "samples": texts[:64], "prompts": tokenizer.decode_batch([[t for t in x if t >= 0] for x in prompt[:64].tolist()]),
            "words": Counter(w for t in texts for w in words(t)), "entropy": entropy.mean().item(), "base_perplexity": math.exp(-logp_ref.mean().item()),
            "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2),
            "self_similarity": self_similarity(texts), "duplicates": n - len(set(texts))}
@@ -307,7 +309,7 @@ def render(report: dict, figures: str, show: int) -> str:
     def side_by_side(policies):
         return "<div class='wide'><table class='s'><tr>" + "".join(
             f"<th>{html.escape(r['name'])}<br>{r['kl']:.2f} nats</th>" for r in policies) + "</tr>" + "".join(
-            "<tr>" + "".join(f"<td>{html.escape(r['samples'][i])}</td>" for r in policies) + "</tr>"
+            "<tr>" + "".join(f"<td><i>{html.escape(r['prompts'][i])}</i>{html.escape(r['samples'][i])}</td>" for r in policies) + "</tr>"
             for i in range(show)) + "</table></div>"
 
     columns = {"policy": lambda r: r["name"], "KL, nats": number("kl"), "proxy": number("proxy", 3),
@@ -355,8 +357,8 @@ def render(report: dict, figures: str, show: int) -> str:
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__)
-    if min(cfg.n, cfg.n_ends) < 2 or not 0 < cfg.show <= 64 or cfg.rate_n < 1:
-        raise UserError("--n and --n-ends must be at least 2, --show 1 to 64, --rate-n at least 1")
+    if min(cfg.n, cfg.n_ends) < 2 or not 0 < cfg.show <= 64 or cfg.rate_n < 1 or cfg.rate and not labeller.is_name(cfg.rate):
+        raise UserError("--n and --n-ends must be at least 2, --show 1 to 64, --rate-n at least 1, --rate letters and digits")
 
     def ready(path, made_by):
         model, tokenizer, header = load(path, made_by)
@@ -373,17 +375,21 @@ if __name__ == "__main__":
         raise UserError(f"{cfg.out}/policy-happy.safetensors was made from another base model or reward model: "
                         "run 04_ppo.py again")
     length, seed = reward_header["length"], cfg.seed << 32 | 5 << 24
+    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer)[1] if reward_header.get("prompted") else None  # held out
 
     # -- blind rating: what is shown names an item by its place alone; which arm spoke is in a file of its own
     if cfg.rate or cfg.sheet:
         arms = {"base": reference, "happy": final}
         if (path := cfg.out / "policy-sad.safetensors").exists() and load(path, SCRIPT)[2]["inputs"] == inputs:
             arms["sad"] = ready(path, SCRIPT)[0]
-        mixed = [(arm, text) for k, (arm, model) in enumerate(arms.items()) for text in
-                 tokenizer.decode_batch(model.generate(cfg.rate_n, length, seed + 1 + k)[0].tolist())]
-        order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(seed)).tolist()
+        shown = draw_prompts(prompts, cfg.rate_n, seed)  # the same prompts for every arm
+        opening = [{"prompt": tokenizer.decode([t for t in x if t >= 0])} if prompts is not None else {} for x in shown.tolist()]
+        mixed = [(arm, start | {"text": text}) for k, (arm, model) in enumerate(arms.items()) for start, text in zip(
+                 opening, tokenizer.decode_batch(model.generate(cfg.rate_n, length, seed + 1 + k, prompts=shown)[0].tolist()))]
+        g = torch.Generator().manual_seed(int(fingerprint(final)[:15], 16) ^ seed)  # one key tells nothing of another
+        order = torch.randperm(len(mixed), generator=g).tolist()
         series = hashlib.sha256(json.dumps([mixed[i] for i in order]).encode()).hexdigest()[:16]
-        items = [{"id": f"{series}-{place}", "text": mixed[i][1]} for place, i in enumerate(order)]
+        items = [{"id": f"{series}-{place}"} | mixed[i][1] for place, i in enumerate(order)]
         key = {"items": items, "arms": {item["id"]: mixed[i][0] for item, i in zip(items, order)},
                "final": fingerprint(final)}
         write(cfg.out / f"key-{series}.json", json.dumps(key))
@@ -452,7 +458,7 @@ if __name__ == "__main__":
             if key not in cache:
                 policy = reference if fingerprint(policy) == inputs["base"] else policy
                 cache[key] = {"key": key, "name": path.stem, "target": target} | measure(
-                    policy, (reference, reward_model, reward_header.get("kind", "labels"), length), tokenizer, corpus, n, seed, target)
+                    policy, (reference, reward_model, reward_header.get("kind", "labels"), length, prompts), tokenizer, corpus, n, seed, target)
                 file.write(json.dumps(cache[key]) + "\n")
                 file.flush()
             rows[target].append(cache[key])

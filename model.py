@@ -31,6 +31,7 @@ from safetensors.torch import save as safetensors_bytes
 from tokenizers import Tokenizer
 
 from kernels import attention, decode_attention, linear_logprob, sample
+from kernels.backend import use_triton
 
 RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
 
@@ -141,22 +142,36 @@ class GPT(nn.Module):
         """The rows of the output head that can be sampled: (n_text, D), in the compute dtype."""
         return self.head[: self.n_text].to(self.dtype)
 
-    def before(self, y: torch.Tensor) -> torch.Tensor:
-        """Completions y (B, T), each preceded by the start token -> the hidden state (B, T, D) from
-        which each token of y is predicted."""
+    def after(self, y: torch.Tensor, prompt: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Completions y (B, T), each after its prompt (B, P), padded with -1 at its end; P may be 0, or prompt
+        None -> what the model reads, (B, 1 + P + T): start token, prompt, completion, and padding at the end,
+        which a causal model cannot see; and the places (B, T) in it from which the tokens of y are predicted."""
         start = torch.full_like(y[:, :1], self.bos)
-        return self(torch.cat((start, y[:, :-1]), dim=1))
+        places = torch.arange(y.size(1), device=y.device).expand_as(y)
+        if prompt is None or not prompt.size(1):
+            return torch.cat((start, y), 1), places
+        places = places + (prompt >= 0).sum(1, keepdim=True)
+        return torch.cat((start, prompt.clamp_min(0), y), 1).scatter(1, places + 1, y), places
 
-    def logprob(self, y: torch.Tensor, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Completions y (B, T) -> log-prob of every token of y, and if asked for the entropy of the
-        distribution it was drawn from, both (B, T), nats."""
-        return linear_logprob(self.before(y), self.unembed(), y, entropy=entropy)
+    def before(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
+        """Completions y (B, T), prompt as in `after` -> the hidden state (B, T, D) from which each token of
+        y is predicted."""
+        x, places = self.after(y, prompt)
+        hidden = self(x[:, :-1])
+        if hidden.shape[:2] == y.shape:
+            return hidden
+        return hidden.gather(1, places[..., None].expand(-1, -1, hidden.size(-1)))
+
+    def logprob(self, y: torch.Tensor, prompt: torch.Tensor | None = None,
+                entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Completions y (B, T), prompt as in `after` -> log-prob of every token of y, and if asked for the
+        entropy of the distribution it was drawn from, both (B, T), nats."""
+        return linear_logprob(self.before(y, prompt), self.unembed(), y, entropy=entropy)
 
     def sentiment(self, y: torch.Tensor) -> torch.Tensor:
         """Completions y (B, T) -> (B, 2): log p(happy), log p(sad) after the last token of y, the
         soft-max restricted to the two. Only a reward model has learned to predict them."""
-        start = torch.full_like(y[:, :1], self.bos)
-        last = self(torch.cat((start, y), dim=1), last_only=True)[:, 0]
+        last = self(self.after(y, None)[0], last_only=True)[:, 0]
         head = self.head[[self.happy, self.sad]].to(self.dtype)  # as `save` rounds it
         return (last.float() @ head.float().T).log_softmax(-1)
 
@@ -169,20 +184,25 @@ class GPT(nn.Module):
         return log_p[:, i] if kind == "labels" else log_p[:, i] - log_p[:, 1 - i]
 
     @torch.no_grad()
-    def generate(self, n: int | torch.Tensor, length: int, seed: int, batch: int | None = None):
-        """Unconditional completions at temperature 1 from the whole distribution: those numbered 0 to
-        n - 1, or those whose numbers are listed in n.
+    def generate(self, n: int | torch.Tensor, length: int, seed: int, batch: int | None = None,
+                 prompts: torch.Tensor | None = None):
+        """Completions at temperature 1 from the whole distribution: those numbered 0 to n - 1, or those
+        whose numbers are listed in n; unconditional, or each after its row of prompts (as in `after`).
 
         -> tokens (n, length) int64, the sampler's log-probs (n, length) float32, nats. A completion is
-        determined by seed and number alone, not by `batch`, which only bounds the cache.
+        determined by seed, number and prompt alone, not by `batch`, which only bounds the cache.
         """
         device = self.head.device
         numbers = n.to(device) if torch.is_tensor(n) else torch.arange(n, device=device)
-        parts = numbers.chunk(-(-len(numbers) // (batch or (8192 if device.type == "cuda" else 1024))))
-        if not self.decoder or self.decoder.made_for != (len(parts[0]), length, self.dtype, device):
+        if prompts is None:
+            prompts = numbers.new_empty(len(numbers), 0)
+        count = -(-len(numbers) // (batch or (8192 if device.type == "cuda" else 1024)))
+        parts = [*zip(numbers.chunk(count), prompts.to(device).chunk(count))]
+        made_for = (len(parts[0][0]), prompts.size(1), length, self.dtype, device)
+        if not self.decoder or self.decoder.made_for != made_for:
             self.decoder = None  # not to be copied along with the weights
-            self.decoder = Decoder(self, len(parts[0]), length)
-        return tuple(torch.cat(x) for x in zip(*(self.decoder.draw(self, rows, seed) for rows in parts)))
+            self.decoder = Decoder(self, *made_for[:3])
+        return tuple(torch.cat(x) for x in zip(*(self.decoder.draw(self, *part, seed) for part in parts)))
 
 
 class Decoder:
@@ -191,21 +211,24 @@ class Decoder:
     Nothing in a step comes from the host or goes to it: position, seed and row numbers are read, and
     tokens and log-probs left, in the device's memory. So on a GPU one step is captured once, as a CUDA
     graph, and replayed for every token of every later rollout; new weights are copied into its own.
+    All rows stand at the same position: while a row's prompt lasts its tokens are taken instead of drawn.
     """
 
-    def __init__(self, model: GPT, batch: int, length: int):
+    def __init__(self, model: GPT, batch: int, longest_prompt: int, length: int):
         c, device = model.config, model.head.device
-        self.made_for = (batch, length, model.dtype, device)
+        self.made_for = (batch, longest_prompt, length, model.dtype, device)
+        self.length, length = length, longest_prompt + length
         self.model = copy.deepcopy(model).to(model.dtype)
         self.cos, self.sin = model.angles(length)
         shape = (c.n_layer, 2, batch, c.n_kv_head, length, c.d_model // c.n_head)
         self.cache = torch.zeros(shape, dtype=model.dtype, device=device)
         self.rows, self.token = torch.zeros(2, batch, dtype=torch.long, device=device)
+        self.prompts = torch.full((length, batch), -1, device=device) if longest_prompt else None
         self.tokens = torch.zeros(length, batch, dtype=torch.long, device=device)
         self.logps = torch.zeros(length, batch, device=device)
         self.seed = torch.zeros(1, dtype=torch.uint64, device=device)
         self.pos = torch.zeros(1, dtype=torch.long, device=device)
-        if device.type == "cuda":
+        if use_triton("auto", self.cache) and shape[-1] <= 128:  # PyTorch's path reads pos on the host
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -224,21 +247,53 @@ class Decoder:
         for block, kv in zip(self.model.blocks, self.cache):
             h = block(h, cos, sin, kv, self.pos)
         token, logp, _ = sample(norm(h), self.model.unembed(), self.seed, self.rows, self.pos, entropy=False)
+        if self.prompts is not None:
+            given = self.prompts.index_select(0, self.pos)[0]
+            token = torch.where(given >= 0, given, token)
         self.token.copy_(token)
         self.tokens.index_copy_(0, self.pos, token[None])
         self.logps.index_copy_(0, self.pos, logp[None])
         self.pos += 1
 
-    def draw(self, model: GPT, rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """rows (n,), the numbers of at most `batch` completions -> tokens, log-probs (n, length)."""
+    def draw(self, model: GPT, rows: torch.Tensor, prompts: torch.Tensor,
+             seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows (n,), the numbers of at most `batch` completions, prompts (n, P) -> tokens, log-probs (n, length)."""
         torch._foreach_copy_(list(self.model.parameters()), list(model.parameters()))
         self.rows[: len(rows)] = rows
+        if self.prompts is not None:
+            self.prompts[: prompts.size(1), : len(rows)] = prompts.T
         self.seed.copy_(torch.tensor([seed], dtype=torch.uint64))
         self.token.fill_(self.model.bos)
         self.pos.zero_()
         for _ in range(len(self.tokens)):
             self.step()
-        return self.tokens.T[: len(rows)].clone(), self.logps.T[: len(rows)].clone()
+        places = (prompts >= 0).sum(1, keepdim=True) + torch.arange(self.length, device=rows.device)     # (n, length)
+        return tuple(x.T[: len(rows)].gather(1, places) for x in (self.tokens, self.logps))
+
+
+def read_prompts(corpus: Path, tokenizer: Tokenizer, longest: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts: every speaker's name with the first line of the speech, of at most `longest` tokens, from the
+    training text and from the held-out last 5 % of it -> each (n, longest), padded with -1. Raises UserError
+    if the corpus is not there or has none."""
+    if not corpus.exists():
+        raise UserError(f"{corpus} is missing (the shipped model comes without its corpus): run 01_pretrain.py "
+                        "with --corpus FILE, or leave out --prompts")
+    text = corpus.read_text(encoding="utf-8")
+    cut, parts = int(len(text) * 0.95), ({}, {})  # each prompt once, in order; one across the cut belongs to neither
+    for match in re.finditer(r"^[A-Z][^\n:]{0,30}:\n[^\n]+\n", text, re.M):
+        if match.end() <= cut or match.start() >= cut:
+            parts[match.start() >= cut][match[0]] = None
+    rows = [[e.ids for e in tokenizer.encode_batch(list(found)) if len(e.ids) <= longest] for found in parts]
+    if not all(rows):
+        raise UserError(f"{corpus} has no prompts: a line that ends in a colon, and the line after it")
+    return tuple(torch.tensor([ids + [-1] * (longest - len(ids)) for ids in part]) for part in rows)
+
+
+def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tensor:
+    """n rows of prompts at random, or (n, 0) if there are none."""
+    if prompts is None:
+        return torch.empty(n, 0, dtype=torch.long)
+    return prompts[torch.randint(len(prompts), (n,), generator=torch.Generator().manual_seed(seed))]
 
 
 # ---- Several processes: torchrun starts them, each takes its share of every minibatch ------------
@@ -382,7 +437,7 @@ def report(kind, error, trace) -> None:
     if dist.is_initialized() and issubclass(kind, RuntimeError) and re.search("(?i)connection|peer|nccl", str(error)):
         line = "another process of this run has ended; the same command with --resume goes on, also with fewer"
     elif issubclass(kind, KeyboardInterrupt):
-        line = "interrupted; nothing is lost: the same command with --resume continues"
+        line = "interrupted: the same command with --resume goes on from the last saved state"
     elif issubclass(kind, UserError):
         line = str(error)
     elif issubclass(kind, OSError) and error.errno is not None:
@@ -416,6 +471,8 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     defaults = Config(**(on_gpu or {})) if device.type == "cuda" else Config()
     settings = tyro.cli(Config, description=doc, default=defaults)
+    if not 0 <= settings.seed < 2**31:
+        raise UserError("--seed must be in [0, 2^31)")
     keep_freed_pages()
     if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -58,14 +58,14 @@ if __name__ == "__main__":
     subprocess.run([sys.executable, "03_reward_model.py", "--out", str(work), "--seed", str(cfg.seed)], cwd=ROOT, check=True)
 
     base, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py")
-    base.dtype = dtype
+    base.to(device).dtype = dtype
     tokens, _ = base.generate(cfg.fresh, len(items[0]["tokens"]), seed=cfg.seed << 32 | 6 << 24)
     texts = tokenizer.decode_batch(tokens.tolist())
     target = np.array([rm.TARGET[feels(person, t)] for t in texts])
     differ = target != np.array([rm.TARGET[feels(vader, t)] for t in texts])
     result = {"labels": cfg.n, "fresh samples": cfg.fresh, "share on which person and VADER differ": float(differ.mean())}
     for name, path in (("before", cfg.out), ("after", work)):
-        model = load(path / "reward.safetensors", "03_reward_model.py")[0]
+        model = load(path / "reward.safetensors", "03_reward_model.py")[0].to(device)
         model.dtype = dtype
         log_p = rm.predict(model, tokens)
         for part, where in (("all", np.full(len(target), True)), ("where they differ", differ)):
@@ -73,7 +73,7 @@ if __name__ == "__main__":
             result[f"{name}, {part}"] = {k: m[k] for k in ("n", "auc", "accuracy", "accuracy_interval", "nll")}
     print(json.dumps(result, indent=1))
 
-    stage = rm.Config()
+    stage = rm.Config(**(rm.ON_GPU if device.type == "cuda" else {}))
     result["picks"] = []
     for n in cfg.picks:
         for pick in ("random", "uncertain"):

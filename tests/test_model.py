@@ -64,6 +64,41 @@ def test_a_rollout_uses_the_weights_of_now():
     assert torch.equal(gpt.generate(5, 8, seed=0)[0], after[:5])  # a smaller batch, another decoder
 
 
+def test_prompts_of_different_lengths_equal_one_by_one():
+    """A batch of prompts of 0 to 4 tokens: rollout, log-probs, entropies and gradients of the completions are
+    those of each row alone, without padding; what stands in the padding does not matter."""
+    gpt, length = tiny(seed=4), 5
+    prompt = torch.tensor([[3, 1, 4, 1], [5, 9, -1, -1], [-1, -1, -1, -1], [2, -1, -1, -1], [6, 5, 3, 5]])
+    y, sampled = gpt.generate(5, length, seed=1, prompts=prompt, batch=3)
+    logp, entropy = gpt.logprob(y, prompt, entropy=True)
+    torch.testing.assert_close(sampled, logp.detach(), rtol=1e-4, atol=1e-5)
+    logp.sum().backward()
+    grad, gpt.embed.weight.grad = gpt.embed.weight.grad.clone(), None
+    for i, row in enumerate(prompt):
+        start = row[row >= 0]
+        alone, _ = gpt.generate(torch.tensor([i]), length, seed=1, prompts=start[None])
+        assert torch.equal(alone, y[i:i + 1])
+        both, both_entropy = gpt.logprob(torch.cat((start, y[i]))[None], entropy=True)  # the whole as one completion
+        torch.testing.assert_close(both[0, len(start):], logp[i], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(both_entropy[0, len(start):], entropy[i], rtol=1e-5, atol=1e-6)
+        both[0, len(start):].sum().backward()
+    torch.testing.assert_close(gpt.embed.weight.grad, grad, rtol=1e-4, atol=1e-5)
+    assert torch.equal(gpt.generate(3, length, seed=1, prompts=prompt[2:3].expand(3, -1))[0], gpt.generate(3, length, seed=1)[0])
+
+
+def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
+    speech = "ROMEO:\nTo be, or not\nTo be\n\nNURSE:\n" + "a very long line " * 30 + "\n\n"
+    (tmp_path / "c.txt").write_text(speech * 40 + "JULIET:\nNot to be\n" * 200)
+    train, held = m.read_prompts(tmp_path / "c.txt", tokenizer)
+    decode = lambda rows: [tokenizer.decode([t for t in x if t >= 0]) for x in rows.tolist()]  # noqa: E731
+    assert decode(train) == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"] and decode(held) == ["JULIET:\nNot to be\n"]
+    with pytest.raises(UserError, match="missing"):
+        m.read_prompts(tmp_path / "none.txt", tokenizer)
+    (tmp_path / "c.txt").write_text("no speakers here\n" * 99)
+    with pytest.raises(UserError, match="has no prompts"):
+        m.read_prompts(tmp_path / "c.txt", tokenizer)
+
+
 def test_settings_of_a_gpu(monkeypatch, capsys):
     """Where there is a GPU the defaults are ON_GPU's; a flag on the command line still counts."""
     from importlib import import_module

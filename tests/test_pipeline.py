@@ -151,24 +151,41 @@ def test_killed_and_resumed_equals_uninterrupted(script, pipeline, corpus, tmp_p
         assert log.read_text().splitlines()[: len(survived) - 1] == survived[:-1]
 
 
-def test_comparisons_train_a_reward_model_that_04_takes_as_it_is(pipeline, tmp_path):
+def test_resuming_a_run_that_has_no_iterations_left(pipeline, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(pipeline[0], out)
-    done = run("02_sample_label.py", out, "--compare")
+    for more in ([], ["--resume"]):
+        done = run("04_ppo.py", out, "--max-iterations", "2", *more)
+        assert done.returncode == 0 and "stopped after 2 iterations" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_comparisons_train_a_reward_model_that_04_takes_as_it_is(pipeline, tmp_path, prompts):
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    flags = ["--prompts", "--corpus-fraction", "0"] if prompts else []
+    done = run("02_sample_label.py", out, "--compare", *flags)
     assert done.returncode == 0 and "comparisons-vader.jsonl: 1500 labels" in done.stdout, done.stderr
+    if prompts:
+        pair = rows(out / "comparisons-vader.jsonl")[0]
+        by_id = {r["id"]: r for r in rows(out / "samples.jsonl")}
+        left, right = (by_id[i] for i in pair["id"].split())
+        assert left["prompt"] == right["prompt"] == pair["prompt"] and left["text"] != right["text"]
     done = run("03_reward_model.py", out, "--comparisons")
     assert done.returncode == 0, done.stderr
     header = load(out / "reward.safetensors", "")[2]
-    assert header["kind"] == "comparisons" and header["metrics"]["all"]["auc"] > 0.8
+    assert header["kind"] == "comparisons" and header["prompted"] == prompts and header["metrics"]["all"]["auc"] > 0.7
     assert header["normalisation"]["happy"]["mean"] == pytest.approx(-header["normalisation"]["sad"]["mean"], abs=1e-4)
     done = run("04_ppo.py", out)
     assert done.returncode == 0, done.stderr
     log = rows(out / "04-happy.jsonl")
     assert abs(log[0]["reward"]) < 0.3 and log[-1]["reward"] > log[0]["reward"] + 0.5  # recentred, then raised
+    assert log[0]["kl"] == 0 and all(r["ratio_off_first"] < 1e-5 for r in log if "ratio_off_first" in r)
     done = run("05_eval.py", out)
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
     assert report["happy"][-1]["positive"] > report["happy"][0]["positive"] + 0.05
+    assert ("<td><i>KING:" in (out / "report.html").read_text() or "<td><i>FOOL:" in (out / "report.html").read_text()) == prompts
     done = run("03_reward_model.py", out, "--labels", str(out / "comparisons-vader.jsonl"))
     assert done.returncode == 2 and "use --comparisons" in done.stderr
 
@@ -288,6 +305,13 @@ CASES = [
     ("02_sample_label.py", None, ["--labeller", "anna"], "needs a terminal"),
     ("05_eval.py", None, ["--rate", "anna"], "needs a terminal"),
     ("02_sample_label.py", None, ["--corpus-fraction", "7"], "corpus-fraction in"),
+    ("02_sample_label.py", None, ["--seed", "-1"], "--seed must be in"),
+    ("02_sample_label.py", None, ["--prompts"], "--prompts needs --corpus-fraction 0"),
+    ("02_sample_label.py", None, ["--labeller", "Vader-pieces"], "not the machine's name"),
+    ("02_sample_label.py", None, ["--sheet", "s.html", "--sheet-skip", "9", "--pick", "uncertain"], "cannot go with"),
+    ("02_sample_label.py", None, ["--sheet", "CORPUS"], "is not a sheet"),
+    ("05_eval.py", None, ["--rate", "majority"], "--rate letters and digits"),
+    ("05_eval.py", None, ["--ratings", "a.jsonl"], "key.*is missing"),
     ("04_ppo.py", None, ["--batch", "100"], "multiples of --minibatch"),
     ("04_ppo.py", None, ["--kl-samples", "10"], "--kl-samples must not be smaller"),
     ("04_ppo.py", None, ["--no-such-option"], "no-such-option"),

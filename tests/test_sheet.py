@@ -26,6 +26,9 @@ def test_a_sheet_says_what_was_put_into_it(tmp_path):
     assert label.read_sheet(path)["items"] == items
     page = path.read_text()
     assert page.count("<script") == 2 and "unsafe" not in page and "://" not in page  # two of ours, none of theirs
+    sheet_of(tmp_path, NASTY)  # the same again
+    with pytest.raises(label.UserError, match="other items"):
+        sheet_of(tmp_path, NASTY[1:])
     (tmp_path / "other.html").write_text("<p>hello</p>")
     with pytest.raises(label.UserError, match="not a sheet"):
         label.read_sheet(tmp_path / "other.html")

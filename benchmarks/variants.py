@@ -1,0 +1,94 @@
+"""Labels or comparisons, unconditional or prompted: which reward model ranks better, which policy is happier?
+
+    python -m benchmarks.variants             # 02 to 05 twelve times: about 75 minutes; a second call goes on
+
+For each seed the same base model (01 of `python -m benchmarks.seeds`), then 16,384 labels of VADER, or as many
+of its comparisons, of unconditional samples and of completions of prompts. Both reward models of a
+kind are asked about the same fresh samples: AUC on VADER's label, and how often they prefer the sample that VADER
+prefers. The gold score at 5 and at 10 nats is read off the checkpoints on either side, linearly in sqrt KL.
+Prints Markdown with the standard deviation over seeds; writes benchmarks/results/variants.json.
+"""
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from model import draw_prompts, fast_dtype, load, read_prompts
+
+ROOT = Path(__file__).parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+rm = importlib.import_module("03_reward_model")
+label = importlib.import_module("02_sample_label")
+
+
+@dataclass
+class Config:
+    seeds: tuple[int, ...] = (0, 1, 2)
+    n: int = 16_384    # labels, or comparisons
+    fresh: int = 8192  # samples on which the reward models are compared
+
+
+def run(out: Path, seed: int, n: int, comparisons: bool, prompts: bool) -> None:
+    """02 to 05; what is there already is not made again."""
+    flags = {"02_sample_label.py": ["--n", str(n * (1 + comparisons))] + ["--compare"] * comparisons + ["--prompts"] * prompts,
+             "03_reward_model.py": ["--comparisons"] * comparisons, "04_ppo.py": [], "05_eval.py": []}
+    made = (f"{'comparisons' if comparisons else 'labels'}-vader.jsonl", "reward.safetensors", "policy-happy.safetensors",
+            "report.json")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("base.safetensors", "corpus.txt"):
+        shutil.copy(ROOT / f"out-{seed}" / name, out)
+    for (script, more), file in zip(flags.items(), made):
+        if not (out / file).exists():
+            subprocess.run([sys.executable, script, "--seed", str(seed), "--resume", "--out", str(out), *more], cwd=ROOT, check=True)
+
+
+@torch.no_grad()
+def ranking(out: Path, fresh: int, prompts: bool, seed: int) -> dict[str, float]:
+    """Of the reward model in `out`, on fresh samples of the base model."""
+    base, tokenizer, _ = load(out / "base.safetensors", "01_pretrain.py")
+    model, _, header = load(out / "reward.safetensors", "03_reward_model.py")
+    for m in (base, model):
+        m.to(DEVICE).dtype = fast_dtype(DEVICE)
+    given = draw_prompts(read_prompts(out / "corpus.txt", tokenizer)[1] if prompts else None, fresh, seed)
+    y, _ = base.generate(fresh, header["length"], seed << 32 | 7 << 24, prompts=given)
+    score = torch.cat([model.reward(mb, "comparisons", "happy") for mb in y.split(256)]).numpy(force=True)
+    vader = SentimentIntensityAnalyzer()
+    gold = np.array([vader.polarity_scores(t)["compound"] for t in tokenizer.decode_batch(y.tolist())])
+    target = np.array([rm.TARGET[label.vader_label(g)] for g in gold])
+    (a, b), (p, q) = np.split(gold, 2), np.split(score, 2)
+    return {"AUC": rm.auc(score, target), "pair accuracy, %": 100 * float(((a > b) == (p > q))[a != b].mean())}
+
+
+def gold_at(out: Path, kl: float) -> float:
+    """By interpolation in sqrt KL between checkpoints; the last one if none lies beyond."""
+    rows = sorted(json.loads((out / "report.json").read_text())["happy"], key=lambda r: r["kl"])
+    return float(np.interp(kl**0.5, [max(r["kl"], 0) ** 0.5 for r in rows], [r["gold"] for r in rows]))
+
+
+if __name__ == "__main__":
+    cfg = tyro.cli(Config, description=__doc__)
+    results = {}
+    print("| samples | learned from | AUC | pair accuracy, % | gold at 5 nats | gold at 10 nats |\n|---|---|---|---|---|---|")
+    for prompts in (False, True):
+        for comparisons in (False, True):
+            name = ("prompted" if prompts else "unconditional", "comparisons" if comparisons else "labels")
+            found = []
+            for seed in cfg.seeds:
+                out = ROOT / f"out-{seed}" / "-".join(name)
+                run(out, seed, cfg.n, comparisons, prompts)
+                found.append(ranking(out, cfg.fresh, prompts, seed) | {f"gold at {kl} nats": gold_at(out, kl) for kl in (5, 10)})
+            results[", ".join(name)] = found
+            table = {k: np.array([r[k] for r in found]) for k in found[0]}
+            print(f"| {name[0]} | {cfg.n:,} {name[1]} | " + " | ".join(
+                f"{x.mean():.{1 if '%' in k else 3}f} ± {x.std(ddof=1) if len(x) > 1 else 0:.{1 if '%' in k else 3}f}"
+                for k, x in table.items()) + " |", flush=True)
+    (ROOT / "benchmarks" / "results" / "variants.json").write_text(json.dumps(
+        {"torch": torch.__version__, "seeds": cfg.seeds, "n": cfg.n, "runs": results}, indent=1))
