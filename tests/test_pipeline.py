@@ -355,7 +355,7 @@ def test_ctrl_c_says_how_to_go_on(pipeline, corpus, tmp_path):
     wait_for(process, lambda: log.exists() and len(log.read_text().splitlines()) >= 5)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 2 and "Traceback" not in stderr and "--resume continues" in stderr
+    assert process.returncode == 2 and "Traceback" not in stderr and "--resume goes on" in stderr
 
 
 def test_settings_of_another_run_are_not_continued(pipeline, corpus, tmp_path):

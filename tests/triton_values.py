@@ -189,6 +189,11 @@ def logprob64(hidden, weight, target, tau):
     return logp * (target >= 0), -(log_p.exp() * log_p).sum(-1) * (target >= 0)
 
 
+def same(a, b):
+    """Bitwise on a GPU; the interpreter's products are NumPy's, which on some CPUs round by place."""
+    return torch.allclose(a, b, rtol=1e-6, atol=1e-6) if INTERPRETED else torch.equal(a, b)
+
+
 def check_logprob(B, T, D, V, tau=1.0, dtype=torch.float32, kernels=triton_head, config=None):
     """A slice of hidden along T; targets at the edges of tiles and ignored ones; random upstream
     gradients for both results."""
@@ -281,7 +286,7 @@ def test_a_row_does_not_depend_on_its_batch():
     target = torch.arange(300, device=DEVICE) % 257
     whole = linear_logprob(hidden, weight, target, backend="triton")
     alone = linear_logprob(hidden[130:131], weight, target[130:131], backend="triton")
-    assert all(torch.equal(w[130:131], a) for w, a in zip(whole, alone))
+    assert all(same(w[130:131], a) for w, a in zip(whole, alone))
 
 
 def test_targets_out_of_range_are_loud_and_no_rows_are_fine():
@@ -374,7 +379,7 @@ def test_a_draw_does_not_depend_on_its_place_in_the_batch():
     hidden, weight = randn(200, 32), randn(600, 32, seed=1)
     whole = draw(hidden, weight, 9, torch.arange(200), 3)
     alone = draw(hidden[150:152], weight, 9, torch.arange(150, 152), 3)
-    assert all(torch.equal(w[150:152], a) for w, a in zip(whole, alone))
+    assert torch.equal(whole[0][150:152], alone[0]) and all(same(w[150:152], a) for w, a in zip(whole[1:], alone[1:]))
     other_step = draw(hidden, weight, 9, torch.arange(200), 4)
     assert not torch.equal(whole[0], other_step[0])
 
