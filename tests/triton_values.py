@@ -189,9 +189,10 @@ def logprob64(hidden, weight, target, tau):
     return logp * (target >= 0), -(log_p.exp() * log_p).sum(-1) * (target >= 0)
 
 
-def same(a, b):
-    """Bitwise on a GPU; the interpreter's products are NumPy's, which on some CPUs round by place."""
-    return torch.allclose(a, b, rtol=1e-6, atol=1e-6) if INTERPRETED else torch.equal(a, b)
+@pytest.fixture
+def products_round_alike(monkeypatch):
+    """The interpreter's products are NumPy's, and on some CPUs BLAS rounds a row by its place in the tile."""
+    monkeypatch.setattr(np, "matmul", lambda a, b, **kw: np.einsum("...ij,...jk->...ik", a, b, **kw))
 
 
 def check_logprob(B, T, D, V, tau=1.0, dtype=torch.float32, kernels=triton_head, config=None):
@@ -281,12 +282,12 @@ def test_extreme_and_equal_logits():
     assert (entropy - torch.tensor([0, 0, math.log(3)], device=DEVICE)).abs().max() < 1e-6
 
 
-def test_a_row_does_not_depend_on_its_batch():
+def test_a_row_does_not_depend_on_its_batch(products_round_alike):
     hidden, weight = randn(300, 64), randn(257, 64, seed=1)
     target = torch.arange(300, device=DEVICE) % 257
     whole = linear_logprob(hidden, weight, target, backend="triton")
     alone = linear_logprob(hidden[130:131], weight, target[130:131], backend="triton")
-    assert all(same(w[130:131], a) for w, a in zip(whole, alone))
+    assert all(torch.equal(w[130:131], a) for w, a in zip(whole, alone))
 
 
 def test_targets_out_of_range_are_loud_and_no_rows_are_fine():
@@ -375,11 +376,11 @@ def test_frequencies_match_the_probabilities():
     check_frequencies()
 
 
-def test_a_draw_does_not_depend_on_its_place_in_the_batch():
+def test_a_draw_does_not_depend_on_its_place_in_the_batch(products_round_alike):
     hidden, weight = randn(200, 32), randn(600, 32, seed=1)
     whole = draw(hidden, weight, 9, torch.arange(200), 3)
     alone = draw(hidden[150:152], weight, 9, torch.arange(150, 152), 3)
-    assert torch.equal(whole[0][150:152], alone[0]) and all(same(w[150:152], a) for w, a in zip(whole[1:], alone[1:]))
+    assert all(torch.equal(w[150:152], a) for w, a in zip(whole, alone))
     other_step = draw(hidden, weight, 9, torch.arange(200), 4)
     assert not torch.equal(whole[0], other_step[0])
 
