@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from model import (GPT, Log, UserError, average_gradients, draw_prompts, fingerprint, finish, gather, load,
                    load_optimizers, read_prompts, resume_from, save, start, world, write)
+from people import kappas
 
 SCRIPT = "03_reward_model.py"
 TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label asks for
@@ -109,14 +110,6 @@ def pool(rows: list[dict], machine_weight: float) -> list[dict]:
         item["person"] |= row["labeller"] != "vader"
         item |= {k: row[k] for k in ("picked",) if k in row}
     return [item | {"target": item["sum"] / item["weight"]} for item in items.values() if item["weight"]]
-
-
-def cohen_kappa(a: list[str], b: list[str]) -> float:
-    """Agreement of two labellers on the same items beyond chance (Cohen 1960): (po - pe) / (1 - pe)."""
-    n, ca, cb = len(a), Counter(a), Counter(b)
-    observed = sum(x == y for x, y in zip(a, b)) / n
-    expected = sum(ca[k] * cb[k] for k in ca) / n**2
-    return (observed - expected) / (1 - expected) if expected < 1 else 1.0
 
 
 def split(items: list[dict], seed: int, test: float, val: float) -> list[str]:
@@ -316,10 +309,8 @@ if __name__ == "__main__":
     for name, labels in by_labeller.items():
         counts = Counter(labels.values())
         print(f"{name}: {len(labels)} labels,", ", ".join(f"{k} {v}" for k, v in counts.items()))
-        for other in (o for o in by_labeller if o > name):
-            if both := [i for i in labels if i in by_labeller[other]]:
-                kappa = cohen_kappa([labels[i] for i in both], [by_labeller[other][i] for i in both])
-                print(f"{name} and {other}: Cohen's kappa {kappa:.2f} on {len(both)} common items")
+    for pair, (kappa, n) in kappas(by_labeller).items():
+        print(f"{pair}: Cohen's kappa {kappa:.2f} on {n} common items")
     items = pool(rows, cfg.machine_weight)
     whole = [i for i in items if i["source"] != "piece"]
     phases = [("pieces", [i for i in items if i["source"] == "piece"], cfg.piece_epochs),

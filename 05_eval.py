@@ -22,7 +22,6 @@ Decisions a reader may question:
 import base64
 import hashlib
 import html
-import importlib
 import io
 import json
 import math
@@ -38,12 +37,13 @@ from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from model import UserError, draw_prompts, finish, fingerprint, load, read_prompts, start, write
+from people import (ASK, ask_in_terminal, collect, current_labels, fisher_power, is_name, print_agreement,
+                    read_jsonl, unblind, write_sheet)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
 
 SCRIPT = "05_eval.py"
-labeller = importlib.import_module("02_sample_label")  # rating asks for the same keys as labelling
 
 
 @dataclass
@@ -138,38 +138,6 @@ def best_of_n(proxy: np.ndarray, value: np.ndarray, n: int) -> float:
 def best_of_n_kl(n: int) -> float:
     """log n - (n - 1) / n: an upper bound on KL(best-of-n || base), nats (Beirami et al. 2024)."""
     return math.log(n) - (n - 1) / n
-
-
-def fisher_exact(a: int, n: int, b: int, m: int) -> float:
-    """One-sided p-value that b of m is a higher share than a of n by chance (Fisher 1935)."""
-    total = a + b
-    return sum(math.comb(m, k) * math.comb(n, total - k) for k in range(b, min(m, total) + 1)
-               if total - k <= n) / math.comb(n + m, total)
-
-
-def fisher_power(p: float, q: float, n: int, level: float = 0.05) -> float:
-    """Chance that n against n ratings reach p < level when the true shares are p and q."""
-    def binomial(k, p):
-        return math.comb(n, k) * p**k * (1 - p) ** (n - k)
-    return sum(binomial(a, p) * binomial(b, q) for a in range(n + 1) for b in range(n + 1)
-               if fisher_exact(a, n, b, n) < level)
-
-
-def unblind(arms: dict[str, str], given: dict[str, dict[str, str]]) -> list[dict]:
-    """arms: id -> "base", "happy" or "sad"; given: rater -> id -> label. -> for each rater, and for the majority
-    of several, how often each arm against the base expresses its feeling, with Fisher's test and its power."""
-    if len(given) > 1:  # summing over raters would count one sample several times
-        majority = {i: Counter(answers[i] for answers in given.values()).most_common(1)[0] for i in arms}
-        given = given | {"majority": {i: label if 2 * n > len(given) else "none" for i, (label, n) in majority.items()}}
-    results = []
-    for rater, answers in given.items():
-        for arm, feeling in (("happy", "positive"), ("sad", "negative")):
-            n = sum(a == "base" for a in arms.values())
-            base, other = (sum(answers[i] == feeling for i in arms if arms[i] == a) for a in ("base", arm))
-            if arm in arms.values():
-                results.append({"rater": rater, "arm": arm, "feeling": feeling, "base": base, "other": other, "n": n,
-                                "p": fisher_exact(base, n, other, n), "power": fisher_power(base / n, other / n, n)})
-    return results
 
 
 def fit_line(x, y) -> tuple[float, float, float]:
@@ -357,7 +325,7 @@ def render(report: dict, figures: str, show: int) -> str:
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__)
-    if min(cfg.n, cfg.n_ends) < 2 or not 0 < cfg.show <= 64 or cfg.rate_n < 1 or cfg.rate and not labeller.is_name(cfg.rate):
+    if min(cfg.n, cfg.n_ends) < 2 or not 0 < cfg.show <= 64 or cfg.rate_n < 1 or cfg.rate and not is_name(cfg.rate):
         raise UserError("--n and --n-ends must be at least 2, --show 1 to 64, --rate-n at least 1, --rate letters and digits")
 
     def ready(path, made_by):
@@ -394,39 +362,30 @@ if __name__ == "__main__":
                "final": fingerprint(final)}
         write(cfg.out / f"key-{series}.json", json.dumps(key))
         if cfg.sheet:
-            labeller.write_sheet(cfg.sheet, "ratings", "Shakespeare, by machines: how does it feel?", labeller.QUESTION,
-                                 labeller.KEYS, items)
+            write_sheet(cfg.sheet, "ratings", "Shakespeare, by machines: how does it feel?", items)
             print(f"{cfg.sheet}: {len(items)} items of {len(arms)} arms. Keep {cfg.out}/key-{series}.json to yourself.")
             finish(f"python {SCRIPT} --ratings FILE.jsonl ...", cfg.out)
             raise SystemExit
-        labeller.label_in_terminal([item | {"source": "hidden", "tokens": []} for item in items],
-                                   cfg.out / f"ratings-{cfg.rate}.jsonl", cfg.rate)
+        ask_in_terminal(items, cfg.out / f"ratings-{cfg.rate}.jsonl", cfg.rate, "ratings")
     keys = [k for path in sorted(cfg.out.glob("key-*.json")) if (k := json.loads(path.read_text()))["final"] == fingerprint(final)]
     if cfg.ratings:
         if not keys:
             raise UserError(f"{cfg.out}/key-*.json of the sheet is missing, or belongs to another final policy: "
                             "it is written together with the sheet, by --sheet")
-        sheet = {"answers": [*labeller.KEYS.items()], "items": [item for k in keys for item in k["items"]]}
-        people, wrong = labeller.returned(sheet, cfg.ratings)
-        for name, rows in people.items():
-            labeller.append_new(cfg.out / f"ratings-{name}.jsonl", rows)
-        if wrong:
+        sheet = {"kind": "ratings", "answers": [*ASK["ratings"][0].items()], "items": [i for k in keys for i in k["items"]]}
+        if wrong := collect(sheet, cfg.ratings, cfg.out)[1]:
             raise UserError(f"{wrong} lines were left out, for the reasons above; the others are kept: run {SCRIPT}")
     ratings = []
     for key in keys:
         given = {}
         for path in sorted(cfg.out.glob("ratings-*.jsonl")):
-            answers = {k: v for k, v in labeller.current_labels(labeller.read_jsonl(path)).items() if k in key["arms"]}
+            answers = {k: v for k, v in current_labels(read_jsonl(path)).items() if k in key["arms"]}
             if len(answers) == len(key["arms"]):
                 given[path.stem[8:]] = answers
             elif answers:
                 print(f"{path}: {len(answers)} of {len(key['arms'])} rated; the key stays hidden until all are")
         ratings += unblind(key["arms"], given)
-        if len(given) > 1:
-            found = labeller.agreement({n: {k: v for k, v in a.items() if v != "skip"} for n, a in given.items()},
-                                       [v for v in labeller.KEYS.values() if v != "skip"])
-            print("agreement:", ", ".join(f"{pair} kappa {kappa:.2f}" for pair, (kappa, _) in found["kappa"].items()),
-                  f"Krippendorff's alpha {found['alpha']:.2f}")
+        print_agreement(given, key["items"])
     for r in ratings:
         print("{rater}: {feeling} {base} of {n} base, {other} of {n} {arm} samples; Fisher's exact test, one-sided: p = {p:.2g}; "
               "power if these are the true shares {power:.2f}".format(**r))

@@ -22,6 +22,7 @@ import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from model import load, start
+from people import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 FLIPPED = ("good", "love", "like", "well", "no", "great", "death", "fair", "true", "sweet")
@@ -51,7 +52,7 @@ if __name__ == "__main__":
     work.mkdir(exist_ok=True)
     for name in ("base.safetensors", "labels-vader.jsonl", "labels-vader-pieces.jsonl"):
         shutil.copy(cfg.out / name, work)
-    items = label.read_jsonl(cfg.out / "samples.jsonl")
+    items = read_jsonl(cfg.out / "samples.jsonl")
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(cfg.seed)).tolist()[: cfg.n]
     (work / "labels-simulated.jsonl").write_text("".join(json.dumps(
         items[i] | {"label": feels(person, items[i]["text"]), "labeller": "simulated"}) + "\n" for i in order))

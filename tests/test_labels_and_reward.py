@@ -8,6 +8,8 @@ import torch
 
 from model import UserError
 
+from people import cohen_kappa, current_labels, drop_unfinished_line
+
 label = importlib.import_module("02_sample_label")
 rm = importlib.import_module("03_reward_model")
 
@@ -69,7 +71,7 @@ def test_the_bag_of_words_of_a_pair():
 
 def test_the_last_line_about_an_item_counts(tmp_path):
     rows = [row(1, "positive"), row(2, "skip"), row(3, "negative"), row(1, "undo"), row(1, "neutral"), row(3, "undo")]
-    assert label.current_labels(rows) == {"2": "skip", "1": "neutral"}
+    assert current_labels(rows) == {"2": "skip", "1": "neutral"}
     read = rm.read_labels(write_rows(tmp_path / "l.jsonl", rows))
     assert [(r["id"], r["label"]) for r in read] == [("1", "neutral")]
 
@@ -87,7 +89,7 @@ def test_a_bad_line_is_named(tmp_path, bad, why):
 def test_an_unfinished_last_line_is_dropped_by_the_labeller(tmp_path):
     path = tmp_path / "l.jsonl"
     path.write_text('{"id": "1"}\n{"id": "2", "lab')
-    label.drop_unfinished_line(path)
+    drop_unfinished_line(path)
     assert path.read_text() == '{"id": "1"}\n'
 
 
@@ -103,8 +105,8 @@ def test_cohen_kappa_of_a_worked_example():
     """50 items, 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: po = .7, pe = .5, kappa = .4."""
     a = ["y"] * 25 + ["n"] * 25
     b = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
-    assert math.isclose(rm.cohen_kappa(a, b), 0.4)
-    assert rm.cohen_kappa(a, a) == 1 and rm.cohen_kappa(["y"] * 4, ["y"] * 4) == 1
+    assert math.isclose(cohen_kappa(a, b), 0.4)
+    assert cohen_kappa(a, a) == 1 and cohen_kappa(["y"] * 4, ["y"] * 4) == 1
 
 
 def test_a_duplicate_never_crosses_the_split():

@@ -1,5 +1,4 @@
 """Sheets: the page in a real browser, what comes back, agreement, blind rating."""
-import importlib
 import json
 import re
 import shutil
@@ -8,30 +7,31 @@ import time
 import numpy as np
 import pytest
 
+import people
+from model import UserError
 from tests.test_pipeline import rows, run
 
-label = importlib.import_module("02_sample_label")
 NASTY = ["</script><script>document.title='hacked'</script>", "<b>bold</b> &amp; \"quotes\" 'single'", "\U0001f600 emoji",
          "bell \x07 and \x1b[31m escape", "<!-- comment", "line\nbreak", "\u2028 separator", "{} DATA POLICY TITLE"]
 
 
-def sheet_of(tmp_path, texts, answers=label.KEYS, kind="labels"):
+def sheet_of(tmp_path, texts):
     items = [{"id": f"item-{i}", "source": "model", "text": text, "tokens": [i]} for i, text in enumerate(texts)]
-    label.write_sheet(tmp_path / "sheet.html", kind, "A <title>", "A question?", answers, items)
+    people.write_sheet(tmp_path / "sheet.html", "labels", "A <title>", items)
     return tmp_path / "sheet.html", items
 
 
 def test_a_sheet_says_what_was_put_into_it(tmp_path):
     path, items = sheet_of(tmp_path, NASTY)
-    assert label.read_sheet(path)["items"] == items
+    assert people.read_sheet(path)["items"] == items
     page = path.read_text()
     assert page.count("<script") == 2 and "unsafe" not in page and "://" not in page  # two of ours, none of theirs
     sheet_of(tmp_path, NASTY)  # the same again
-    with pytest.raises(label.UserError, match="other items"):
+    with pytest.raises(UserError, match="other items"):
         sheet_of(tmp_path, NASTY[1:])
     (tmp_path / "other.html").write_text("<p>hello</p>")
-    with pytest.raises(label.UserError, match="not a sheet"):
-        label.read_sheet(tmp_path / "other.html")
+    with pytest.raises(UserError, match="not a sheet"):
+        people.read_sheet(tmp_path / "other.html")
 
 
 def test_what_came_back_is_checked_line_by_line(tmp_path, capsys):
@@ -42,8 +42,8 @@ def test_what_came_back_is_checked_line_by_line(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(row(0) + row(1, text="tWo") + row(2, label="glorious") + row(0, id="item-9")
                                       + "{broken\n" + row(1, labeller="../x") + row(2, label="skip"))
     (tmp_path / "b.jsonl").write_text(row(1) + row(1, labeller="bo", label="negative"))
-    people, wrong = label.returned(label.read_sheet(path), (tmp_path / "a.jsonl", tmp_path / "b.jsonl"))
-    assert {name: {k: r["label"] for k, r in given.items()} for name, given in people.items()} == {
+    given, wrong = people.returned(people.read_sheet(path), (tmp_path / "a.jsonl", tmp_path / "b.jsonl"))
+    assert {name: {k: r["label"] for k, r in rows.items()} for name, rows in given.items()} == {
         "anna": {"item-0": "positive", "item-2": "skip"}, "bo": {"item-1": "negative"}}
     told = capsys.readouterr().err.splitlines()
     assert wrong == len(told) == 6
@@ -57,16 +57,16 @@ def test_agreement_equals_a_worked_example():
     missing values, alpha = 0.743; and kappa of two raters by hand."""
     observers = {"A": "1 2 3 3 2 1 4 1 2 . . .", "B": "1 2 3 3 2 2 4 1 2 5 . 3",
                  "C": ". 3 3 3 2 3 4 2 2 5 1 .", "D": "1 2 3 3 2 4 4 1 2 5 1 ."}
-    people = {name: {str(i): x for i, x in enumerate(line.split()) if x != "."} for name, line in observers.items()}
-    found = label.agreement(people, list("12345"))
+    observers = {name: {str(i): x for i, x in enumerate(line.split()) if x != "."} for name, line in observers.items()}
+    found = people.agreement(observers)
     assert abs(found["alpha"] - 0.743) < 5e-4
     assert found["disputed"] == ["1", "5", "7"]
     a, b = {"x": "p", "y": "p", "z": "n", "w": "n"}, {"x": "p", "y": "n", "z": "n", "w": "n"}
-    (kappa, n), = label.agreement({"a": a, "b": b}, ["p", "n"])["kappa"].values()
+    (kappa, n), = people.agreement({"a": a, "b": b})["kappa"].values()
     assert n == 4 and abs(kappa - 0.5) < 1e-12  # observed .75, expected .5
-    same = label.agreement({"a": a, "b": a}, ["p", "n"])
+    same = people.agreement({"a": a, "b": a})
     assert same["alpha"] == 1 and same["disputed"] == []
-    assert np.isnan(label.agreement({"a": {"x": "p"}, "b": {"x": "p"}}, ["p", "n"])["alpha"])  # nothing varies
+    assert np.isnan(people.agreement({"a": {"x": "p"}, "b": {"x": "p"}})["alpha"])  # nothing varies
 
 
 # ---- A real browser ------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_thirty_items_by_keyboard_in_a_browser_and_03_trains_on_them(pipeline, t
     sheet = tmp_path / "for anna.html"
     done = run("02_sample_label.py", out, "--sheet", str(sheet), "--sheet-n", "40", "--pick", "uncertain")
     assert done.returncode == 0 and "10 at random" in done.stdout, done.stderr
-    items = label.read_sheet(sheet)["items"]
+    items = people.read_sheet(sheet)["items"]
     assert [i["picked"] for i in items].count("random") == 10
 
     page = browser(sheet)
@@ -196,7 +196,7 @@ def test_ratings_by_mail_stay_blind_until_they_are_back(pipeline, tmp_path):
     key = json.loads(next(out.glob("key-*.json")).read_text())
     assert sorted(key["arms"].values()) == ["base"] * 5 + ["happy"] * 5
     assert not [word for word in ("policy", "arms", "happy") if word in page.split('id="data"')[0]]
-    items = label.read_sheet(tmp_path / "rate.html")["items"]
+    items = people.read_sheet(tmp_path / "rate.html")["items"]
     assert all(set(item) == {"id", "text"} for item in items)
 
     def rate(name, judge, n=10):
