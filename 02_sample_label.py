@@ -3,8 +3,8 @@
     python 02_sample_label.py                       # 32 s: 58.7 % of the samples positive
     python 02_sample_label.py --labeller anna       # one key per sample, in the terminal
     python 02_sample_label.py --labeller anna --corpus-fraction 0.2
-    python 02_sample_label.py --sheet friends.html                      # a page to mail, and what
-    python 02_sample_label.py --sheet friends.html --merge a.jsonl b.jsonl     # came back
+    python 02_sample_label.py --sheet friends.html                           # a page to mail, and
+    python 02_sample_label.py --sheet friends.html --merge a.jsonl b.jsonl   # what came back
 
 Reads   out/base.safetensors
 Writes  out/samples.jsonl (id, source, text, tokens), out/labels-NAME.jsonl (the same and the label),
@@ -16,17 +16,13 @@ Decisions a reader may question:
 2. The default labeller is VADER, a sentiment lexicon, so that the whole pipeline runs unattended.
    It stands in for a person, no more.
 3. A person never sees where an item comes from, and its order is shuffled with the seed.
-4. A label file is append-only and complete in itself: every line carries text and tokens, an undo is
-   one more line, and the last line about an item counts. No later run can orphan or lose a label.
-5. The machine also labels every sample cut into four pieces. A label of 64 tokens says little
+4. The machine also labels every sample cut into four pieces. A label of 64 tokens says little
    about which word it is due to; a label of 16 tokens says more, and the machine's cost nothing.
    03 trains on them first. People are never asked to do this.
-6. The tokens are stored, not only the text: a sampled text need not encode to the same tokens.
-7. A sheet is one page that holds its items, its script and nothing else: it can be mailed, opened from
-   disk, and sends nothing anywhere. What comes back is believed only where it matches the sheet.
-8. --pick uncertain shows people what the reward model cannot decide. Those samples are not like the
+5. The tokens are stored, not only the text: a sampled text need not encode to the same tokens.
+6. --pick uncertain shows people what the reward model cannot decide. Those samples are not like the
    others, so a share is still picked at random, and every row says how it was picked.
-9. With --prompts the prompt is context: what is labelled, rewarded and counted in the KL is the
+7. With --prompts the prompt is context: what is labelled, rewarded and counted in the KL is the
    completion. Two samples share a prompt, so that --compare compares completions of one prompt.
 """
 import json
@@ -77,8 +73,8 @@ def draw(path: Path, model, tokenizer, cfg: Config, base: str) -> list[dict]:
     n_corpus = round(cfg.n * cfg.corpus_fraction)
     ids = [f"{base[:8]}-{cfg.seed}-{cfg.length}{'p' * cfg.prompts}-{i}" for i in range(cfg.n - n_corpus)]
     if cfg.prompts:
-        prompts = read_prompts(path.with_name("corpus.txt"), tokenizer)[0]
-        prompts = draw_prompts(prompts, -(-cfg.n // 2), cfg.seed).repeat_interleave(2, 0)  # two of each, to compare
+        prompts = draw_prompts(read_prompts(path.with_name("corpus.txt"), tokenizer)[0], -(-cfg.n // 2), cfg.seed)
+        prompts = prompts.repeat_interleave(2, 0)  # two samples of each, to compare
     if n_corpus:
         corpus = path.with_name("corpus.txt")
         if not corpus.exists():
@@ -144,8 +140,8 @@ def pair_up(items: list[dict], seed: int) -> list[dict]:
     else:
         order = torch.randperm(len(items), generator=g).tolist()
         two = [(items[i], items[j]) for i, j in zip(order[::2], order[1::2])]
-    return [a | {"id": f"{a['id']} {b['id']}", "source": a["source"] if a["source"] == b["source"] else "mixed", "text": [a["text"], b["text"]], "tokens": [a["tokens"], b["tokens"]]}
-            for a, b in two]
+    return [a | {"id": f"{a['id']} {b['id']}", "text": [a["text"], b["text"]], "tokens": [a["tokens"], b["tokens"]],
+                 "source": a["source"] if a["source"] == b["source"] else "mixed"} for a, b in two]
 
 
 def cut(items: list[dict], pieces: int, tokenizer) -> list[dict]:
@@ -185,7 +181,8 @@ def choose(items: list[dict], cfg: Config, device, dtype) -> list[dict]:
         p = logit[unsure].sigmoid()
         print(f"{len(unsure)} items with p from {p.min():.2f} to {p.max():.2f}, {len(at_random)} at random")
     chosen = [(i, "random") for i in at_random] + [(i, "uncertain") for i in unsure]
-    return [items[i] | {"picked": how} for i, how in (chosen[j] for j in torch.randperm(n, generator=g).tolist())]
+    shuffled = (chosen[j] for j in torch.randperm(n, generator=g).tolist())
+    return [items[i] | {"picked": how} for i, how in shuffled]
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -196,18 +193,19 @@ if __name__ == "__main__":
         raise UserError("--n must be positive, --corpus-fraction in [0, 1], --pieces in [0, --length], "
                         "--labeller letters and digits, and not the machine's name")
     if cfg.prompts and cfg.corpus_fraction:
-        raise UserError("--prompts needs --corpus-fraction 0: only samples have prompts, so people would see which they are")
+        raise UserError("--prompts needs --corpus-fraction 0: only samples have prompts, and people would see it")
     if cfg.pick == "uncertain" and cfg.sheet_skip:
         raise UserError("--sheet-skip counts items in random order: it cannot go with --pick uncertain")
-    if cfg.sheet_n < 1 or not 0 <= cfg.sheet_skip < cfg.n or not 0 <= cfg.random_share <= 1 or cfg.merge and not cfg.sheet:
-        raise UserError("--sheet-n must be positive, --sheet-skip below --n, --random-share in [0, 1], and --merge needs "
-                        "the --sheet that the answers belong to")
+    if cfg.sheet_n < 1 or not 0 <= cfg.sheet_skip < cfg.n or not 0 <= cfg.random_share <= 1:
+        raise UserError("--sheet-n must be positive, --sheet-skip below --n, --random-share in [0, 1]")
+    if cfg.merge and not cfg.sheet:
+        raise UserError("--merge needs the --sheet that the answers belong to")
     if cfg.merge:
         sheet = read_sheet(cfg.sheet)
         people, wrong = collect(sheet, cfg.merge, cfg.out)
         print_agreement(people, sheet["items"])
         if wrong:
-            raise UserError(f"{wrong} lines were left out, for the reasons above; the others are kept in {cfg.out}")
+            raise UserError(f"{wrong} lines were left out, for the reasons above; {cfg.out} has the others")
         finish("python 03_reward_model.py" + " --comparisons" * (sheet["kind"] == "comparisons"), cfg.out)
         raise SystemExit
     if cfg.labeller != "vader":
@@ -226,7 +224,7 @@ if __name__ == "__main__":
         if not chosen:
             raise UserError(f"no items are left after --sheet-skip {cfg.sheet_skip}: there are {len(items)}")
         write_sheet(cfg.sheet, kind, "Shakespeare, by a machine: how does it feel?", chosen)
-        print(f"{cfg.sheet}: {len(chosen)} items. Mail it; whoever opens it answers in a browser and sends a file back.")
+        print(f"{cfg.sheet}: {len(chosen)} items. Mail it; a browser opens it and saves a file to send back.")
         finish(f"python {SCRIPT} --sheet {cfg.sheet} --merge FILE.jsonl ...", cfg.out)
         raise SystemExit
 

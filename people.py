@@ -29,7 +29,8 @@ import numpy as np
 from model import UserError, write
 
 FEELING = ({"p": "positive", "n": "negative", "0": "neutral", "s": "skip"},
-           "Which feeling does the text express? Judge the feeling, not how good it is; neutral: neither, or both alike.")
+           "Which feeling does the text express? Judge the feeling, not how good it is; "
+           "neutral: neither, or both alike.")
 ASK = {"labels": FEELING, "ratings": FEELING,  # kind -> key -> label, and the question
        "comparisons": ({"l": "left", "t": "tie", "r": "right", "s": "skip"},
                        "Which of the two is the happier? Tie: neither, or both alike.")}
@@ -144,16 +145,16 @@ def ask_in_terminal(items: list[dict], path: Path, labeller: str, kind: str) -> 
 # ---- On a sheet ----------------------------------------------------------------------------------
 def write_sheet(path: Path, kind: str, title: str, items: list[dict]) -> None:
     """One self-contained page."""
-    page = (Path(__file__).parent / "sheet.html").read_text(encoding="utf-8")
-    keys, question = ASK[kind]
+    page, (keys, question) = Path(__file__).with_name("sheet.html").read_text(encoding="utf-8"), ASK[kind]
     sheet = {"kind": kind, "title": title, "question": question, "answers": [*keys.items()], "items": items}
     sheet["hash"] = hashlib.sha256(json.dumps(sheet).encode()).hexdigest()[:16]
     if path.exists() and read_sheet(path)["hash"] != sheet["hash"]:
         raise UserError(f"{path} is a sheet of other items, whose answers may still come back: choose another name")
     # only this very script and style may run, and nothing may be loaded from anywhere
-    script, style = (b64encode(hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1].encode()).digest()).decode()
-                     for tag in ("script", "style"))
-    policy = f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    for tag in ("script", "style"):
+        content = re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1]
+        policy += f"; {tag}-src 'sha256-{b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
     data = json.dumps(sheet).replace("<", "\\u003c")  # no sample can end the element that holds it
     write(path, page.replace("POLICY", policy).replace("TITLE", html.escape(title)).replace("DATA", data))
 
@@ -161,8 +162,8 @@ def write_sheet(path: Path, kind: str, title: str, items: list[dict]) -> None:
 def read_sheet(path: Path) -> dict:
     """What `write_sheet` wrote. Raises UserError if it is something else."""
     try:
-        data = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(encoding="utf-8"), re.S)
-        return json.loads(data[1])
+        page = path.read_text(encoding="utf-8")
+        return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a sheet: write one with --sheet {path}") from error
 
@@ -180,7 +181,8 @@ def returned(sheet: dict, files: tuple[Path, ...]) -> tuple[dict[str, dict[str, 
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 row = json.loads(line)
-                key, label, name, seconds = str(row["id"]), row["label"], str(row["labeller"]), float(row.get("seconds") or 0)
+                key, label, name = str(row["id"]), row["label"], str(row["labeller"])
+                seconds = float(row.get("seconds") or 0)
             except (ValueError, TypeError, KeyError):
                 row, key, label, name, seconds = {}, "", "", "", 0
             for bad, why in ((not row, "broken"), (key not in items, "not an item of this sheet"),
@@ -194,8 +196,8 @@ def returned(sheet: dict, files: tuple[Path, ...]) -> tuple[dict[str, dict[str, 
                     break
             else:
                 file_of[name] = path
-                people.setdefault(name, {})[key] = items[key] | {"label": label, "labeller": name, "time": row.get("time"),
-                                                                 "seconds": seconds}
+                people.setdefault(name, {})[key] = items[key] | {
+                    "label": label, "labeller": name, "time": row.get("time"), "seconds": seconds}
     return people, wrong
 
 
@@ -210,7 +212,8 @@ def collect(sheet: dict, files: tuple[Path, ...], out: Path) -> tuple[dict[str, 
         new = [row for key, row in rows.items() if before.get(key) != row["label"]]
         write(path, (path.read_text(encoding="utf-8") if path.exists() else "")
               + "".join(json.dumps(row) + "\n" for row in new))
-        counts, seconds = Counter(row["label"] for row in rows.values()), sum(row["seconds"] for row in rows.values())
+        counts = Counter(row["label"] for row in rows.values())
+        seconds = sum(row["seconds"] for row in rows.values())
         print(f"{path}: {len(rows)} answers, {len(new)} of them new, {seconds / 60:.1f} minutes;",
               ", ".join(f"{label} {counts[label]}" for _, label in sheet["answers"]))
     return {name: {key: row["label"] for key, row in rows.items()} for name, rows in people.items()}, wrong
@@ -239,8 +242,8 @@ def agreement(people: dict[str, dict[str, str]]) -> dict:
     all (Krippendorff 2004, nominal), and "disputed": ids on which answers differ. A skipped item is no answer."""
     people = {name: {i: label for i, label in given.items() if label != "skip"} for name, given in people.items()}
     ids = sorted({i for given in people.values() for i in given})
-    code = {label: k for k, label in enumerate(sorted({label for given in people.values() for label in given.values()}))}
-    coded = np.array([[code[given[i]] if i in given else np.nan for i in ids] for given in people.values()])
+    labels = sorted({label for given in people.values() for label in given.values()})
+    coded = np.array([[labels.index(given[i]) if i in given else np.nan for i in ids] for given in people.values()])
     shared = (~np.isnan(coded)).sum(0) > 1
     varied = len(np.unique(coded[:, shared][~np.isnan(coded[:, shared])])) > 1
     alpha = krippendorff.alpha(coded, level_of_measurement="nominal") if varied else float("nan")

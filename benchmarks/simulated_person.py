@@ -1,16 +1,18 @@
 """Do 300 labels of one person move the reward model towards that person?
 
-    python -m benchmarks.simulated_person --out out-0        # a finished run; about 10 minutes
+    python -m benchmarks.simulated_person --out out-0        # a finished run; about 20 minutes
 
 The person is simulated, so that it is known where it disagrees: it feels like VADER, except that
 ten frequent words mean the opposite to it. It labels 300 samples; 03_reward_model.py fine-tunes the
 machine-trained reward model on them with its defaults; both models are then asked about fresh
-samples that nobody has labelled. Then the last phase alone, on labels chosen at random and by
-`--pick uncertain`, from 75 to 1,200 of them: how many does the choice save? Writes
+samples that nobody has labelled. Then the last phase alone, several times: on 75 to 1,200 labels
+chosen at random and by `--pick uncertain` (how many does the choice save?), and on 300 of which a
+share is replaced by another label (what does disagreement do?). Writes
 benchmarks/results/simulated_person.json.
 """
 import importlib
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,7 @@ class Config:
     n: int = 300             # labels of the person
     fresh: int = 8192        # samples to compare on
     picks: tuple[int, ...] = (75, 150, 300, 600, 1200)
+    careless: tuple[float, ...] = (0.1, 0.2, 0.4)  # shares of n labels that become another one
     repeats: int = 3         # of each, with other items
     seed: int = 0
 
@@ -75,21 +78,28 @@ if __name__ == "__main__":
     print(json.dumps(result, indent=1))
 
     stage = rm.Config(**(rm.ON_GPU if device.type == "cuda" else {}))
-    result["picks"] = []
-    for n in cfg.picks:
-        for pick in ("random", "uncertain"):
-            aucs = []
-            for repeat in range(cfg.repeats):
-                chosen = label.choose(items, label.Config(out=cfg.out, pick=pick, sheet_n=n, seed=repeat), device, dtype)
-                rated = rm.pool([i | {"label": feels(person, i["text"]), "labeller": "simulated"} for i in chosen], 0)
-                for item, part in zip(rated, rm.split(rated, repeat, stage.test_share, stage.val_share)):
-                    item["part"] = part
-                model = load(cfg.out / "reward.safetensors", "03_reward_model.py")[0].to(device)
-                model.dtype = dtype
-                log_p = rm.predict(rm.train(model, rated, stage.person_epochs, stage, "people"), tokens)
-                aucs.append(rm.auc(np.exp(log_p[:, 0]), target))
-            result["picks"].append({"labels": n, "pick": pick, "auc": float(np.mean(aucs)),
-                                    "auc_sd": float(np.std(aucs, ddof=1)) if len(aucs) > 1 else 0.0})
-            print("{labels} labels, {pick}: AUC {auc:.3f} +- {auc_sd:.3f}".format(**result["picks"][-1]), flush=True)
+    result["last phase alone"] = []
+    for n, pick, careless in (*((n, pick, 0.0) for n in cfg.picks for pick in ("random", "uncertain")),
+                              *((cfg.n, "random", share) for share in cfg.careless)):
+        aucs = []
+        for repeat in range(cfg.repeats):
+            chosen = label.choose(items, label.Config(out=cfg.out, pick=pick, sheet_n=n, seed=repeat), device, dtype)
+            rng, rows = random.Random(repeat), []
+            for item in chosen:
+                true = feels(person, item["text"])
+                others = [other for other in ("positive", "negative", "neutral") if other != true]
+                given = rng.choice(others) if rng.random() < careless else true
+                rows.append(item | {"label": given, "labeller": "simulated"})
+            rated = rm.pool(rows, 0)
+            for item, part in zip(rated, rm.split(rated, repeat, stage.test_share, stage.val_share)):
+                item["part"] = part
+            model = load(cfg.out / "reward.safetensors", "03_reward_model.py")[0].to(device)
+            model.dtype = dtype
+            log_p = rm.predict(rm.train(model, rated, stage.person_epochs, stage, "people"), tokens)
+            aucs.append(rm.auc(np.exp(log_p[:, 0]), target))
+        result["last phase alone"].append({"labels": n, "pick": pick, "replaced": careless, "auc": float(np.mean(aucs)),
+                                           "auc_sd": float(np.std(aucs, ddof=1)) if len(aucs) > 1 else 0.0})
+        print("{labels} labels, {pick}, {replaced:.0%} replaced: AUC {auc:.3f} +- {auc_sd:.3f}"
+              .format(**result["last phase alone"][-1]), flush=True)
     (ROOT / "benchmarks" / "results" / "simulated_person.json").write_text(json.dumps(
         result | {"torch": torch.__version__, "flipped words": FLIPPED}, indent=1))
