@@ -294,7 +294,8 @@ if __name__ == "__main__":
     for path in files:
         rows += (new := read_labels(path))
         if any(isinstance(row["text"], str) == cfg.comparisons for row in new):
-            raise UserError(f"{path} does not hold {kind}: " + ("use --comparisons" if kind == "labels" else "leave out --comparisons"))
+            raise UserError(f"{path} does not hold {kind}: "
+                            + ("leave out --comparisons" if cfg.comparisons else "use --comparisons"))
         sides = [(t, text) for row in new for t, text in (zip(row["tokens"], row["text"]) if cfg.comparisons
                                                           else [(row["tokens"], row["text"])])]
         texts = tokenizer.decode_batch([tokens for tokens, _ in sides])
@@ -391,7 +392,7 @@ if __name__ == "__main__":
         raise UserError("the reward model gives every sample the same reward: label more samples")
     print(f"reward on {cfg.norm_samples} fresh samples of the base model:",
           ", ".join(f"towards {t} {v['mean']:.3f} +- {v['std']:.3f}" for t, v in norm.items()))
-    save(done, model, tokenizer, step=offset, kind=kind, prompted=prompted, length=length, normalisation=norm, metrics=metrics,
-         calibration=table, settings=settings, inputs=inputs, seed=cfg.seed)
+    save(done, model, tokenizer, step=offset, kind=kind, prompted=prompted, length=length, normalisation=norm,
+         metrics=metrics, calibration=table, settings=settings, inputs=inputs, seed=cfg.seed)
     state.unlink(missing_ok=True)
     finish("python 04_ppo.py", cfg.out)

@@ -155,7 +155,8 @@ if __name__ == "__main__":
     if reward_header.get("inputs", {}).get("base") != fingerprint(reference):
         raise UserError(f"{reward_path} was trained from another base model than {base_path}: "
                         "run 02_sample_label.py and 03_reward_model.py again")
-    norm, length, kind = reward_header["normalisation"][cfg.target], reward_header["length"], reward_header.get("kind", "labels")
+    norm, length = reward_header["normalisation"][cfg.target], reward_header["length"]
+    kind = reward_header.get("kind", "labels")
     prompts = read_prompts(cfg.out / "corpus.txt", tokenizer)[0] if reward_header.get("prompted") else None
     settings = {k: v for k, v in asdict(cfg).items()
                 if k not in ("out", "resume", "kl_stop", "max_iterations", "save_every")}
@@ -163,7 +164,7 @@ if __name__ == "__main__":
     resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
     for old in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
         if not resumed or load(old, SCRIPT)[2]["step"] >= resumed[2]["step"]:
-            old.unlink()  # of an earlier run, or of iterations that are now made again: they must not mix with this one's
+            old.unlink()  # of an earlier run, or of iterations that are now made again
     policy = (resumed or load(base_path, SCRIPT))[0]
     for model in (policy, reference, reward_model):
         model.to(device).dtype = dtype

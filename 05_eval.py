@@ -33,6 +33,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from jinja2 import Environment
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -166,6 +167,11 @@ def over_optimisation(rows: list[dict], sign: int = 1) -> tuple[dict, dict | Non
 
 
 # ---- Measuring one policy ------------------------------------------------------------------------
+def spoken(tokenizer, prompts: torch.Tensor) -> list[str]:
+    """prompts (n, P), padded with -1 -> their texts."""
+    return tokenizer.decode_batch([[t for t in row if t >= 0] for row in prompts.tolist()])
+
+
 @torch.no_grad()
 def measure(policy, models, tokenizer, corpus: Corpus | None, n: int, seed: int, target: str) -> dict:
     """All figures of one policy on n fresh samples; those of the base also give best-of-n."""
@@ -179,10 +185,10 @@ def measure(policy, models, tokenizer, corpus: Corpus | None, n: int, seed: int,
     texts = tokenizer.decode_batch(y.tolist())
     vader = SentimentIntensityAnalyzer()
     gold = np.array([vader.polarity_scores(t)["compound"] for t in texts])
-    row = {"n": n, "samples": texts[:64], "prompts": tokenizer.decode_batch([[t for t in x if t >= 0] for x in prompt[:64].tolist()]),
-           "words": Counter(w for t in texts for w in words(t)), "entropy": entropy.mean().item(), "base_perplexity": math.exp(-logp_ref.mean().item()),
-           "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2),
-           "self_similarity": self_similarity(texts), "duplicates": n - len(set(texts))}
+    row = {"n": n, "samples": texts[:64], "prompts": spoken(tokenizer, prompt[:64]),
+           "words": Counter(w for t in texts for w in words(t)), "entropy": entropy.mean().item(),
+           "base_perplexity": math.exp(-logp_ref.mean().item()), "distinct_1": distinct(texts, 1),
+           "distinct_2": distinct(texts, 2), "self_similarity": self_similarity(texts), "duplicates": n - len(set(texts))}
     for name, x in (("kl", (logp - logp_ref).double().sum(-1).numpy(force=True)), ("proxy", proxy),
                     ("gold", gold), ("positive", gold >= 0.05), ("negative", gold <= -0.05)):
         row[name], row[name + "_se"] = mean_se(x)
@@ -198,23 +204,6 @@ def measure(policy, models, tokenizer, corpus: Corpus | None, n: int, seed: int,
 
 
 # ---- The report ----------------------------------------------------------------------------------
-CSS = """body{font:16px/1.5 Georgia,serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222;background:#fffdf8}
-h1,h2{font-weight:normal;line-height:1.2}h2{margin-top:2em;border-bottom:1px solid #ccb}
-table{border-collapse:collapse;font:13px/1.4 system-ui,sans-serif}td,th{padding:.25em .6em;text-align:right;
-border-bottom:1px solid #e8e4d8;white-space:nowrap}th{font-weight:600}td:first-child,th:first-child{text-align:left}
-.wide{overflow-x:auto}.s th{text-align:left}.s td{text-align:left;vertical-align:top;min-width:210px;white-space:pre-wrap;
-font:13px/1.35 Georgia,serif}.plots{display:flex;flex-wrap:wrap;gap:1em}.plots img{width:500px;max-width:100%}
-.best{background:#eef6e4}.over{background:#fbe9e4}small{color:#776}"""
-
-
-def table(columns: dict, rows: list[dict], mark=lambda row: "") -> str:
-    """columns: title -> function of a row. Every cell is escaped."""
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "".join(f'<tr class="{mark(r)}">' + "".join(f"<td>{html.escape(f(r))}</td>" for f in columns.values())
-                   + "</tr>" for r in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
-
-
 def plot(folder: Path, name: str, title: str, xlabel: str, ylabel: str, series, lines=(), log: str = "") -> str:
     """series: (style, label, x, y, y error or None); lines: heights of dotted lines; log: "x", "y" or
     "". Writes folder/name.png and returns it as an <img> of the page."""
@@ -244,7 +233,8 @@ def plots(folder: Path, report: dict, ppo: list[dict], bins: list[dict], curve: 
         figures.append(plot(folder, f"{key}_by_kl", title, "sqrt KL(policy || base), sqrt nats", "mean ± 2 SE", [
             *((style, f"PPO, {target}", [math.sqrt(max(r["kl"], 0)) for r in rows], [r[key] for r in rows],
                [2 * r[key + "_se"] for r in rows]) for style, (target, rows) in zip(("o-", "v-"), towards.items())),
-            ("s--", "best of n = 1 ... 256, happy", [math.sqrt(b["kl"]) for b in best], [b[key] for b in best], None)]))
+            ("s--", "best of n = 1 ... 256, happy", [math.sqrt(b["kl"]) for b in best],
+             [b[key] for b in best], None)]))
     x = [r["step"] for r in ppo]
     figures.append(plot(folder, "kl", "Distance from the base model", "iteration", "sqrt nats per completion", [
         ("o", "measured", x, [math.sqrt(max(r["kl"], 0)) for r in ppo], None),
@@ -253,80 +243,34 @@ def plots(folder: Path, report: dict, ppo: list[dict], bins: list[dict], curve: 
     updated = [r for r in ppo if "clip_fraction" in r]
     figures.append(plot(folder, "clip", "Ratios clipped (healthy: 1 to 20 %)", "iteration", "% of tokens", [
         (style, label, [r["step"] for r in updated], [100 * max(r[key], 1e-5) for r in updated], None)
-        for style, label, key in (("o-", "outside the clip range", "clip_fraction"), ("s--", "clip binding", "clip_binding"))],
-        lines=(1, 20), log="y"))
+        for style, label, key in (("o-", "outside the clip range", "clip_fraction"),
+                                  ("s--", "clip binding", "clip_binding"))], lines=(1, 20), log="y"))
     figures.append(plot(folder, "entropy", "Entropy of the policy", "iteration", "nats per token",
                         [("o-", "", x, [r["entropy"] for r in ppo], None)]))
-    figures.append(plot(folder, "calibration", "Calibration of the reward model, held out", "predicted p(happy)", "labelled happy", [
-        ("o-", "", [b["predicted"] for b in bins], [b["target"] for b in bins], None), (":", "", [0, 1], [0, 1], None)]))
+    figures.append(plot(
+        folder, "calibration", "Calibration of the reward model, held out", "predicted p(happy)", "labelled happy",
+        [("o-", "", [b["predicted"] for b in bins], [b["target"] for b in bins], None),
+         (":", "", [0, 1], [0, 1], None)]))
     if curve:
         figures.append(plot(folder, "curve", "Learning curve of the reward model", "labels", "held-out AUC", [
             (style, label, [c["labels"] for c in curve], [c[key] for c in curve], None)
-            for style, label, key in (("o-", "reward model", "auc"), ("s--", "bag of words", "bag_of_words_auc"))], log="x"))
+            for style, label, key in (("o-", "reward model", "auc"),
+                                      ("s--", "bag of words", "bag_of_words_auc"))], log="x"))
     return "".join(figures)
 
 
 def render(report: dict, figures: str, show: int) -> str:
-    """The page. All text that a model or a file supplied goes through html.escape."""
-    def number(key, digits=2, scale=1):
-        def cell(r):
-            error = f" ± {scale * r[key + '_se']:.{digits}f}" if key + "_se" in r else ""
-            return f"{scale * r[key]:.{digits}f}{error}" if key in r else "n/a"
-        return cell
-
-    def side_by_side(policies):
-        return "<div class='wide'><table class='s'><tr>" + "".join(
-            f"<th>{html.escape(r['name'])}<br>{r['kl']:.2f} nats</th>" for r in policies) + "</tr>" + "".join(
-            "<tr>" + "".join(f"<td><i>{html.escape(r['prompts'][i])}</i>{html.escape(r['samples'][i])}</td>" for r in policies) + "</tr>"
-            for i in range(show)) + "</table></div>"
-
-    columns = {"policy": lambda r: r["name"], "KL, nats": number("kl"), "proxy": number("proxy", 3),
-               "gold": number("gold", 3), "positive, %": number("positive", 1, 100), "negative, %": number("negative", 1, 100),
-               "distinct-1": number("distinct_1", 3), "distinct-2": number("distinct_2", 3),
-               "self-similarity": number("self_similarity", 3), "duplicates": number("duplicates", 0),
-               "copied run, 99 %": number("copied_run_99", 0), "longest": number("copied_run_max", 0),
-               "perplexity under base": number("base_perplexity", 1), "entropy": number("entropy")}
-    happy = report["happy"]
-    parts = [f"<h1>Shakespeare, cheered up</h1><p>{html.escape(report['summary'])}</p>",
-             "<h2>Before and after</h2>", side_by_side([happy[0], happy[-1], *report.get("sad", [])[-1:]]),
-             f"<h2>What happened</h2><div class='plots'>{figures}</div>",
-             "<h2>The words that the policy learned to say, per 1,000</h2>",
-             table({"word": lambda r: r["word"], "base": number("before", 1), "final policy": number("after", 1)},
-                   report["risen_words"])]
-    for target in (t for t in ("happy", "sad") if t in report):
-        marks = {report[f"over_{target}"]: "over", report[f"best_{target}"]: "best"}
-        parts += [f"<h2>Checkpoints towards {target}</h2>",
-                  table(columns, report[target], lambda r: marks.get(r["name"], "")),
-                  "<p><small>± one standard error. Proxy: what the reward model gives for its target. Gold: VADER's compound "
-                  "score in [-1, 1]; in the default run it also made the labels. Green: highest gold (lowest, towards "
-                  "sad); red: worse than that by more than 2 SE. Copied run: words in a row that stand in the corpus."
-                  "</small></p>"]
-    parts += ["<h2>Best of n from the base model</h2>", table(
-        {"n": lambda r: str(r["n"]), "KL bound, nats": number("kl"), "proxy": number("proxy", 3),
-         "gold": number("gold", 3), "positive, %": number("positive", 1, 100)}, happy[0]["best_of_n"]),
-        "<h2>The same random numbers, checkpoint by checkpoint</h2>", side_by_side(happy),
-        "<h2>Reward model, held-out samples</h2>", table(
-        {"source": lambda r: r["source"], "n": number("n", 0), "accuracy": number("accuracy", 3),
-         "95 % interval": lambda r: "{:.3f} to {:.3f}".format(*r["accuracy_interval"]), "AUC": number("auc", 3),
-         "AUC, bag of words": number("bag_of_words_auc", 3), "NLL, nats": number("nll", 3), "Brier": number("brier", 3)},
-        [{"source": k} | m for k, m in report["reward_model"].items()])]
-    if report["ratings"]:
-        parts += ["<h2>Blind ratings</h2>", table(
-            {"rater": lambda r: r["rater"], "judged": lambda r: r["feeling"], "base": number("base", 0), "arm": lambda r: r["arm"],
-             "its": number("other", 0), "of each": number("n", 0), "p, Fisher, one-sided": number("p", 4),
-             "power": number("power")}, report["ratings"])]
-    parts.append("<h2>Base model, held-out text</h2>" + table(
-        {k.replace("_", " "): number(k, 3) for k in report["base_metrics"]}, [report["base_metrics"]]))
-    return ("<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-            "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-            f"<title>RLHF on Shakespeare</title><style>{CSS}</style><body>{''.join(parts)}</body></html>")
+    """The page, from the template report.html."""
+    page = Environment(autoescape=True).from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return page.render(report=report, figures=figures, show=show)
 
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__)
     if min(cfg.n, cfg.n_ends) < 2 or not 0 < cfg.show <= 64 or cfg.rate_n < 1 or cfg.rate and not is_name(cfg.rate):
-        raise UserError("--n and --n-ends must be at least 2, --show 1 to 64, --rate-n at least 1, --rate letters and digits")
+        raise UserError("--n and --n-ends must be at least 2, --show 1 to 64, --rate-n at least 1, "
+                        "--rate letters and digits")
 
     def ready(path, made_by):
         model, tokenizer, header = load(path, made_by)
@@ -338,23 +282,26 @@ if __name__ == "__main__":
     final, _, final_header = ready(cfg.out / "policy-happy.safetensors", "04_ppo.py")
     inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
     if reward_header["inputs"]["base"] != inputs["base"]:
-        raise UserError(f"{cfg.out}/reward.safetensors was made from another base model: run 03_reward_model.py again")
+        raise UserError(f"{cfg.out}/reward.safetensors was made from another base model: "
+                        "run 03_reward_model.py again")
     if final_header["inputs"] != inputs:
         raise UserError(f"{cfg.out}/policy-happy.safetensors was made from another base model or reward model: "
                         "run 04_ppo.py again")
-    length, seed = reward_header["length"], cfg.seed << 32 | 5 << 24
-    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer)[1] if reward_header.get("prompted") else None  # held out
+    kind, length, seed = reward_header.get("kind", "labels"), reward_header["length"], cfg.seed << 32 | 5 << 24
+    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer)[1] if reward_header.get("prompted") else None
 
     # -- blind rating: what is shown names an item by its place alone; which arm spoke is in a file of its own
     if cfg.rate or cfg.sheet:
         arms = {"base": reference, "happy": final}
         if (path := cfg.out / "policy-sad.safetensors").exists() and load(path, SCRIPT)[2]["inputs"] == inputs:
             arms["sad"] = ready(path, SCRIPT)[0]
-        shown = draw_prompts(prompts, cfg.rate_n, seed)  # the same prompts for every arm
-        opening = [{"prompt": tokenizer.decode([t for t in x if t >= 0])} if prompts is not None else {} for x in shown.tolist()]
-        mixed = [(arm, start | {"text": text}) for k, (arm, model) in enumerate(arms.items()) for start, text in zip(
-                 opening, tokenizer.decode_batch(model.generate(cfg.rate_n, length, seed + 1 + k, prompts=shown)[0].tolist()))]
-        g = torch.Generator().manual_seed(int(fingerprint(final)[:15], 16) ^ seed)  # one key tells nothing of another
+        given, mixed = draw_prompts(prompts, cfg.rate_n, seed), []  # the same prompts for every arm
+        for k, (arm, model) in enumerate(arms.items()):
+            y, _ = model.generate(cfg.rate_n, length, seed + 1 + k, prompts=given)
+            mixed += [(arm, {"prompt": p, "text": text} if p else {"text": text})
+                      for p, text in zip(spoken(tokenizer, given), tokenizer.decode_batch(y.tolist()))]
+        # seeded by the policy too: one key tells nothing of another
+        g = torch.Generator().manual_seed(int(fingerprint(final)[:15], 16) ^ seed)
         order = torch.randperm(len(mixed), generator=g).tolist()
         series = hashlib.sha256(json.dumps([mixed[i] for i in order]).encode()).hexdigest()[:16]
         items = [{"id": f"{series}-{place}"} | mixed[i][1] for place, i in enumerate(order)]
@@ -363,18 +310,22 @@ if __name__ == "__main__":
         write(cfg.out / f"key-{series}.json", json.dumps(key))
         if cfg.sheet:
             write_sheet(cfg.sheet, "ratings", "Shakespeare, by machines: how does it feel?", items)
-            print(f"{cfg.sheet}: {len(items)} items of {len(arms)} arms. Keep {cfg.out}/key-{series}.json to yourself.")
+            print(f"{cfg.sheet}: {len(items)} items of {len(arms)} arms. "
+                  f"Keep {cfg.out}/key-{series}.json to yourself.")
             finish(f"python {SCRIPT} --ratings FILE.jsonl ...", cfg.out)
             raise SystemExit
         ask_in_terminal(items, cfg.out / f"ratings-{cfg.rate}.jsonl", cfg.rate, "ratings")
-    keys = [k for path in sorted(cfg.out.glob("key-*.json")) if (k := json.loads(path.read_text()))["final"] == fingerprint(final)]
+    keys = [json.loads(path.read_text()) for path in sorted(cfg.out.glob("key-*.json"))]
+    keys = [key for key in keys if key["final"] == fingerprint(final)]
     if cfg.ratings:
         if not keys:
             raise UserError(f"{cfg.out}/key-*.json of the sheet is missing, or belongs to another final policy: "
                             "it is written together with the sheet, by --sheet")
-        sheet = {"kind": "ratings", "answers": [*ASK["ratings"][0].items()], "items": [i for k in keys for i in k["items"]]}
+        sheet = {"kind": "ratings", "answers": [*ASK["ratings"][0].items()],
+                 "items": [item for key in keys for item in key["items"]]}
         if wrong := collect(sheet, cfg.ratings, cfg.out)[1]:
-            raise UserError(f"{wrong} lines were left out, for the reasons above; the others are kept: run {SCRIPT}")
+            raise UserError(f"{wrong} lines were left out, for the reasons above; the others are kept: "
+                            f"run {SCRIPT}")
     ratings = []
     for key in keys:
         given = {}
@@ -387,8 +338,8 @@ if __name__ == "__main__":
         ratings += unblind(key["arms"], given)
         print_agreement(given, key["items"])
     for r in ratings:
-        print("{rater}: {feeling} {base} of {n} base, {other} of {n} {arm} samples; Fisher's exact test, one-sided: p = {p:.2g}; "
-              "power if these are the true shares {power:.2f}".format(**r))
+        print("{rater}: {feeling} {base} of {n} base, {other} of {n} {arm} samples; Fisher's exact test, "
+              "one-sided: p = {p:.2g}; power if these are the true shares {power:.2f}".format(**r))
     if cfg.rate:
         for p, q in ((0.2, 0.6), (0.3, 0.6), (0.57, 0.93)):
             print(f"power of {cfg.rate_n} against {cfg.rate_n} if the shares are {p:.0%} and {q:.0%}: "
@@ -401,14 +352,16 @@ if __name__ == "__main__":
     corpus = Corpus(corpus_path.read_text(encoding="utf-8")) if corpus_path.exists() else None
     source, cache = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8], {}
     if cfg.resume and cache_path.exists():
-        cache = {r["key"]: r for r in (json.loads(x) for x in cache_path.read_text().splitlines() if x.endswith("}"))}
+        lines = (line for line in cache_path.read_text().splitlines() if line.endswith("}"))
+        cache = {row["key"]: row for row in map(json.loads, lines)}
     write(cache_path, "".join(json.dumps(r) + "\n" for r in cache.values()))
     jobs, rows = [("happy", cfg.out / "base.safetensors")], {"happy": []}
     for target in ("happy", "sad"):
         path = cfg.out / f"policy-{target}.safetensors"
         if path.exists() and load(path, SCRIPT)[2]["inputs"] == inputs:
             rows[target] = []
-            jobs += [(target, p) for p in (*sorted((cfg.out / "checkpoints").glob(f"{target}-kl-*.safetensors")), path)]
+            checkpoints = sorted((cfg.out / "checkpoints").glob(f"{target}-kl-*.safetensors"))
+            jobs += [(target, p) for p in (*checkpoints, path)]
     with open(cache_path, "a") as file:
         for target, path in tqdm(jobs, desc="evaluate"):
             policy = ready(path, SCRIPT)[0]
@@ -417,7 +370,7 @@ if __name__ == "__main__":
             if key not in cache:
                 policy = reference if fingerprint(policy) == inputs["base"] else policy
                 cache[key] = {"key": key, "name": path.stem, "target": target} | measure(
-                    policy, (reference, reward_model, reward_header.get("kind", "labels"), length, prompts), tokenizer, corpus, n, seed, target)
+                    policy, (reference, reward_model, kind, length, prompts), tokenizer, corpus, n, seed, target)
                 file.write(json.dumps(cache[key]) + "\n")
                 file.flush()
             rows[target].append(cache[key])
@@ -449,6 +402,7 @@ if __name__ == "__main__":
     for r in (r for target_rows in rows.values() for r in target_rows):
         print("{name:>20}: KL {kl:5.2f} +- {kl_se:.2f}, proxy {proxy:.3f}, gold {gold:+.3f} +- {gold_se:.3f}, positive "
               "{positive:.1%}, distinct-2 {distinct_2:.3f}, duplicates {duplicates}".format(**r))
-    print("risen most, per 1,000 words:", ", ".join("{word} {before:.1f} -> {after:.1f}".format(**r) for r in report["risen_words"]))
+    print("risen most, per 1,000 words:",
+          ", ".join("{word} {before:.1f} -> {after:.1f}".format(**r) for r in report["risen_words"]))
     print(f"{report['summary']}\nsqrt KL against iteration: slope {fit[0]:.3f}, R^2 {fit[2]:.4f}")
     finish(f"open {cfg.out / 'report.html'} in a browser", Path("out"))

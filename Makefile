@@ -40,7 +40,7 @@ $(OUT)/reward.safetensors: 03_reward_model.py $(OUT)/labels-vader.jsonl $(wildca
 $(OUT)/policy-happy.safetensors: 04_ppo.py $(OUT)/reward.safetensors | $(READY)
 	$(RUN) 04_ppo.py --resume --out $(OUT)
 
-$(OUT)/report.html: 05_eval.py $(OUT)/policy-happy.safetensors | $(READY)
+$(OUT)/report.html: 05_eval.py report.html $(OUT)/policy-happy.safetensors | $(READY)
 	$(RUN) 05_eval.py --resume --out $(OUT)
 
 seeds: | $(READY)
