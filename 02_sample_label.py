@@ -25,7 +25,6 @@ Decisions a reader may question:
 7. With --prompts the prompt is context: what is labelled, rewarded and counted in the KL is the
    completion. Two samples share a prompt, so that --compare compares completions of one prompt.
 """
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +35,10 @@ import torch
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import UserError, draw_prompts, fingerprint, finish, load, read_prompts, start, write
-from people import (ASK, ask_in_terminal, collect, current_labels, drop_unfinished_line, is_name, need_terminal,
-                    print_agreement, read_jsonl, read_sheet, write_sheet)
+from model import (UserError, decode_prompts, draw_prompts, fingerprint, finish, load, read_prompts, score_of, start,
+                   write)
+from people import (ask_in_terminal, collect, counts, is_name, jsonl, need_terminal, print_agreement, read_jsonl,
+                    read_sheet, texts, write_sheet)
 
 SCRIPT = "02_sample_label.py"
 BATCH = 1024  # samples drawn before they are written
@@ -70,13 +70,12 @@ ON_GPU = dict(n=32_768)
 # ---- Samples -------------------------------------------------------------------------------------
 def draw(path: Path, model, tokenizer, cfg: Config, base: str) -> list[dict]:
     """All items; those already in `path` are kept if cfg.resume, or if there is nothing to add."""
-    n_corpus = round(cfg.n * cfg.corpus_fraction)
-    ids = [f"{base[:8]}-{cfg.seed}-{cfg.length}{'p' * cfg.prompts}-{i}" for i in range(cfg.n - n_corpus)]
-    if cfg.prompts:
-        prompts = draw_prompts(read_prompts(path.with_name("corpus.txt"), tokenizer)[0], -(-cfg.n // 2), cfg.seed)
-        prompts = prompts.repeat_interleave(2, 0)  # two samples of each, to compare
+    n_corpus, corpus = round(cfg.n * cfg.corpus_fraction), path.with_name("corpus.txt")
+    n_model = cfg.n - n_corpus
+    ids = [f"{base[:8]}-{cfg.seed}-{cfg.length}{'p' * cfg.prompts}-{i}" for i in range(n_model)]
+    prompts = draw_prompts(read_prompts(corpus, tokenizer) if cfg.prompts else None, -(-cfg.n // 2), cfg.seed)
+    prompts = prompts.repeat_interleave(2, 0)  # two samples of each, to compare
     if n_corpus:
-        corpus = path.with_name("corpus.txt")
         if not corpus.exists():
             raise UserError(f"{corpus} is missing (the shipped model comes without its corpus): "
                             "use --corpus-fraction 0, or run 01_pretrain.py with --corpus FILE")
@@ -87,32 +86,28 @@ def draw(path: Path, model, tokenizer, cfg: Config, base: str) -> list[dict]:
             raise UserError(f"the corpus has only {len(places)} snippets: lower --corpus-fraction")
         ids += [f"corpus-{p}-{cfg.length}" for p in places.tolist()]
 
-    drop_unfinished_line(path)
-    rows = read_jsonl(path) if path.exists() else []
+    rows = read_jsonl(path)
     same = [row["id"] for row in rows] == ids[: len(rows)]
     if len(rows) < len(ids):  # whole batches only, so that each is drawn in the shape it always has
         rows = rows[: len(rows) // BATCH * BATCH] if cfg.resume else []
     if not same:
         rows = []
-    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write(path, jsonl(rows))
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(ids), desc="sample") as bar:
         bar.update(len(rows))
         while len(rows) < len(ids):
             done = len(rows)
-            if done < cfg.n - n_corpus:
-                count = min(BATCH, cfg.n - n_corpus - done)
-                numbers = torch.arange(done, done + count)
-                given = prompts[numbers] if cfg.prompts else None
-                new = model.generate(numbers, cfg.length, cfg.seed, prompts=given)[0].tolist()
+            if done < n_model:
+                numbers = torch.arange(done, min(done + BATCH, n_model))
+                new = model.generate(numbers, cfg.length, cfg.seed, prompts=prompts[numbers])[0].tolist()
             else:
-                new = [tokens[p:p + cfg.length].tolist() for p in places[done - (cfg.n - n_corpus):].tolist()]
-            source = "model" if done < cfg.n - n_corpus else "corpus"
-            fresh = [{"id": ids[done + i], "source": source, "text": text, "tokens": t}
+                new = [tokens[p:p + cfg.length].tolist() for p in places[done - n_model:].tolist()]
+            fresh = [{"id": ids[done + i], "source": "model" if done < n_model else "corpus", "text": text, "tokens": t}
                      for i, (text, t) in enumerate(zip(tokenizer.decode_batch(new), new))]
-            if source == "model" and cfg.prompts:
-                for row, prompt in zip(fresh, ([t for t in x if t >= 0] for x in given.tolist())):
-                    row |= {"prompt": tokenizer.decode(prompt), "prompt_tokens": prompt}
-            file.write("".join(json.dumps(row) + "\n" for row in fresh))
+            if cfg.prompts:
+                for row, prompt in zip(fresh, decode_prompts(tokenizer, prompts[numbers])):
+                    row["prompt"] = prompt
+            file.write(jsonl(fresh))
             file.flush()
             rows += fresh
             bar.update(len(fresh))
@@ -131,17 +126,12 @@ def vader_label(*compound: float) -> str:
 
 
 def pair_up(items: list[dict], seed: int) -> list[dict]:
-    """Two items each, in a seeded order which also decides who stands on the left: ids "ID ID", text and
-    tokens of both in lists. Those that have prompts are paired with the other one of the same prompt."""
-    g = torch.Generator().manual_seed(seed)
-    if "prompt" in items[0]:
-        flips = torch.randint(2, (len(items) // 2,), generator=g).tolist()
-        two = [(b, a) if flip else (a, b) for a, b, flip in zip(items[::2], items[1::2], flips)]
-    else:
-        order = torch.randperm(len(items), generator=g).tolist()
-        two = [(items[i], items[j]) for i, j in zip(order[::2], order[1::2])]
+    """Each item with the one drawn after it, of the same prompt if there are prompts; a seeded coin decides who
+    stands on the left. -> ids "ID ID", text and tokens of both in lists."""
+    flips = torch.randint(2, (len(items) // 2,), generator=torch.Generator().manual_seed(seed)).tolist()
+    pairs = [(b, a) if flip else (a, b) for a, b, flip in zip(items[::2], items[1::2], flips)]
     return [a | {"id": f"{a['id']} {b['id']}", "text": [a["text"], b["text"]], "tokens": [a["tokens"], b["tokens"]],
-                 "source": a["source"] if a["source"] == b["source"] else "mixed"} for a, b in two]
+                 "source": a["source"] if a["source"] == b["source"] else "mixed"} for a, b in pairs]
 
 
 def cut(items: list[dict], pieces: int, tokenizer) -> list[dict]:
@@ -158,48 +148,52 @@ def cut(items: list[dict], pieces: int, tokenizer) -> list[dict]:
 
 
 @torch.no_grad()
-def choose(items: list[dict], cfg: Config, device, dtype) -> list[dict]:
+def choose(items: list[dict], cfg: Config, base: str, device, dtype) -> list[dict]:
     """The items of a sheet, in random order, each with how it was picked. "uncertain": where the reward
-    model in --out gives the two answers most nearly the same probability."""
+    model in --out, which must stem from `base`, gives the two answers most nearly the same probability."""
     g = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(items), generator=g).tolist()[cfg.sheet_skip:]
     n = min(len(order), cfg.sheet_n)
     if cfg.pick == "random":
         return [items[i] | {"picked": "random"} for i in order[:n]]
-    model, _, header = load(cfg.out / "reward.safetensors", "03_reward_model.py")
-    model.to(device).dtype = dtype
+    model, _, header = load(cfg.out / "reward.safetensors", "03_reward_model.py", device, dtype)
+    if header["inputs"]["base"] != base:
+        raise UserError(f"{cfg.out}/reward.safetensors stems from another base model: run 03_reward_model.py again")
     tokens = torch.tensor([item["tokens"] for item in items], device=device)  # (N, T), or (N, 2, T) of pairs
-    logit = torch.cat([model.reward(y, "comparisons", "happy") for y in tokens.flatten(0, -2).split(256)])
+    logit = torch.cat([score_of(model.sentiment(y), "comparisons", "happy") for y in tokens.flatten(0, -2).split(256)])
     if tokens.dim() == 3:
         logit = logit[::2] - logit[1::2]
-    elif header.get("kind") == "comparisons":  # only differences mean anything: from the base model's mean
+    elif header["kind"] == "comparisons":  # only differences mean anything: from the base model's mean
         logit -= header["normalisation"]["happy"]["mean"]
+    p = logit.sigmoid().tolist()
     at_random = order[: round(n * cfg.random_share)]
-    rest = {*order} - {*at_random}
-    unsure = [i for i in logit.abs().argsort().tolist() if i in rest][: n - len(at_random)]
+    unsure = sorted(order[len(at_random):], key=lambda i: abs(p[i] - 0.5))[: n - len(at_random)]
     if unsure:
-        p = logit[unsure].sigmoid()
-        print(f"{len(unsure)} items with p from {p.min():.2f} to {p.max():.2f}, {len(at_random)} at random")
-    chosen = [(i, "random") for i in at_random] + [(i, "uncertain") for i in unsure]
-    shuffled = (chosen[j] for j in torch.randperm(n, generator=g).tolist())
-    return [items[i] | {"picked": how} for i, how in shuffled]
+        sure = [p[i] for i in unsure]
+        print(f"{len(unsure)} items with p from {min(sure):.2f} to {max(sure):.2f}, {len(at_random)} at random")
+    chosen = ([items[i] | {"picked": "random"} for i in at_random]
+              + [items[i] | {"picked": "uncertain"} for i in unsure])
+    return [chosen[i] for i in torch.randperm(n, generator=g).tolist()]
 
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__, ON_GPU)
-    if not (0 <= cfg.corpus_fraction <= 1 and cfg.n > 0 and 0 <= cfg.pieces <= cfg.length
-            and (cfg.labeller == "vader" or is_name(cfg.labeller))):
-        raise UserError("--n must be positive, --corpus-fraction in [0, 1], --pieces in [0, --length], "
-                        "--labeller letters and digits, and not the machine's name")
-    if cfg.prompts and cfg.corpus_fraction:
-        raise UserError("--prompts needs --corpus-fraction 0: only samples have prompts, and people would see it")
-    if cfg.pick == "uncertain" and cfg.sheet_skip:
-        raise UserError("--sheet-skip counts items in random order: it cannot go with --pick uncertain")
-    if cfg.sheet_n < 1 or not 0 <= cfg.sheet_skip < cfg.n or not 0 <= cfg.random_share <= 1:
-        raise UserError("--sheet-n must be positive, --sheet-skip below --n, --random-share in [0, 1]")
-    if cfg.merge and not cfg.sheet:
-        raise UserError("--merge needs the --sheet that the answers belong to")
+    for wrong, why in (
+            (cfg.n < 1 + cfg.compare or cfg.sheet_n < 1, "--n and --sheet-n must be positive, --n 2 to --compare"),
+            (not 0 <= cfg.corpus_fraction <= 1, "--corpus-fraction in [0, 1]"),
+            (not 0 <= cfg.random_share <= 1, "--random-share in [0, 1]"),
+            (not 0 <= cfg.pieces <= cfg.length, "--pieces must be in [0, --length]"),
+            (cfg.labeller != "vader" and not is_name(cfg.labeller),
+             "--labeller must be letters and digits, and not the machine's name"),
+            (cfg.prompts and cfg.corpus_fraction,
+             "--prompts needs --corpus-fraction 0: only samples have prompts, and people would see it"),
+            (not cfg.sheet and (cfg.merge or cfg.sheet_skip or cfg.pick != "random"),
+             "--merge, --sheet-skip and --pick are about a sheet: name it with --sheet"),
+            (cfg.sheet_skip < 0 or cfg.sheet_skip and cfg.pick != "random",
+             "--sheet-skip counts items in random order: it cannot be negative or go with --pick uncertain")):
+        if wrong:
+            raise UserError(why)
     if cfg.merge:
         sheet = read_sheet(cfg.sheet)
         people, wrong = collect(sheet, cfg.merge, cfg.out)
@@ -208,22 +202,22 @@ if __name__ == "__main__":
             raise UserError(f"{wrong} lines were left out, for the reasons above; {cfg.out} has the others")
         finish("python 03_reward_model.py" + " --comparisons" * (sheet["kind"] == "comparisons"), cfg.out)
         raise SystemExit
-    if cfg.labeller != "vader":
+    if cfg.labeller != "vader" and not cfg.sheet:
         need_terminal()
-    model, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py")
-    model.to(device).dtype = dtype
+    model, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py", device, dtype)
+    base = fingerprint(model)
     began = time.time()
-    items = draw(cfg.out / "samples.jsonl", model, tokenizer, cfg, fingerprint(model))
+    items = draw(cfg.out / "samples.jsonl", model, tokenizer, cfg, base)
     print(f"{len(items)} items in {time.time() - began:.1f} s")
 
     kind = "comparisons" if cfg.compare else "labels"
     if cfg.compare:
         items = pair_up(items, cfg.seed)
     if cfg.sheet:
-        chosen = choose(items, cfg, device, dtype)
+        chosen = choose(items, cfg, base, device, dtype)
         if not chosen:
             raise UserError(f"no items are left after --sheet-skip {cfg.sheet_skip}: there are {len(items)}")
-        write_sheet(cfg.sheet, kind, "Shakespeare, by a machine: how does it feel?", chosen)
+        write_sheet(cfg.sheet, kind, chosen)
         print(f"{cfg.sheet}: {len(chosen)} items. Mail it; a browser opens it and saves a file to send back.")
         finish(f"python {SCRIPT} --sheet {cfg.sheet} --merge FILE.jsonl ...", cfg.out)
         raise SystemExit
@@ -235,14 +229,12 @@ if __name__ == "__main__":
         for file, todo in ((path.with_name(f"{kind}-vader-pieces.jsonl"), pieces), (path, items)):
             rows = []
             for item in tqdm(todo, desc="label", mininterval=1):
-                texts = item["text"] if cfg.compare else [item["text"]]
-                label = vader_label(*(vader.polarity_scores(text)["compound"] for text in texts))
+                label = vader_label(*(vader.polarity_scores(text)["compound"] for text in texts(item)))
                 rows.append(item | {"label": label, "labeller": "vader"})
-            write(file, "".join(json.dumps(row) + "\n" for row in rows))
-        labels = current_labels(rows)
+            write(file, jsonl(rows))
+        labels = {row["id"]: row["label"] for row in rows}
     else:
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
         labels = ask_in_terminal([items[i] for i in order], path, cfg.labeller, kind)
-    counts = {v: list(labels.values()).count(v) for v in ASK[kind][0].values()}
-    print(f"{path}: {len(labels)} labels,", ", ".join(f"{k} {v}" for k, v in counts.items()))
+    print(f"{path}: {len(labels)} labels,", counts(labels, kind))
     finish("python 03_reward_model.py" + " --comparisons" * cfg.compare, cfg.out)

@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (GPT, Log, UserError, average_gradients, draw_prompts, fingerprint, finish, gather, load,
-                   load_optimizers, read_prompts, resume_from, save, start, world, write)
-from people import kappas
+                   load_optimizers, read_prompts, resume_from, save, score_of, start, world, write)
+from people import kappas, texts
 
 SCRIPT = "03_reward_model.py"
 TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label asks for
@@ -108,7 +108,8 @@ def pool(rows: list[dict], machine_weight: float) -> list[dict]:
         item["sum"] += w * TARGET[row["label"]]
         item["weight"] += w
         item["person"] |= row["labeller"] != "vader"
-        item |= {k: row[k] for k in ("picked",) if k in row}
+        if "picked" in row:
+            item["picked"] = row["picked"]
     return [item | {"target": item["sum"] / item["weight"]} for item in items.values() if item["weight"]]
 
 
@@ -167,18 +168,16 @@ def calibration(p: np.ndarray, target: np.ndarray) -> list[dict]:
 def naive_bayes(train: list[dict], test: list[dict]) -> np.ndarray:
     """Bag-of-words baseline: multinomial naive Bayes with add-one smoothing -> log-odds of happy, or of the
     left side of a pair against the right."""
-    def sides(item):
-        return [(item["text"], 1)] if isinstance(item["text"], str) else [*zip(item["text"], (1, -1))]
     happy, sad = Counter(), Counter()
     for item in train:
-        for text, sign in sides(item):
+        for text, sign in zip(texts(item), (1, -1)):
             target = item["target"] if sign > 0 else 1 - item["target"]
             for word in text.lower().split():
                 happy[word] += target
                 sad[word] += 1 - target
     size = len(happy | sad)
     nh, ns = sum(happy.values()) + size, sum(sad.values()) + size
-    return np.array([sum(sign * math.log((happy[w] + 1) / nh * ns / (sad[w] + 1)) for text, sign in sides(item)
+    return np.array([sum(sign * math.log((happy[w] + 1) / nh * ns / (sad[w] + 1)) for text, sign in zip(texts(item), (1, -1))
                          for w in text.lower().split()) for item in test])
 
 
@@ -280,12 +279,7 @@ if __name__ == "__main__":
     base_path, done = cfg.out / "base.safetensors", cfg.out / "reward.safetensors"
     state = cfg.out / "03-state.safetensors"
 
-    def fresh_base():
-        model, tokenizer, _ = load(base_path, "01_pretrain.py")
-        model.to(device).dtype = dtype
-        return model, tokenizer
-
-    base, tokenizer = fresh_base()
+    base, tokenizer, _ = load(base_path, "01_pretrain.py", device, dtype)
 
     # -- labels: read, compare, pool, check, split
     kind = "comparisons" if cfg.comparisons else "labels"
@@ -296,10 +290,9 @@ if __name__ == "__main__":
         if any(isinstance(row["text"], str) == cfg.comparisons for row in new):
             raise UserError(f"{path} does not hold {kind}: "
                             + ("leave out --comparisons" if cfg.comparisons else "use --comparisons"))
-        sides = [(t, text) for row in new for t, text in (zip(row["tokens"], row["text"]) if cfg.comparisons
-                                                          else [(row["tokens"], row["text"])])]
-        texts = tokenizer.decode_batch([tokens for tokens, _ in sides])
-        if any(max(tokens) >= base.n_text or text != decoded for (tokens, text), decoded in zip(sides, texts)):
+        sides = [side for row in new for side in zip(np.atleast_2d(row["tokens"]).tolist(), texts(row))]
+        decoded = tokenizer.decode_batch([tokens for tokens, _ in sides])
+        if any(max(tokens) >= base.n_text or text != again for (tokens, text), again in zip(sides, decoded)):
             raise UserError(f"{path} was made with another tokenizer than {base_path}: "
                             "label again with 02_sample_label.py, or move the file away")
     if all(row["source"] == "piece" for row in rows):
@@ -314,6 +307,10 @@ if __name__ == "__main__":
         print(f"{pair}: Cohen's kappa {kappa:.2f} on {n} common items")
     items = pool(rows, cfg.machine_weight)
     whole = [i for i in items if i["source"] != "piece"]
+    prompted = "prompt" in whole[0]
+    if any(("prompt" in i) != prompted for i in whole):
+        raise UserError(f"{', '.join(map(str, files))}: samples with and without prompts: move one kind away")
+    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer) if prompted else None
     phases = [("pieces", [i for i in items if i["source"] == "piece"], cfg.piece_epochs),
               ("machine", [i for i in whole if not i["person"]], cfg.epochs),
               ("people", [i for i in whole if i["person"]], cfg.person_epochs)]
@@ -337,7 +334,7 @@ if __name__ == "__main__":
         for n in (*(n for n in (400, 1600, 6400) if n < len(labelled)), len(labelled)):
             # few labels get more passes, as they would from anyone who has only them
             epochs = 2 * min(8, (len(labelled) / n) ** 0.5)
-            m = train(fresh_base()[0], labelled[:n] + val, epochs, cfg, f"{n} labels")
+            m = train(load(base_path, SCRIPT, device, dtype)[0], labelled[:n] + val, epochs, cfg, f"{n} labels")
             curve.append({"labels": n, "auc": auc(predict(m, test_tokens)[:, 0], target),
                           "bag_of_words_auc": auc(naive_bayes(labelled[:n], test), target)})
             print("AUC with {labels} labels: {auc:.3f} (bag of words {bag_of_words_auc:.3f})"
@@ -350,7 +347,7 @@ if __name__ == "__main__":
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "labels", "resume", "curve")}
     inputs = {"base": fingerprint(base), "labels": hashlib.sha256(json.dumps(items).encode()).hexdigest()}
     resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
-    model = resumed[0] if resumed else fresh_base()[0]
+    model = (resumed or load(base_path, SCRIPT))[0]
     at_phase, offset = (resumed[2]["phase"], resumed[2]["offset"]) if resumed else (0, 0)
     model.to(device).dtype = dtype
     log = Log(cfg.out / "03.jsonl", offset + resumed[2]["step"] if resumed else 0)
@@ -368,29 +365,27 @@ if __name__ == "__main__":
     # -- held-out figures, all and per source, against the bag of words
     log_p = predict(model, test_tokens)
     bag = naive_bayes([i for i in whole if i["part"] == "train"], test)
-    metrics, picked = {}, ["picked at random"] * any(i.get("picked") == "uncertain" for i in test)
+    metrics, picked = {}, ["picked at random"] * ({"random", "uncertain"} <= {i.get("picked") for i in test})
     for source in ("all", *sorted({i["source"] for i in test}), *picked):
         of = np.array([source in ("all", i["source"], f"picked at {i.get('picked')}") for i in test])
         m = metrics[source] = measures(log_p[of], target[of]) | {"bag_of_words_auc": auc(bag[of], target[of])}
         print("held out, {}: n {n}, accuracy {accuracy:.3f} [{:.3f}, {:.3f}], AUC {auc:.3f} (bag of words "
               "{bag_of_words_auc:.3f}), NLL {nll:.3f}, Brier {brier:.3f}".format(source, *m["accuracy_interval"], **m))
     table = calibration(np.exp(log_p[:, 0]), target)
-    print("calibration: p(happy) predicted -> labelled (n):",
+    print(f"calibration: p({'the left is happier' if cfg.comparisons else 'happy'}) predicted -> labelled (n):",
           ", ".join(f"{r['predicted']:.2f} -> {r['target']:.2f} ({r['n']})" for r in table))
 
     # -- the constants that 04 normalises with
     length, norm = test_tokens.size(-1), {}
-    prompted = any("prompt" in item for item in test)
-    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer)[0] if prompted else None
     fresh = base.generate(cfg.norm_samples, length, seed=cfg.seed << 32 | 3 << 24,
                           prompts=draw_prompts(prompts, cfg.norm_samples, cfg.seed))[0]
-    with torch.no_grad():
-        for target_name in ("happy", "sad"):
-            rewards = torch.cat([model.reward(y, kind, target_name) for y in fresh.split(256)])
-            norm[target_name] = {"mean": rewards.mean().item(), "std": rewards.std().item()}
+    sentiment = torch.from_numpy(predict(model, fresh))
+    for target_name in ("happy", "sad"):
+        scores = score_of(sentiment, kind, target_name)
+        norm[target_name] = {"mean": scores.mean().item(), "std": scores.std().item()}
     if not all(v["std"] > 1e-3 for v in norm.values()):
-        raise UserError("the reward model gives every sample the same reward: label more samples")
-    print(f"reward on {cfg.norm_samples} fresh samples of the base model:",
+        raise UserError("the reward model gives every sample the same score: label more samples")
+    print(f"score on {cfg.norm_samples} fresh samples of the base model:",
           ", ".join(f"towards {t} {v['mean']:.3f} +- {v['std']:.3f}" for t, v in norm.items()))
     save(done, model, tokenizer, step=offset, kind=kind, prompted=prompted, length=length, normalisation=norm,
          metrics=metrics, calibration=table, settings=settings, inputs=inputs, seed=cfg.seed)

@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from model import (Log, UserError, average_gradients, draw_prompts, fingerprint, finish, gather, load,
-                   load_optimizers, read_prompts, resume_from, save, share, start, world, write)
+                   load_optimizers, read_prompts, resume_from, save, score_of, share, start, world, write)
 
 SCRIPT = "04_ppo.py"
 CROSSINGS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)  # nats
@@ -67,7 +67,7 @@ ON_GPU = dict(batch=4096, max_batch=8192, minibatch=512, save_every=5)
 
 # ---- The mathematics -----------------------------------------------------------------------------
 def normalise(score: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """score (B,) of `GPT.reward` -> reward (B,) in standard deviations of the base model."""
+    """score (B,) of `score_of` -> reward (B,) in standard deviations of the base model."""
     return (score - mean) / std
 
 
@@ -150,24 +150,23 @@ if __name__ == "__main__":
     base_path, reward_path = cfg.out / "base.safetensors", cfg.out / "reward.safetensors"
     state = cfg.out / f"04-{cfg.target}-state.safetensors"
     last = cfg.out / f"04-{cfg.target}-last.safetensors"
-    reference, tokenizer, _ = load(base_path, "01_pretrain.py")
-    reward_model, _, reward_header = load(reward_path, "03_reward_model.py")
+    reference, tokenizer, _ = load(base_path, "01_pretrain.py", device, dtype)
+    reward_model, _, reward_header = load(reward_path, "03_reward_model.py", device, dtype)
     if reward_header.get("inputs", {}).get("base") != fingerprint(reference):
         raise UserError(f"{reward_path} was trained from another base model than {base_path}: "
                         "run 02_sample_label.py and 03_reward_model.py again")
     norm, length = reward_header["normalisation"][cfg.target], reward_header["length"]
     kind = reward_header.get("kind", "labels")
-    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer)[0] if reward_header.get("prompted") else None
+    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer) if reward_header.get("prompted") else None
     settings = {k: v for k, v in asdict(cfg).items()
                 if k not in ("out", "resume", "kl_stop", "max_iterations", "save_every")}
     inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
     resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
-    for old in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
+    for old in () if world()[0] else (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
         if not resumed or load(old, SCRIPT)[2]["step"] >= resumed[2]["step"]:
             old.unlink()  # of an earlier run, or of iterations that are now made again
     policy = (resumed or load(base_path, SCRIPT))[0]
-    for model in (policy, reference, reward_model):
-        model.to(device).dtype = dtype
+    policy.to(device).dtype = dtype
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=cfg.adam_eps,
                                   weight_decay=0)
     first, batch, kl_before, clips, updates = 0, cfg.batch, 0.0, [], 0
@@ -194,7 +193,7 @@ if __name__ == "__main__":
 
         # 2 -- score
         with torch.no_grad():
-            score = torch.cat([reward_model.reward(mb, kind, cfg.target) for mb in y.split(mb_size)])    # (B,)
+            score = torch.cat([score_of(reward_model.sentiment(mb), kind, cfg.target) for mb in y.split(mb_size)])
             reward = normalise(score, norm["mean"], norm["std"])
 
             # 3 -- the KL to the reference, and whether the sampler's log-probs will do as the old ones

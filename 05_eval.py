@@ -37,9 +37,10 @@ from jinja2 import Environment
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import UserError, draw_prompts, finish, fingerprint, load, read_prompts, start, write
-from people import (ASK, ask_in_terminal, collect, current_labels, fisher_power, is_name, print_agreement,
-                    read_jsonl, unblind, write_sheet)
+from model import (UserError, decode_prompts, draw_prompts, finish, fingerprint, load, read_prompts, score_of, start,
+                   write)
+from people import (ASK, ask_in_terminal, collect, fisher_power, is_name, jsonl, print_agreement, read_answers, unblind,
+                    write_sheet)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
@@ -167,25 +168,20 @@ def over_optimisation(rows: list[dict], sign: int = 1) -> tuple[dict, dict | Non
 
 
 # ---- Measuring one policy ------------------------------------------------------------------------
-def spoken(tokenizer, prompts: torch.Tensor) -> list[str]:
-    """prompts (n, P), padded with -1 -> their texts."""
-    return tokenizer.decode_batch([[t for t in row if t >= 0] for row in prompts.tolist()])
-
-
 @torch.no_grad()
-def measure(policy, models, tokenizer, corpus: Corpus | None, n: int, seed: int, target: str) -> dict:
-    """All figures of one policy on n fresh samples; those of the base also give best-of-n."""
-    reference, reward_model, kind, length, prompts = models
-    prompt = draw_prompts(prompts, n, seed).to(reference.head.device)
+def measure(policy, reference, score, tokenizer, corpus: Corpus | None, prompt, length: int, seed: int) -> dict:
+    """All figures of one policy on fresh samples, one for each row of prompt; those of the base also give
+    best-of-n. score: tokens (B, T) -> (B,)."""
+    n = len(prompt)
     y, _ = policy.generate(n, length, seed, prompts=prompt)
     parts = [*zip(y.split(256), prompt.split(256))]
     logp, entropy = (torch.cat(x) for x in zip(*(policy.logprob(mb, p, entropy=True) for mb, p in parts)))
     logp_ref = torch.cat([reference.logprob(mb, p)[0] for mb, p in parts])
-    proxy = torch.cat([reward_model.reward(mb, kind, target) for mb in y.split(256)]).numpy(force=True)
+    proxy = torch.cat([score(mb) for mb in y.split(256)]).numpy(force=True)
     texts = tokenizer.decode_batch(y.tolist())
     vader = SentimentIntensityAnalyzer()
     gold = np.array([vader.polarity_scores(t)["compound"] for t in texts])
-    row = {"n": n, "samples": texts[:64], "prompts": spoken(tokenizer, prompt[:64]),
+    row = {"n": n, "samples": texts[:64], "prompts": decode_prompts(tokenizer, prompt[:64]),
            "words": Counter(w for t in texts for w in words(t)), "entropy": entropy.mean().item(),
            "base_perplexity": math.exp(-logp_ref.mean().item()), "distinct_1": distinct(texts, 1),
            "distinct_2": distinct(texts, 2), "self_similarity": self_similarity(texts), "duplicates": n - len(set(texts))}
@@ -268,18 +264,15 @@ def render(report: dict, figures: str, show: int) -> str:
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__)
+    if (cfg.rate != "") + (cfg.sheet is not None) + bool(cfg.ratings) > 1:
+        raise UserError("--rate, --sheet and --ratings are three different things to do: one at a time")
     if min(cfg.n, cfg.n_ends) < 2 or not 0 < cfg.show <= 64 or cfg.rate_n < 1 or cfg.rate and not is_name(cfg.rate):
         raise UserError("--n and --n-ends must be at least 2, --show 1 to 64, --rate-n at least 1, "
                         "--rate letters and digits")
 
-    def ready(path, made_by):
-        model, tokenizer, header = load(path, made_by)
-        model.to(device).dtype = dtype
-        return model, tokenizer, header
-
-    reference, tokenizer, base_header = ready(cfg.out / "base.safetensors", "01_pretrain.py")
-    reward_model, _, reward_header = ready(cfg.out / "reward.safetensors", "03_reward_model.py")
-    final, _, final_header = ready(cfg.out / "policy-happy.safetensors", "04_ppo.py")
+    reference, tokenizer, base_header = load(cfg.out / "base.safetensors", "01_pretrain.py", device, dtype)
+    reward_model, _, reward_header = load(cfg.out / "reward.safetensors", "03_reward_model.py", device, dtype)
+    final, _, final_header = load(cfg.out / "policy-happy.safetensors", "04_ppo.py", device, dtype)
     inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
     if reward_header["inputs"]["base"] != inputs["base"]:
         raise UserError(f"{cfg.out}/reward.safetensors was made from another base model: "
@@ -287,39 +280,42 @@ if __name__ == "__main__":
     if final_header["inputs"] != inputs:
         raise UserError(f"{cfg.out}/policy-happy.safetensors was made from another base model or reward model: "
                         "run 04_ppo.py again")
+    policies = {"happy": final}
+    if (path := cfg.out / "policy-sad.safetensors").exists():
+        sad, _, header = load(path, "04_ppo.py", device, dtype)
+        policies |= {"sad": sad} if header["inputs"] == inputs else {}
     kind, length, seed = reward_header.get("kind", "labels"), reward_header["length"], cfg.seed << 32 | 5 << 24
-    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer)[1] if reward_header.get("prompted") else None
+    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer, held_out=True) if reward_header.get("prompted") else None
 
     # -- blind rating: what is shown names an item by its place alone; which arm spoke is in a file of its own
+    current = {name: fingerprint(policy) for name, policy in policies.items()}
     if cfg.rate or cfg.sheet:
-        arms = {"base": reference, "happy": final}
-        if (path := cfg.out / "policy-sad.safetensors").exists() and load(path, SCRIPT)[2]["inputs"] == inputs:
-            arms["sad"] = ready(path, SCRIPT)[0]
+        arms = {"base": reference} | policies
         given, mixed = draw_prompts(prompts, cfg.rate_n, seed), []  # the same prompts for every arm
         for k, (arm, model) in enumerate(arms.items()):
             y, _ = model.generate(cfg.rate_n, length, seed + 1 + k, prompts=given)
             mixed += [(arm, {"prompt": p, "text": text} if p else {"text": text})
-                      for p, text in zip(spoken(tokenizer, given), tokenizer.decode_batch(y.tolist()))]
+                      for p, text in zip(decode_prompts(tokenizer, given), tokenizer.decode_batch(y.tolist()))]
         # seeded by the policy too: one key tells nothing of another
         g = torch.Generator().manual_seed(int(fingerprint(final)[:15], 16) ^ seed)
         order = torch.randperm(len(mixed), generator=g).tolist()
         series = hashlib.sha256(json.dumps([mixed[i] for i in order]).encode()).hexdigest()[:16]
         items = [{"id": f"{series}-{place}"} | mixed[i][1] for place, i in enumerate(order)]
         key = {"items": items, "arms": {item["id"]: mixed[i][0] for item, i in zip(items, order)},
-               "final": fingerprint(final)}
+               "policies": current}
         write(cfg.out / f"key-{series}.json", json.dumps(key))
         if cfg.sheet:
-            write_sheet(cfg.sheet, "ratings", "Shakespeare, by machines: how does it feel?", items)
+            write_sheet(cfg.sheet, "ratings", items)
             print(f"{cfg.sheet}: {len(items)} items of {len(arms)} arms. "
                   f"Keep {cfg.out}/key-{series}.json to yourself.")
             finish(f"python {SCRIPT} --ratings FILE.jsonl ...", cfg.out)
             raise SystemExit
         ask_in_terminal(items, cfg.out / f"ratings-{cfg.rate}.jsonl", cfg.rate, "ratings")
     keys = [json.loads(path.read_text()) for path in sorted(cfg.out.glob("key-*.json"))]
-    keys = [key for key in keys if key["final"] == fingerprint(final)]
+    keys = [key for key in keys if key["policies"].items() <= current.items()]
     if cfg.ratings:
         if not keys:
-            raise UserError(f"{cfg.out}/key-*.json of the sheet is missing, or belongs to another final policy: "
+            raise UserError(f"{cfg.out}/key-*.json of the sheet is missing, or belongs to other policies: "
                             "it is written together with the sheet, by --sheet")
         sheet = {"kind": "ratings", "answers": [*ASK["ratings"][0].items()],
                  "items": [item for key in keys for item in key["items"]]}
@@ -330,7 +326,7 @@ if __name__ == "__main__":
     for key in keys:
         given = {}
         for path in sorted(cfg.out.glob("ratings-*.jsonl")):
-            answers = {k: v for k, v in current_labels(read_jsonl(path)).items() if k in key["arms"]}
+            answers = {k: v for k, v in read_answers(path).items() if k in key["arms"]}
             if len(answers) == len(key["arms"]):
                 given[path.stem[8:]] = answers
             elif answers:
@@ -354,23 +350,20 @@ if __name__ == "__main__":
     if cfg.resume and cache_path.exists():
         lines = (line for line in cache_path.read_text().splitlines() if line.endswith("}"))
         cache = {row["key"]: row for row in map(json.loads, lines)}
-    write(cache_path, "".join(json.dumps(r) + "\n" for r in cache.values()))
-    jobs, rows = [("happy", cfg.out / "base.safetensors")], {"happy": []}
-    for target in ("happy", "sad"):
-        path = cfg.out / f"policy-{target}.safetensors"
-        if path.exists() and load(path, SCRIPT)[2]["inputs"] == inputs:
-            rows[target] = []
-            checkpoints = sorted((cfg.out / "checkpoints").glob(f"{target}-kl-*.safetensors"))
-            jobs += [(target, p) for p in (*checkpoints, path)]
+    write(cache_path, jsonl(cache.values()))
+    rows = {target: [] for target in policies}
+    jobs = [("happy", cfg.out / "base.safetensors")] + [
+        (target, path) for target in policies for path in (
+            *sorted((cfg.out / "checkpoints").glob(f"{target}-kl-*.safetensors")), cfg.out / f"policy-{target}.safetensors")]
     with open(cache_path, "a") as file:
         for target, path in tqdm(jobs, desc="evaluate"):
-            policy = ready(path, SCRIPT)[0]
+            policy = reference if path.stem == "base" else load(path, SCRIPT, device, dtype)[0]
             n = cfg.n if path.parent.name == "checkpoints" else cfg.n_ends
             key = f"{source} {fingerprint(policy)} {inputs['reward_model']} {target} {n} {seed}"
             if key not in cache:
-                policy = reference if fingerprint(policy) == inputs["base"] else policy
                 cache[key] = {"key": key, "name": path.stem, "target": target} | measure(
-                    policy, (reference, reward_model, kind, length, prompts), tokenizer, corpus, n, seed, target)
+                    policy, reference, lambda y: score_of(reward_model.sentiment(y), kind, target), tokenizer, corpus,
+                    draw_prompts(prompts, n, seed).to(device), length, seed)
                 file.write(json.dumps(cache[key]) + "\n")
                 file.flush()
             rows[target].append(cache[key])
@@ -380,11 +373,11 @@ if __name__ == "__main__":
     fit = fit_line([r["step"] for r in ppo], [math.sqrt(max(r["kl"], 0)) for r in ppo])
     report = {"seed": cfg.seed, "base_metrics": base_header["metrics"], "reward_model": reward_header["metrics"],
               "ratings": ratings, "sqrt_kl_fit": dict(zip(("slope", "intercept", "r2"), fit)), **rows}
-    for target, sign in (("happy", 1), ("sad", -1)):
-        if target in rows:
-            best, over = over_optimisation(sorted(rows[target], key=lambda r: r["kl"]), sign)
-            report[f"best_{target}"], report[f"over_{target}"] = best["name"], over and over["name"]
-    best, over = over_optimisation(sorted(rows["happy"], key=lambda r: r["kl"]))
+    turns = {target: over_optimisation(sorted(rows[target], key=lambda r: r["kl"]), 1 if target == "happy" else -1)
+             for target in rows}
+    for target, (best, over) in turns.items():
+        report[f"best_{target}"], report[f"over_{target}"] = best["name"], over and over["name"]
+    best, over = turns["happy"]
     first, last = rows["happy"][0], rows["happy"][-1]
     report["risen_words"] = risen_words(first["words"], last["words"])
     report["summary"] = (

@@ -146,11 +146,8 @@ class GPT(nn.Module):
         """Completions y (B, T), each after its prompt (B, P), padded with -1 at its end; P may be 0, or prompt
         None -> what the model reads, (B, 1 + P + T): start token, prompt, completion, and padding at the end,
         which a causal model cannot see; and the places (B, T) in it from which the tokens of y are predicted."""
-        start = torch.full_like(y[:, :1], self.bos)
-        places = torch.arange(y.size(1), device=y.device).expand_as(y)
-        if prompt is None or not prompt.size(1):
-            return torch.cat((start, y), 1), places
-        places = places + (prompt >= 0).sum(1, keepdim=True)
+        start, prompt = torch.full_like(y[:, :1], self.bos), y[:, :0] if prompt is None else prompt
+        places = (prompt >= 0).sum(1, keepdim=True) + torch.arange(y.size(1), device=y.device)
         return torch.cat((start, prompt.clamp_min(0), y), 1).scatter(1, places + 1, y), places
 
     def before(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
@@ -175,14 +172,6 @@ class GPT(nn.Module):
         head = self.head[[self.happy, self.sad]].to(self.dtype)  # as `save` rounds it
         return (last.float() @ head.float().T).log_softmax(-1)
 
-    def reward(self, y: torch.Tensor, kind: str, target: str) -> torch.Tensor:
-        """Completions y (B, T) -> (B,), what a reward model rewards: log p(target) if it learned from
-        "labels"; if from "comparisons", the score log p(happy) - log p(sad), negated for sad. Of a score only
-        differences were learned: it gets its zero from the normalisation."""
-        log_p = self.sentiment(y)
-        i = ("happy", "sad").index(target)
-        return log_p[:, i] if kind == "labels" else log_p[:, i] - log_p[:, 1 - i]
-
     @torch.no_grad()
     def generate(self, n: int | torch.Tensor, length: int, seed: int, batch: int | None = None,
                  prompts: torch.Tensor | None = None):
@@ -203,6 +192,13 @@ class GPT(nn.Module):
             self.decoder = None  # not to be copied along with the weights
             self.decoder = Decoder(self, *made_for[:3])
         return tuple(torch.cat(x) for x in zip(*(self.decoder.draw(self, *part, seed) for part in parts)))
+
+
+def score_of(log_p: torch.Tensor, kind: str, target: str) -> torch.Tensor:
+    """log_p (B, 2) of `GPT.sentiment` -> score (B,): log p(target) if the reward model learned from "labels"; if
+    from "comparisons", log p(happy) - log p(sad), negated for sad, of which only differences mean anything."""
+    i = ("happy", "sad").index(target)
+    return log_p[:, i] if kind == "labels" else log_p[:, i] - log_p[:, 1 - i]
 
 
 class Decoder:
@@ -271,22 +267,21 @@ class Decoder:
         return tuple(x.T[: len(rows)].gather(1, places) for x in (self.tokens, self.logps))
 
 
-def read_prompts(corpus: Path, tokenizer: Tokenizer, longest: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+def read_prompts(corpus: Path, tokenizer: Tokenizer, held_out: bool = False, longest: int = 24) -> torch.Tensor:
     """Prompts: every speaker's name with the first line of the speech, of at most `longest` tokens, from the
-    training text and from the held-out last 5 % of it -> each (n, longest), padded with -1. Raises UserError
-    if the corpus is not there or has none."""
+    training text or the held-out last 5 % of it -> (n, longest), each once, padded with -1 at its end. Raises
+    UserError if the corpus is not there or has none."""
     if not corpus.exists():
         raise UserError(f"{corpus} is missing (the shipped model comes without its corpus): run 01_pretrain.py "
-                        "with --corpus FILE, or leave out --prompts")
+                        "with --corpus FILE, or draw samples without --prompts in 02_sample_label.py")
     text = corpus.read_text(encoding="utf-8")
-    cut, parts = int(len(text) * 0.95), ({}, {})  # each prompt once, in order; one across the cut belongs to neither
-    for match in re.finditer(r"^[A-Z][^\n:]{0,30}:\n[^\n]+\n", text, re.M):
-        if match.end() <= cut or match.start() >= cut:
-            parts[match.start() >= cut][match[0]] = None
-    rows = [[e.ids for e in tokenizer.encode_batch(list(found)) if len(e.ids) <= longest] for found in parts]
-    if not all(rows):
+    cut = int(len(text) * 0.95)  # as in 01
+    part = text[cut:].partition("\n")[2] if held_out else text[:cut]
+    found = dict.fromkeys(re.findall(r"^[A-Z][^\n:]{0,30}:\n[^\n]+\n", part, re.M))
+    rows = [e.ids for e in tokenizer.encode_batch(list(found)) if len(e.ids) <= longest]
+    if not rows:
         raise UserError(f"{corpus} has no prompts: a line that ends in a colon, and the line after it")
-    return tuple(torch.tensor([ids + [-1] * (longest - len(ids)) for ids in part]) for part in rows)
+    return torch.tensor([ids + [-1] * (longest - len(ids)) for ids in rows])
 
 
 def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tensor:
@@ -294,6 +289,10 @@ def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tenso
     if prompts is None:
         return torch.empty(n, 0, dtype=torch.long)
     return prompts[torch.randint(len(prompts), (n,), generator=torch.Generator().manual_seed(seed))]
+
+
+def decode_prompts(tokenizer: Tokenizer, prompts: torch.Tensor) -> list[str]:
+    return tokenizer.decode_batch([[t for t in row if t >= 0] for row in prompts.tolist()])
 
 
 # ---- Several processes: torchrun starts them, each takes its share of every minibatch ------------
@@ -371,8 +370,9 @@ def save(path, model: GPT, tokenizer: Tokenizer, optimizers=(), tensors=None, **
     write(path, safetensors_bytes(data, metadata={"rlhf-shakespeare": json.dumps(header)}))
 
 
-def load(path, made_by: str) -> tuple[GPT, Tokenizer, dict]:
-    """-> model (float32 weights), tokenizer, header; header["tensors"] holds what else the file has.
+def load(path, made_by: str, device="cpu", dtype=torch.float32) -> tuple[GPT, Tokenizer, dict]:
+    """-> model (float32 weights, activations in dtype), tokenizer, header; header["tensors"] holds what else
+    the file has.
     Raises UserError if it is missing (run `made_by`), truncated, or not one of ours."""
     if not Path(path).exists():
         raise UserError(f"{path} is missing: run {made_by} first")
@@ -387,6 +387,7 @@ def load(path, made_by: str) -> tuple[GPT, Tokenizer, dict]:
         what = "is truncated or damaged" if isinstance(error, SafetensorError) else \
             "was not written by this project"
         raise UserError(f"{path} {what}: delete it and run {made_by} again") from error
+    model.to(device).dtype = dtype
     return model, tokenizer, header | {"tensors": tensors}
 
 

@@ -9,7 +9,6 @@ The page is sheet.html with the items in it. It can be opened from disk, loads n
 nothing. What comes back is believed only where it matches the sheet.
 """
 import hashlib
-import html
 import itertools
 import json
 import math
@@ -37,34 +36,50 @@ ASK = {"labels": FEELING, "ratings": FEELING,  # kind -> key -> label, and the q
 
 
 # ---- Files of answers ----------------------------------------------------------------------------
-def read_jsonl(path: Path) -> list[dict]:
-    """Raises UserError that names the first broken line."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def texts(item: dict) -> list[str]:
+    """The text of an item, or both of a comparison."""
+    return [item["text"]] if isinstance(item["text"], str) else item["text"]
+
+
+def jsonl(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def read_jsonl(path: Path, *needed: str) -> list[dict]:
+    """Rows, [] if there is no file. A kill in the middle of a write can leave a last line without its end: it is
+    cut off. Raises UserError that names the first broken line, or one without an id or what else is needed."""
+    rows, data = [], path.read_bytes() if path.exists() else b""
+    if data and not data.endswith(b"\n"):
+        whole, _, last = data.rpartition(b"\n")
+        try:
+            json.loads(last)  # whole after all: an editor had saved it
+            data += b"\n"
+        except ValueError:
+            print(f"{path}: dropping an unfinished last line")
+            data = whole + b"\n" * bool(whole)
+        write(path, data)
+    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
         try:
             rows.append(json.loads(line))
-            rows[-1]["id"]
+            [rows[-1][key] for key in ("id", *needed)]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it") from error
     return rows
 
 
-def drop_unfinished_line(path: Path) -> None:
-    """A kill in the middle of a write can leave a last line without its end: cut it off."""
-    data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
-        print(f"{path}: dropping an unfinished last line")
-        write(path, data[: data.rfind(b"\n") + 1])
-
-
-def current_labels(rows: list[dict]) -> dict[str, str]:
+def read_answers(path: Path) -> dict[str, str]:
     """id -> label, in the order of labelling: the last line about an item counts, an undo removes it."""
     labels: dict[str, str] = {}
-    for row in rows:
+    for row in read_jsonl(path, "label"):
         labels.pop(row["id"], None)
         if row["label"] != "undo":
             labels[row["id"]] = row["label"]
     return labels
+
+
+def counts(labels: dict[str, str], kind: str) -> str:
+    given = Counter(labels.values())
+    return ", ".join(f"{label} {given[label]}" for label in ASK[kind][0].values())
 
 
 def is_name(name: str) -> bool:
@@ -93,17 +108,16 @@ def read_key() -> str:
 
 def as_text(item: dict) -> str:
     """What a person reads; control characters would reach the terminal."""
-    text = item["text"] if isinstance(item["text"], str) else "LEFT\n\n{}\n\nRIGHT\n\n{}".format(*item["text"])
+    text = "LEFT\n\n{}\n\nRIGHT\n\n{}".format(*item["text"]) if len(texts(item)) == 2 else item["text"]
     text = f"{item['prompt']}...\n{text}" if "prompt" in item else text
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def show(item: dict, labels: dict[str, str], total: int, keys: dict[str, str]) -> None:
-    counts = "  ".join(f"{v} {list(labels.values()).count(v)}" for v in keys.values())
+def show(item: dict, labels: dict[str, str], total: int, kind: str) -> None:
     width = min(shutil.get_terminal_size().columns, 90) - 4
     lines = [part for line in as_text(item).split("\n") for part in textwrap.wrap(line, width) or [""]]
-    print(f"\033[2J\033[H{len(labels) + 1} of {total}   {counts}\n")
-    choices = "   ".join(f"{k} {v}" for k, v in keys.items())
+    print(f"\033[2J\033[H{len(labels) + 1} of {total}   {counts(labels, kind)}\n")
+    choices = "   ".join(f"{k} {v}" for k, v in ASK[kind][0].items())
     print("\n".join("    " + line for line in lines) + f"\n\n{choices}   u undo   q quit   ? help", flush=True)
 
 
@@ -111,8 +125,7 @@ def ask_in_terminal(items: list[dict], path: Path, labeller: str, kind: str) -> 
     """Ask for one key per item and append each answer to `path` at once. -> id -> label."""
     need_terminal()
     keys, question = ASK[kind]
-    drop_unfinished_line(path)
-    labels = current_labels(read_jsonl(path)) if path.exists() else {}
+    labels = read_answers(path)
     by_id = {item["id"]: item for item in items}
     with open(path, "a", encoding="utf-8") as file:
         def append(item, label):
@@ -123,7 +136,7 @@ def ask_in_terminal(items: list[dict], path: Path, labeller: str, kind: str) -> 
 
         queue = [item for item in reversed(items) if item["id"] not in labels]
         while queue:
-            show(queue[-1], labels, len(labels) + len(queue), keys)
+            show(queue[-1], labels, len(labels) + len(queue), kind)
             key = read_key()
             if key in keys:
                 item = queue.pop()
@@ -143,10 +156,10 @@ def ask_in_terminal(items: list[dict], path: Path, labeller: str, kind: str) -> 
 
 
 # ---- On a sheet ----------------------------------------------------------------------------------
-def write_sheet(path: Path, kind: str, title: str, items: list[dict]) -> None:
+def write_sheet(path: Path, kind: str, items: list[dict]) -> None:
     """One self-contained page."""
     page, (keys, question) = Path(__file__).with_name("sheet.html").read_text(encoding="utf-8"), ASK[kind]
-    sheet = {"kind": kind, "title": title, "question": question, "answers": [*keys.items()], "items": items}
+    sheet = {"kind": kind, "question": question, "answers": [*keys.items()], "items": items}
     sheet["hash"] = hashlib.sha256(json.dumps(sheet).encode()).hexdigest()[:16]
     if path.exists() and read_sheet(path)["hash"] != sheet["hash"]:
         raise UserError(f"{path} is a sheet of other items, whose answers may still come back: choose another name")
@@ -156,7 +169,7 @@ def write_sheet(path: Path, kind: str, title: str, items: list[dict]) -> None:
         content = re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1]
         policy += f"; {tag}-src 'sha256-{b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
     data = json.dumps(sheet).replace("<", "\\u003c")  # no sample can end the element that holds it
-    write(path, page.replace("POLICY", policy).replace("TITLE", html.escape(title)).replace("DATA", data))
+    write(path, page.replace("POLICY", policy).replace("DATA", data))
 
 
 def read_sheet(path: Path) -> dict:
@@ -181,23 +194,20 @@ def returned(sheet: dict, files: tuple[Path, ...]) -> tuple[dict[str, dict[str, 
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 row = json.loads(line)
-                key, label, name = str(row["id"]), row["label"], str(row["labeller"])
-                seconds = float(row.get("seconds") or 0)
-            except (ValueError, TypeError, KeyError):
-                row, key, label, name, seconds = {}, "", "", "", 0
-            for bad, why in ((not row, "broken"), (key not in items, "not an item of this sheet"),
-                             (any(row.get(k) != v for k, v in items.get(key, {}).items()), "altered text"),
-                             (label not in labels, f"label {label!r} is none of {', '.join(labels)}"),
-                             (not is_name(name), f"labeller {name!r} is not a name"),
-                             (file_of.get(name, path) != path, f"{name} already answered in {file_of.get(name)}")):
-                if bad:
-                    print(f"{path} line {number} left out: {why}", file=sys.stderr)
-                    wrong += 1
-                    break
+                item, label, name = items.get(row["id"]), row["label"], row["labeller"]
+                answer = {"label": label, "labeller": name, "time": row.get("time"), "seconds": float(row.get("seconds") or 0)}
+                why = ("not an item of this sheet" if item is None else
+                       "altered text" if not item.items() <= row.items() else
+                       f"label {label!r} is none of {', '.join(labels)}" if label not in labels else
+                       f"labeller {name!r} is not a name" if not is_name(name) else
+                       f"{name} already answered in {file_of[name]}" if file_of.setdefault(name, path) != path else "")
+            except (ValueError, TypeError, KeyError, AttributeError):
+                why = "broken"
+            if why:
+                print(f"{path} line {number} left out: {why}", file=sys.stderr)
+                wrong += 1
             else:
-                file_of[name] = path
-                people.setdefault(name, {})[key] = items[key] | {
-                    "label": label, "labeller": name, "time": row.get("time"), "seconds": seconds}
+                people.setdefault(name, {})[item["id"]] = item | answer
     return people, wrong
 
 
@@ -205,18 +215,15 @@ def collect(sheet: dict, files: tuple[Path, ...], out: Path) -> tuple[dict[str, 
     """Add what came back, where it is new, to out/KIND-NAME.jsonl -> labeller -> id -> label, and the number of
     lines left out."""
     people, wrong = returned(sheet, files)
+    labels = {name: {key: row["label"] for key, row in rows.items()} for name, rows in people.items()}
     for name, rows in people.items():
         path = out / f"{sheet['kind']}-{name}.jsonl"
-        drop_unfinished_line(path)
-        before = current_labels(read_jsonl(path)) if path.exists() else {}
+        before = read_answers(path)
         new = [row for key, row in rows.items() if before.get(key) != row["label"]]
-        write(path, (path.read_text(encoding="utf-8") if path.exists() else "")
-              + "".join(json.dumps(row) + "\n" for row in new))
-        counts = Counter(row["label"] for row in rows.values())
-        seconds = sum(row["seconds"] for row in rows.values())
-        print(f"{path}: {len(rows)} answers, {len(new)} of them new, {seconds / 60:.1f} minutes;",
-              ", ".join(f"{label} {counts[label]}" for _, label in sheet["answers"]))
-    return {name: {key: row["label"] for key, row in rows.items()} for name, rows in people.items()}, wrong
+        write(path, (path.read_text(encoding="utf-8") if path.exists() else "") + jsonl(new))
+        print(f"{path}: {len(rows)} answers, {len(new)} of them new, "
+              f"{sum(row['seconds'] for row in rows.values()) / 60:.1f} minutes;", counts(labels[name], sheet["kind"]))
+    return labels, wrong
 
 
 # ---- Agreement -----------------------------------------------------------------------------------

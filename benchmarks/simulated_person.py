@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import load, start
+from model import fingerprint, load, start
 from people import read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -61,16 +61,14 @@ if __name__ == "__main__":
         items[i] | {"label": feels(person, items[i]["text"]), "labeller": "simulated"}) + "\n" for i in order))
     subprocess.run([sys.executable, "03_reward_model.py", "--out", str(work), "--seed", str(cfg.seed)], cwd=ROOT, check=True)
 
-    base, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py")
-    base.to(device).dtype = dtype
+    base, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py", device, dtype)
     tokens, _ = base.generate(cfg.fresh, len(items[0]["tokens"]), seed=cfg.seed << 32 | 6 << 24)
     texts = tokenizer.decode_batch(tokens.tolist())
     target = np.array([rm.TARGET[feels(person, t)] for t in texts])
     differ = target != np.array([rm.TARGET[feels(vader, t)] for t in texts])
     result = {"labels": cfg.n, "fresh samples": cfg.fresh, "share on which person and VADER differ": float(differ.mean())}
     for name, path in (("before", cfg.out), ("after", work)):
-        model = load(path / "reward.safetensors", "03_reward_model.py")[0].to(device)
-        model.dtype = dtype
+        model = load(path / "reward.safetensors", "03_reward_model.py", device, dtype)[0]
         log_p = rm.predict(model, tokens)
         for part, where in (("all", np.full(len(target), True)), ("where they differ", differ)):
             m = rm.measures(log_p[where], target[where])
@@ -83,7 +81,8 @@ if __name__ == "__main__":
                               *((cfg.n, "random", share) for share in cfg.careless)):
         aucs = []
         for repeat in range(cfg.repeats):
-            chosen = label.choose(items, label.Config(out=cfg.out, pick=pick, sheet_n=n, seed=repeat), device, dtype)
+            chosen = label.choose(items, label.Config(out=cfg.out, pick=pick, sheet_n=n, seed=repeat),
+                                  fingerprint(base), device, dtype)
             rng, rows = random.Random(repeat), []
             for item in chosen:
                 true = feels(person, item["text"])
@@ -93,8 +92,7 @@ if __name__ == "__main__":
             rated = rm.pool(rows, 0)
             for item, part in zip(rated, rm.split(rated, repeat, stage.test_share, stage.val_share)):
                 item["part"] = part
-            model = load(cfg.out / "reward.safetensors", "03_reward_model.py")[0].to(device)
-            model.dtype = dtype
+            model = load(cfg.out / "reward.safetensors", "03_reward_model.py", device, dtype)[0]
             log_p = rm.predict(rm.train(model, rated, stage.person_epochs, stage, "people"), tokens)
             aucs.append(rm.auc(np.exp(log_p[:, 0]), target))
         result["last phase alone"].append({"labels": n, "pick": pick, "replaced": careless, "auc": float(np.mean(aucs)),

@@ -21,7 +21,7 @@ import torch
 import tyro
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import draw_prompts, fast_dtype, load, read_prompts
+from model import draw_prompts, fast_dtype, load, read_prompts, score_of
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,13 +53,12 @@ def run(out: Path, seed: int, n: int, comparisons: bool, prompts: bool) -> None:
 @torch.no_grad()
 def ranking(out: Path, fresh: int, prompts: bool, seed: int) -> dict[str, float]:
     """Of the reward model in `out`, on fresh samples of the base model."""
-    base, tokenizer, _ = load(out / "base.safetensors", "01_pretrain.py")
-    model, _, header = load(out / "reward.safetensors", "03_reward_model.py")
-    for m in (base, model):
-        m.to(DEVICE).dtype = fast_dtype(DEVICE)
-    given = draw_prompts(read_prompts(out / "corpus.txt", tokenizer)[1] if prompts else None, fresh, seed)
+    on = DEVICE, fast_dtype(DEVICE)
+    base, tokenizer, _ = load(out / "base.safetensors", "01_pretrain.py", *on)
+    model, _, header = load(out / "reward.safetensors", "03_reward_model.py", *on)
+    given = draw_prompts(read_prompts(out / "corpus.txt", tokenizer, held_out=True) if prompts else None, fresh, seed)
     y, _ = base.generate(fresh, header["length"], seed << 32 | 7 << 24, prompts=given)
-    score = torch.cat([model.reward(mb, "comparisons", "happy") for mb in y.split(256)]).numpy(force=True)
+    score = torch.cat([score_of(model.sentiment(mb), "comparisons", "happy") for mb in y.split(256)]).numpy(force=True)
     vader = SentimentIntensityAnalyzer()
     gold = np.array([vader.polarity_scores(t)["compound"] for t in tokenizer.decode_batch(y.tolist())])
     target = np.array([rm.TARGET[label.vader_label(g)] for g in gold])

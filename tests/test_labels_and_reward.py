@@ -8,7 +8,7 @@ import torch
 
 from model import UserError
 
-from people import cohen_kappa, current_labels, drop_unfinished_line
+from people import cohen_kappa, read_answers, read_jsonl
 
 label = importlib.import_module("02_sample_label")
 rm = importlib.import_module("03_reward_model")
@@ -71,8 +71,9 @@ def test_the_bag_of_words_of_a_pair():
 
 def test_the_last_line_about_an_item_counts(tmp_path):
     rows = [row(1, "positive"), row(2, "skip"), row(3, "negative"), row(1, "undo"), row(1, "neutral"), row(3, "undo")]
-    assert current_labels(rows) == {"2": "skip", "1": "neutral"}
-    read = rm.read_labels(write_rows(tmp_path / "l.jsonl", rows))
+    path = write_rows(tmp_path / "l.jsonl", rows)
+    assert list(read_answers(path).items()) == [("2", "skip"), ("1", "neutral")]
+    read = rm.read_labels(path)
     assert [(r["id"], r["label"]) for r in read] == [("1", "neutral")]
 
 
@@ -86,11 +87,23 @@ def test_a_bad_line_is_named(tmp_path, bad, why):
         rm.read_labels(path)
 
 
-def test_an_unfinished_last_line_is_dropped_by_the_labeller(tmp_path):
+@pytest.mark.parametrize("text, kept", [('{"id": "1"}\n{"id": "2", "lab', '{"id": "1"}\n'), ('{"id": "1', ""),
+                                        ('{"id": "1"}\n{"id": "2"}', '{"id": "1"}\n{"id": "2"}\n')])
+def test_an_unfinished_last_line_is_dropped_and_a_whole_one_kept(tmp_path, text, kept):
     path = tmp_path / "l.jsonl"
-    path.write_text('{"id": "1"}\n{"id": "2", "lab')
-    drop_unfinished_line(path)
-    assert path.read_text() == '{"id": "1"}\n'
+    path.write_text(text)
+    rows = read_jsonl(path)
+    assert path.read_text() == kept and rows == [json.loads(line) for line in kept.splitlines()]
+
+
+def test_a_bad_line_of_answers_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(row(1, "positive")).encode() + b'\n{"id": "2"}\n')
+    with pytest.raises(UserError, match="line 2 is broken"):
+        read_answers(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UserError, match="line 1 is broken"):
+        read_answers(tmp_path / "a.jsonl")
+    assert read_answers(tmp_path / "none.jsonl") == {}
 
 
 def test_pooling_weighs_a_machine_below_a_person():

@@ -89,9 +89,8 @@ def test_prompts_of_different_lengths_equal_one_by_one():
 def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
     speech = "ROMEO:\nTo be, or not\nTo be\n\nNURSE:\n" + "a very long line " * 30 + "\n\n"
     (tmp_path / "c.txt").write_text(speech * 40 + "JULIET:\nNot to be\n" * 200)
-    train, held = m.read_prompts(tmp_path / "c.txt", tokenizer)
-    decode = lambda rows: [tokenizer.decode([t for t in x if t >= 0]) for x in rows.tolist()]  # noqa: E731
-    assert decode(train) == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"] and decode(held) == ["JULIET:\nNot to be\n"]
+    train, held = (m.decode_prompts(tokenizer, m.read_prompts(tmp_path / "c.txt", tokenizer, held_out)) for held_out in (False, True))
+    assert train == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"] and held == ["JULIET:\nNot to be\n"]
     with pytest.raises(UserError, match="missing"):
         m.read_prompts(tmp_path / "none.txt", tokenizer)
     (tmp_path / "c.txt").write_text("no speakers here\n" * 99)

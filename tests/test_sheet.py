@@ -12,12 +12,12 @@ from model import UserError
 from tests.test_pipeline import rows, run
 
 NASTY = ["</script><script>document.title='hacked'</script>", "<b>bold</b> &amp; \"quotes\" 'single'", "\U0001f600 emoji",
-         "bell \x07 and \x1b[31m escape", "<!-- comment", "line\nbreak", "\u2028 separator", "{} DATA POLICY TITLE"]
+         "bell \x07 and \x1b[31m escape", "<!-- comment", "line\nbreak", "\u2028 separator", "{} DATA POLICY"]
 
 
 def sheet_of(tmp_path, texts):
     items = [{"id": f"item-{i}", "source": "model", "text": text, "tokens": [i]} for i, text in enumerate(texts)]
-    people.write_sheet(tmp_path / "sheet.html", "labels", "A <title>", items)
+    people.write_sheet(tmp_path / "sheet.html", "labels", items)
     return tmp_path / "sheet.html", items
 
 
@@ -163,7 +163,7 @@ def test_samples_stay_text_on_a_phone_in_the_dark(tmp_path, browser):
         assert shown == "".join("\ufffd" if ord(c) < 32 and c != "\n" or 127 <= ord(c) < 160 else c for c in item["text"])
         assert page.execute_script("return document.querySelector('#texts p').children.length") == 0
         page.execute_script("document.querySelector('#answers button').click()")  # a touch
-    assert page.title == "A <title>" and "All are answered" in text(page, "count")
+    assert page.title.startswith("Shakespeare") and "All are answered" in text(page, "count")
     assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     press(page, [chr(0xE012)])                             # arrow left
     assert f"Item {len(items) - 1} of" in text(page, "count")
@@ -213,3 +213,8 @@ def test_ratings_by_mail_stay_blind_until_they_are_back(pipeline, tmp_path):
     (tmp_path / "anna.jsonl").write_text("{}\n")
     done = run("05_eval.py", out, "--ratings", fair)
     assert done.returncode == 2 and "line 1 left out: broken" in done.stderr
+    # a key of other policies is not used
+    path = next(out.glob("key-*.json"))
+    path.write_text(json.dumps(key | {"policies": key["policies"] | {"sad": "of an earlier run"}}))
+    done = run("05_eval.py", out, "--ratings", fair)
+    assert done.returncode == 2 and "belongs to other policies" in done.stderr
