@@ -191,7 +191,7 @@ if __name__ == "__main__":
             (not cfg.sheet and (cfg.merge or cfg.sheet_skip or cfg.pick != "random"),
              "--merge, --sheet-skip and --pick are about a sheet: name it with --sheet"),
             (cfg.sheet_skip < 0 or cfg.sheet_skip and cfg.pick != "random",
-             "--sheet-skip counts items in random order: it cannot be negative or go with --pick uncertain")):
+             "--sheet-skip cannot be negative, and cannot go with --pick uncertain: it counts items in random order")):
         if wrong:
             raise UserError(why)
     if cfg.merge:

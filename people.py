@@ -236,11 +236,11 @@ def cohen_kappa(a: list[str], b: list[str]) -> float:
 
 
 def kappas(people: dict[str, dict[str, str]]) -> dict[str, tuple[float, int]]:
-    """name -> id -> label. -> "NAME, NAME" -> Cohen's kappa on their common items, and how many these are."""
+    """name -> id -> label. -> "NAME and NAME" -> Cohen's kappa on their common items, and how many these are."""
     found = {}
-    for (a, x), (b, y) in itertools.combinations(people.items(), 2):
+    for (a, x), (b, y) in itertools.combinations(sorted(people.items()), 2):
         if common := [i for i in x if i in y]:
-            found[f"{a}, {b}"] = (cohen_kappa([x[i] for i in common], [y[i] for i in common]), len(common))
+            found[f"{a} and {b}"] = (cohen_kappa([x[i] for i in common], [y[i] for i in common]), len(common))
     return found
 
 
