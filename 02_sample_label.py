@@ -163,7 +163,7 @@ def choose(items: list[dict], cfg: Config, base: str, device, dtype) -> list[dic
     logit = torch.cat([score_of(model.sentiment(y), "comparisons", "happy") for y in tokens.flatten(0, -2).split(256)])
     if tokens.dim() == 3:
         logit = logit[::2] - logit[1::2]
-    elif header["kind"] == "comparisons":  # only differences mean anything: from the base model's mean
+    elif header.get("kind") == "comparisons":  # only differences mean anything: from the base model's mean
         logit -= header["normalisation"]["happy"]["mean"]
     p = logit.sigmoid().tolist()
     at_random = order[: round(n * cfg.random_share)]
