@@ -244,7 +244,7 @@ def plots(folder: Path, report: dict, ppo: list[dict], bins: list[dict], curve: 
     figures.append(plot(folder, "entropy", "Entropy of the policy", "iteration", "nats per token",
                         [("o-", "", x, [r["entropy"] for r in ppo], None)]))
     figures.append(plot(
-        folder, "calibration", "Calibration of the reward model, held out", "predicted p(happy)", "labelled happy",
+        folder, "calibration", "Calibration of the reward model, held out", "predicted", "labelled",
         [("o-", "", [b["predicted"] for b in bins], [b["target"] for b in bins], None),
          (":", "", [0, 1], [0, 1], None)]))
     if curve:
