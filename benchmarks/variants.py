@@ -6,7 +6,7 @@ For each seed the same base model (01 of `python -m benchmarks.seeds`), then 16,
 of its comparisons, of unconditional samples and of completions of prompts. Both reward models of a
 kind are asked about the same fresh samples: AUC on VADER's label, and how often they prefer the sample that VADER
 prefers. The gold score at 5 and at 10 nats is read off the checkpoints on either side, linearly in sqrt KL.
-Prints Markdown with the standard deviation over seeds; writes benchmarks/results/variants.json.
+Prints Markdown, mean and half the width of a 95 % t-interval over seeds; writes benchmarks/results/variants.json.
 """
 import importlib
 import json
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 rm = importlib.import_module("03_reward_model")
 label = importlib.import_module("02_sample_label")
+T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t of that many seeds less one degrees of freedom, 97.5 %
 
 
 @dataclass
@@ -74,6 +75,8 @@ def gold_at(out: Path, kl: float) -> float:
 
 if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
+    if len(cfg.seeds) not in T:
+        sys.exit(f"error: two to {max(T)} seeds, for an interval")
     results = {}
     print("| samples | learned from | AUC | pair accuracy, % | gold at 5 nats | gold at 10 nats |\n|---|---|---|---|---|---|")
     for prompts in (False, True):
@@ -85,9 +88,10 @@ if __name__ == "__main__":
                 run(out, seed, cfg.n, comparisons, prompts)
                 found.append(ranking(out, cfg.fresh, prompts, seed) | {f"gold at {kl} nats": gold_at(out, kl) for kl in (5, 10)})
             results[", ".join(name)] = found
-            table = {k: np.array([r[k] for r in found]) for k in found[0]}
-            print(f"| {name[0]} | {cfg.n:,} {name[1]} | " + " | ".join(
-                f"{x.mean():.{1 if '%' in k else 3}f} ± {x.std(ddof=1) if len(x) > 1 else 0:.{1 if '%' in k else 3}f}"
-                for k, x in table.items()) + " |", flush=True)
+            cells = []
+            for key in found[0]:
+                x, digits = np.array([r[key] for r in found]), 1 if "%" in key else 3
+                cells.append(f"{x.mean():.{digits}f} ± {T[len(x)] * x.std(ddof=1) / len(x)**0.5:.{digits}f}")
+            print(f"| {name[0]} | {cfg.n:,} {name[1]} | {' | '.join(cells)} |", flush=True)
     (ROOT / "benchmarks" / "results" / "variants.json").write_text(json.dumps(
         {"torch": torch.__version__, "seeds": cfg.seeds, "n": cfg.n, "runs": results}, indent=1))
