@@ -1,6 +1,6 @@
 """Labels or comparisons, unconditional or prompted: which reward model ranks better, which policy is happier?
 
-    python -m benchmarks.variants             # 02 to 05 twelve times: about 75 minutes; a second call goes on
+    python -m benchmarks.variants             # 02 to 05 twelve times: more than an hour; a second call goes on
 
 For each seed the same base model (01 of `python -m benchmarks.seeds`), then 16,384 labels of VADER, or as many
 of its comparisons, of unconditional samples and of completions of prompts. Both reward models of a
