@@ -355,8 +355,8 @@ def test_a_full_disk_leaves_the_old_files(pipeline, corpus, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(pipeline, corpus, tmp_path):
-    process = subprocess.Popen(command("01_pretrain.py", tmp_path / "out", "--corpus", str(corpus)),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command("01_pretrain.py", tmp_path / "out", "--corpus", str(corpus), "--steps", "20000"),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # far from its end
     log = tmp_path / "out" / "01.jsonl"
     wait_for(process, lambda: log.exists() and len(log.read_text().splitlines()) >= 5)
     process.send_signal(signal.SIGINT)
@@ -398,6 +398,16 @@ def test_the_negative_twin_has_its_own_target(pipeline, tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert report["sad"][-1]["negative"] > report["happy"][0]["negative"] > report["happy"][-1]["negative"]
     assert report["sad"][-1]["proxy"] > -1 and "Checkpoints towards sad" in (out / "report.html").read_text()
+    done = run("05_eval.py", out, "--sheet", str(tmp_path / "rate.html"), "--rate-n", "4")  # three arms
+    assert done.returncode == 0, done.stderr
+    key = json.loads(next(out.glob("key-*.json")).read_text())
+    assert sorted(key["arms"].values()) == ["base"] * 4 + ["happy"] * 4 + ["sad"] * 4
+    (tmp_path / "anna.jsonl").write_text("".join(json.dumps(item | {
+        "label": "negative" if key["arms"][item["id"]] == "sad" else "positive", "labeller": "anna"}) + "\n" for item in key["items"]))
+    done = run("05_eval.py", out, "--ratings", str(tmp_path / "anna.jsonl"), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "anna: positive 4 of 4 base, 4 of 4 happy samples" in done.stdout
+    assert "anna: negative 0 of 4 base, 4 of 4 sad samples; Fisher's exact test, one-sided: p = 0.014" in done.stdout  # 1 / C(8, 4)
 
 
 def test_the_learning_curve_is_measured_and_drawn(pipeline, tmp_path):

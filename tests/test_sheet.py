@@ -113,7 +113,7 @@ def save(page, tmp_path, name):
     field.send_keys(name)
     page.find_element(By.ID, "save").click()
     files, deadline = tmp_path / "downloads", time.time() + 20
-    while not (done := list(files.glob(f"*-{name}.jsonl"))):
+    while not (done := [path for path in files.glob(f"*-{name}.jsonl") if path.stat().st_size]):  # empty at first
         assert time.time() < deadline, text(page, "warning")
         time.sleep(0.1)
     return done[0]
