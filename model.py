@@ -268,19 +268,20 @@ class Decoder:
 
 
 def read_prompts(corpus: Path, tokenizer: Tokenizer, held_out: bool = False, longest: int = 24) -> torch.Tensor:
-    """Prompts: every speaker's name with the first line of the speech, of at most `longest` tokens, from the
-    training text or the held-out last 5 % of it -> (n, longest), each once, padded with -1 at its end. Raises
-    UserError if the corpus is not there or has none."""
+    """Prompts: every speaker's name ("Romeo:", or "ROMEO." as Project Gutenberg prints it) with the first line of
+    the speech, of at most `longest` tokens, from the training text or the held-out last 5 % of it -> (n, longest),
+    each once, padded with -1 at its end. Raises UserError if the corpus is not there or has none."""
     if not corpus.exists():
         raise UserError(f"{corpus} is missing (the shipped model comes without its corpus): run 01_pretrain.py "
                         "with --corpus FILE, or draw samples without --prompts in 02_sample_label.py")
     text = corpus.read_text(encoding="utf-8")
     cut = int(len(text) * 0.95)  # as in 01
     part = text[cut:].partition("\n")[2] if held_out else text[:cut]
-    found = dict.fromkeys(re.findall(r"^[A-Z][^\n:]{0,30}:\n[^\n]+\n", part, re.M))
+    found = max((dict.fromkeys(re.findall(rf"^{name}\n[^\n]+\n", part, re.M))
+                 for name in (r"[A-Z][^\n:]{0,30}:", r"[A-Z][A-Z ,'’]{0,30}\.")), key=len)
     rows = [e.ids for e in tokenizer.encode_batch(list(found)) if len(e.ids) <= longest]
     if not rows:
-        raise UserError(f"{corpus} has no prompts: a line that ends in a colon, and the line after it")
+        raise UserError(f"{corpus} has no prompts: a speaker's name and a colon on a line, and the line after it")
     return torch.tensor([ids + [-1] * (longest - len(ids)) for ids in rows])
 
 

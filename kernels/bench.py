@@ -334,7 +334,7 @@ def ppo_share(rounds) -> dict:
         return call
 
     def head(i):
-        torch.autograd.grad(linear_logprob(hidden, weight, target)[0].sum(), (hidden, weight))
+        torch.autograd.grad(linear_logprob(hidden, weight, target, entropy=False)[0].sum(), (hidden, weight))
     parts = len(range(0, batch, mb))
     calls = {
         "attention, forward": (4 * parts * c.n_layer,  # policy, reference, reward model, update
@@ -342,9 +342,9 @@ def ppo_share(rounds) -> dict:
         "attention, backward": (parts * c.n_layer,
                                 lambda i: torch.autograd.grad(out, qkv, upstream, retain_graph=True)),
         "decode_attention": (T * c.n_layer, no_grad(lambda: decode_attention(*new, *cache, half))),
-        "linear_logprob, forward": (2 * parts, no_grad(lambda: linear_logprob(hidden, weight, target))),
+        "linear_logprob, forward": (2 * parts, no_grad(lambda: linear_logprob(hidden, weight, target, entropy=False))),
         "linear_logprob, forward + backward": (parts, head),
-        "sample": (T, no_grad(lambda: sample(last, weight, pos, row, pos))),
+        "sample": (T, no_grad(lambda: sample(last, weight, pos, row, pos, entropy=False))),
     }
     r = compare({"whole iteration": iteration} | {k: call for k, (_, call) in calls.items()}, 1, max(3, rounds // 5))
     whole = r["whole iteration"]["ms"]
