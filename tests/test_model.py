@@ -91,8 +91,8 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
     (tmp_path / "c.txt").write_text(speech * 40 + "JULIET:\nNot to be\n" * 200)
     train, held = (m.decode_prompts(tokenizer, m.read_prompts(tmp_path / "c.txt", tokenizer, held_out)) for held_out in (False, True))
     assert train == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"] and held == ["JULIET:\nNot to be\n"]
-    (tmp_path / "g.txt").write_text("FIRST WITCH.\nWhen shall we\nthree\n\nThus:\nSo\n\n" * 99)  # as Project Gutenberg prints it
-    assert m.decode_prompts(tokenizer, m.read_prompts(tmp_path / "g.txt", tokenizer)) == ["FIRST WITCH.\nWhen shall we\n"]
+    (tmp_path / "g.txt").write_text("WITCH.\nWhen shall we\n\nTHIRD, A.\nThere\n\nThus:\nSo\n\n" * 99)  # as Project Gutenberg prints it
+    assert m.decode_prompts(tokenizer, m.read_prompts(tmp_path / "g.txt", tokenizer)) == ["WITCH.\nWhen shall we\n", "THIRD, A.\nThere\n"]
     with pytest.raises(UserError, match="missing"):
         m.read_prompts(tmp_path / "none.txt", tokenizer)
     (tmp_path / "c.txt").write_text("no speakers here\n" * 99)

@@ -356,7 +356,8 @@ def test_a_full_disk_leaves_the_old_files(pipeline, corpus, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(pipeline, corpus, tmp_path):
     process = subprocess.Popen(command("01_pretrain.py", tmp_path / "out", "--corpus", str(corpus), "--steps", "20000"),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # far from its end
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,  # far from its end, and
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's & ignores it
     log = tmp_path / "out" / "01.jsonl"
     wait_for(process, lambda: log.exists() and len(log.read_text().splitlines()) >= 5)
     process.send_signal(signal.SIGINT)
