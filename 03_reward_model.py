@@ -120,10 +120,10 @@ def split(items: list[dict], seed: int, test: float, val: float) -> list[str]:
     text_of = {item["id"]: str(item["text"]) for item in items if item["source"] != "piece"}
     people = {str(item["text"]) for item in items if item["person"]}
     g, part = torch.Generator().manual_seed(seed), {}
-    for texts in (sorted(people), sorted({*text_of.values()} - people)):
-        order = torch.randperm(len(texts), generator=g).tolist()
-        n_test, n_val = math.ceil(test * len(texts)), math.ceil(val * len(texts))
-        part |= {texts[i]: "test" if rank < n_test else "val" if rank < n_test + n_val else "train"
+    for group in (sorted(people), sorted({*text_of.values()} - people)):
+        order = torch.randperm(len(group), generator=g).tolist()
+        n_test, n_val = math.ceil(test * len(group)), math.ceil(val * len(group))
+        part |= {group[i]: "test" if rank < n_test else "val" if rank < n_test + n_val else "train"
                  for rank, i in enumerate(order)}
     return [part.get(text_of.get(item["id"].split("#")[0]), "train") for item in items]
 
