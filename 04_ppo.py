@@ -1,6 +1,6 @@
 """Stage 4: PPO against the reward model, from the base model to 10 nats away from it.
 
-    python 04_ppo.py                     # 131 s: p(happy) .63 -> .93, 8.9 nats away
+    python 04_ppo.py                     # 130 s: p(happy) .63 -> .94, 9.1 nats away
     python 04_ppo.py --target sad        # the negative twin, by its own target
 
 Reads   out/base.safetensors, out/reward.safetensors

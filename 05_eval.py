@@ -1,6 +1,6 @@
 """Stage 5: measure every checkpoint on fresh samples, and write the report.
 
-    python 05_eval.py                    # 49 s: VADER positive 58.3 -> 96.2 %
+    python 05_eval.py                    # 51 s: VADER positive 58.3 -> 96.8 %
     python 05_eval.py --rate anna        # rate 20 base and 20 final samples blind, in the terminal
 
 Reads   out/*.safetensors, out/checkpoints/*.safetensors, the logs of the other stages
