@@ -214,8 +214,9 @@ def tensors(items: list[dict], device) -> tuple[torch.Tensor, torch.Tensor, torc
 def train(model: GPT, items: list[dict], epochs: float, cfg: Config, desc: str, log=None, keep=None,
           resumed: dict | None = None) -> GPT:
     """Fine-tune on the "train" part of items, with early stopping -> the model of the best NLL on
-    their "val" part, or for a person's labels the last one. log(**row) gets one row a step; keep(model, optimizer, tensors, **header) is
-    called at every evaluation; `resumed` is the header of what it saved."""
+    their "val" part, or for a person's labels the last one. log(**row) gets one row a step;
+    keep(model, optimizer, tensors, **header) is called at every evaluation; `resumed` is the header
+    of what it saved."""
     device = model.head.device
     tokens, target, weight = tensors([i for i in items if i["part"] == "train"], device)
     val_tokens, val_target, _ = tensors([i for i in items if i["part"] == "val"], device)

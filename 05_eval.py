@@ -297,7 +297,7 @@ if __name__ == "__main__":
             mixed += [(arm, {"prompt": p, "text": text} if p else {"text": text})
                       for p, text in zip(decode_prompts(tokenizer, given), tokenizer.decode_batch(y.tolist()))]
         # seeded by the policy too: one key tells nothing of another
-        g = torch.Generator().manual_seed(int(fingerprint(final)[:15], 16) ^ seed)
+        g = torch.Generator().manual_seed(int(current["happy"][:15], 16) ^ seed)
         order = torch.randperm(len(mixed), generator=g).tolist()
         series = hashlib.sha256(json.dumps([mixed[i] for i in order]).encode()).hexdigest()[:16]
         items = [{"id": f"{series}-{place}"} | mixed[i][1] for place, i in enumerate(order)]

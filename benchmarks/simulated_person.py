@@ -5,9 +5,9 @@
 The person is simulated, so that it is known where it disagrees: it feels like VADER, except that
 ten frequent words mean the opposite to it. It labels 300 samples; 03_reward_model.py runs all its
 phases again, the person's last; the models before and after are then asked about fresh samples that
-nobody has labelled. Then the last phase alone, several times: on 75 to 1,200 labels chosen at random and by `--pick uncertain` (how many does the choice save?), and on 300 of which a
-share is replaced by another label (what does disagreement do?). Writes
-benchmarks/results/simulated_person.json.
+nobody has labelled. Then the last phase alone, several times: on 75 to 1,200 labels chosen at random
+and by `--pick uncertain` (how many does the choice save?), and on 300 of which a share is replaced by
+another label (what does disagreement do?). Writes benchmarks/results/simulated_person.json.
 """
 import importlib
 import json

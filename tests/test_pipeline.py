@@ -171,10 +171,11 @@ def test_comparisons_train_a_reward_model_that_04_takes_as_it_is(pipeline, tmp_p
         by_id = {r["id"]: r for r in rows(out / "samples.jsonl")}
         left, right = (by_id[i] for i in pair["id"].split())
         assert left["prompt"] == right["prompt"] == pair["prompt"] and left["text"] != right["text"]
-    done = run("03_reward_model.py", out, "--comparisons")
+    done = run("03_reward_model.py", out, "--comparisons", "--epochs", "4", "--piece-epochs", "2")
     assert done.returncode == 0, done.stderr
     header = load(out / "reward.safetensors", "")[2]
-    assert header["kind"] == "comparisons" and header["prompted"] == prompts and header["metrics"]["all"]["auc"] > 0.7
+    assert header["kind"] == "comparisons" and header["prompted"] == prompts
+    assert header["metrics"]["all"]["auc"] > 0.8
     assert header["normalisation"]["happy"]["mean"] == pytest.approx(-header["normalisation"]["sad"]["mean"], abs=1e-4)
     done = run("04_ppo.py", out)
     assert done.returncode == 0, done.stderr
