@@ -26,18 +26,18 @@ import math
 import re
 import time
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from model import (GPT, RESERVED, GPTConfig, Log, UserError, average_gradients, finish, gather, load,
-                   load_optimizers, resume_from, save, share, start, write)
+from kernels.processes import average_gradients, means, share, world
+from model import (GPT, RESERVED, GPTConfig, Log, UserError, finish, load, require, resume, save,
+                   settings_of, start, write)
 
 HERE = Path(__file__).parent
-SCRIPT = "01_pretrain.py"
 URLS = ("https://www.gutenberg.org/cache/epub/100/pg100.txt",
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
 
@@ -66,11 +66,72 @@ class Config:
     n_samples: int = 512     # samples drawn at the end to count real words
 
 
-ON_GPU = dict(n_layer=6, n_head=6, d_model=384, batch=128, steps=320, muon_lr=0.03, weight_decay=0.3, embed_lr=0.07,
-              head_lr=0.01, save_every=80, n_samples=4096)  # 12 M parameters; 450 steps would be too many epochs
+# 12 M parameters; 450 steps would be too many epochs
+ON_GPU = dict(n_layer=6, n_head=6, d_model=384, batch=128, steps=320, muon_lr=0.03,
+              weight_decay=0.3, embed_lr=0.07, head_lr=0.01, save_every=80, n_samples=4096)
 
 
-# ---- Corpus --------------------------------------------------------------------------------------
+def check(cfg: Config) -> None:
+    for knob in ("batch", "steps", "warmup", "save_every", "context", "cooldown", "n_samples",
+                 "n_layer", "n_head", "n_kv_head"):
+        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
+    require(cfg.batch % world()[1] == 0, "--batch must divide among the processes")
+    require(cfg.d_model % (2 * cfg.n_head) == 0 == cfg.n_head % cfg.n_kv_head,
+            "--d-model must be a multiple of 2 x --n-head, and --n-head of --n-kv-head")
+
+
+# ---- Text into tokens ----------------------------------------------------------------------------
+def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): any text encodes, and decodes to
+    itself. The reserved tokens get the last ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=max(vocab_size - len(RESERVED), len(alphabet)),
+                                  initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.add_special_tokens(list(RESERVED))
+    return tokenizer
+
+
+# ---- Batches and measurements --------------------------------------------------------------------
+def epoch_windows(ids: torch.Tensor, context: int, seed: int) -> torch.Tensor:
+    """ids (N,) -> (n, context) windows that do not overlap, cut at a random offset, shuffled."""
+    g = torch.Generator().manual_seed(seed)
+    offset = int(torch.randint(min(context, len(ids) - context + 1), (1,), generator=g))
+    n = (len(ids) - offset) // context
+    windows = ids[offset:offset + n * context].view(n, context)
+    return windows[torch.randperm(n, generator=g)]
+
+
+def lr_scale(step: int, steps: int, warmup: int, cooldown: float) -> float:
+    """Linear warm-up, constant, then linear to 0 over the last `cooldown` share of the steps."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / (cooldown * steps))
+
+
+@torch.no_grad()
+def held_out(model: GPT, ids: torch.Tensor, token_bytes: torch.Tensor) -> tuple[float, float]:
+    """Mean nats per token and bits per byte over non-overlapping windows of the model's context,
+    each read from the start token: the first tokens of a window have little to go on."""
+    n = len(ids) // model.config.context
+    windows = ids[: n * model.config.context].view(n, -1).to(model.head.device)
+    nats = -sum(float(model.logprob(y).sum(dtype=torch.float64)) for y in windows.split(64))
+    return nats / windows.numel(), nats / math.log(2) / int(token_bytes[windows.cpu()].sum())
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+(?:['’][a-z]+)*", text.lower())
+
+
+def real_word_share(samples: list[str], vocabulary: set[str]) -> float:
+    """Share of sampled words that occur in the corpus. The first and the last word of each sample
+    are left out: the sample's edge may have cut them."""
+    sampled = [w for text in samples for w in words(text)[1:-1]]
+    return sum(w in vocabulary for w in sampled) / max(len(sampled), 1)
+
+
+# ---- Finding the corpus: nothing about learning here, skip to the run ----------------------------
 def download(url: str, limit_s: float = 120, at_least: int = 500_000) -> str:
     """Fetch a text, with progress. Raises UserError if it is refused, slower than `limit_s`, cut
     off, shorter than `at_least` bytes, an HTML page, or not UTF-8. Nothing is written."""
@@ -132,120 +193,70 @@ def find_corpus(path: str, urls=URLS) -> str | None:
     return None
 
 
-def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): any text encodes, and decodes to
-    itself. The reserved tokens get the last ids."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=max(vocab_size - len(RESERVED), len(alphabet)),
-                                  initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([text], trainer)
-    tokenizer.add_special_tokens(list(RESERVED))
-    return tokenizer
-
-
-# ---- Batches and measurements --------------------------------------------------------------------
-def epoch_windows(ids: torch.Tensor, context: int, seed: int) -> torch.Tensor:
-    """ids (N,) -> (n, context) windows that do not overlap, cut at a random offset, shuffled."""
-    g = torch.Generator().manual_seed(seed)
-    offset = int(torch.randint(min(context, len(ids) - context + 1), (1,), generator=g))
-    n = (len(ids) - offset) // context
-    windows = ids[offset:offset + n * context].view(n, context)
-    return windows[torch.randperm(n, generator=g)]
-
-
-def lr_scale(step: int, steps: int, warmup: int, cooldown: float) -> float:
-    """Linear warm-up, constant, then linear to 0 over the last `cooldown` share of the steps."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / (cooldown * steps))
-
-
-@torch.no_grad()
-def held_out(model: GPT, ids: torch.Tensor, token_bytes: torch.Tensor) -> tuple[float, float]:
-    """Mean nats per token and bits per byte over non-overlapping windows of the model's context,
-    each read from the start token: the first tokens of a window have little to go on."""
-    n = len(ids) // model.config.context
-    windows = ids[: n * model.config.context].view(n, -1).to(model.head.device)
-    nats = -sum(float(model.logprob(y)[0].sum(dtype=torch.float64)) for y in windows.split(64))
-    return nats / windows.numel(), nats / math.log(2) / int(token_bytes[windows.cpu()].sum())
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+(?:['’][a-z]+)*", text.lower())
-
-
-def real_word_share(samples: list[str], vocabulary: set[str]) -> float:
-    """Share of sampled words that occur in the corpus. The first and the last word of each sample
-    are left out: the sample's edge may have cut them."""
-    sampled = [w for text in samples for w in words(text)[1:-1]]
-    return sum(w in vocabulary for w in sampled) / max(len(sampled), 1)
+def use_shipped_model(out: Path) -> None:
+    """Without corpus and network: the base model that this script's defaults once trained."""
+    print("no corpus and no network: using pretrained/base.safetensors, which this script made")
+    write(out / "base.safetensors", (HERE / "pretrained" / "base.safetensors").read_bytes())
+    _, _, header = load(out / "base.safetensors", "01_pretrain.py")
+    print("its metrics:", ", ".join(f"{k} {v:.4g}" for k, v in header["metrics"].items()))
+    (out / "corpus.txt").unlink(missing_ok=True)
+    finish("python 02_sample_label.py", out)
 
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__, ON_GPU)
-    done, state = cfg.out / "base.safetensors", cfg.out / "01-state.safetensors"
-    if min(cfg.batch, cfg.steps, cfg.warmup, cfg.save_every, cfg.context, cfg.cooldown, cfg.n_samples) <= 0:
-        raise UserError("--batch, --steps, --warmup, --save-every, --context, --cooldown and --n-samples "
-                        "must be positive")
-    if cfg.d_model % (2 * cfg.n_head) or cfg.n_head % cfg.n_kv_head:
-        raise UserError("--d-model must be a multiple of 2 x --n-head, and --n-head of --n-kv-head")
+    check(cfg)
     text = find_corpus(cfg.corpus)
     if text is None:
-        print("no corpus and no network: using pretrained/base.safetensors, which this script made")
-        write(done, (HERE / "pretrained" / "base.safetensors").read_bytes())
-        _, _, header = load(done, SCRIPT)
-        print("its metrics:", ", ".join(f"{k} {v:.4g}" for k, v in header["metrics"].items()))
-        (cfg.out / "corpus.txt").unlink(missing_ok=True)
-        finish("python 02_sample_label.py", cfg.out)
+        use_shipped_model(cfg.out)
         raise SystemExit
-    if any(token in text for token in RESERVED):
-        raise UserError(f"the corpus contains one of the reserved tokens {', '.join(RESERVED)}")
-    cut = int(len(text) * 0.95)
-    if len(text) < 2000:
-        raise UserError(f"the corpus has {len(text)} characters, too few to learn from: "
-                        "choose a larger one with --corpus FILE")
+    require(not any(token in text for token in RESERVED),
+            f"the corpus contains one of the reserved tokens {', '.join(RESERVED)}")
+    require(len(text) >= 2000, f"the corpus has {len(text)} characters, too few to learn from: "
+                               "choose a larger one with --corpus FILE")
 
+    # -- text into tokens, the last 5 % held out
+    cut = int(len(text) * 0.95)
     tokenizer = train_tokenizer(text[:cut], cfg.vocab_size)
-    train_ids = torch.tensor(tokenizer.encode(text[:cut]).ids)
+    train_ids = torch.tensor(tokenizer.encode(text[:cut]).ids)                       # (N,)
     test_ids = torch.tensor(tokenizer.encode(text[cut:]).ids)
-    token_bytes = torch.tensor([len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())])
+    vocab_size = tokenizer.get_vocab_size()
+    token_bytes = torch.tensor([len(tokenizer.id_to_token(i)) for i in range(vocab_size)])
     per_epoch = (len(train_ids) // cfg.context - 1) // cfg.batch
-    if not per_epoch or len(test_ids) < cfg.context:
-        raise UserError(f"the corpus has {len(train_ids)} training tokens: too few for one batch of "
-                        f"{cfg.batch} x {cfg.context}; lower --batch or --context")
+    require(per_epoch > 0 and len(test_ids) >= cfg.context,
+            f"the corpus has {len(train_ids)} training tokens: too few for one batch of "
+            f"{cfg.batch} x {cfg.context}; lower --batch or --context")
     print(f"{len(train_ids)} training and {len(test_ids)} held-out tokens, "
           f"{len(text[:cut].encode()) / len(train_ids):.2f} bytes each")
 
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("corpus", "out", "resume")}
-    inputs = {"corpus_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
-    model = resumed[0] if resumed else GPT(GPTConfig(
-        tokenizer.get_vocab_size(), cfg.context, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.d_model))
+    # -- the model and its two optimizers
+    model = GPT(GPTConfig(vocab_size, cfg.context, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.d_model))
     model.to(device).dtype = dtype
-    muon = torch.optim.Muon([{"params": list(model.blocks.parameters()), "peak_lr": cfg.muon_lr}],
-                            weight_decay=cfg.weight_decay)
-    adam = torch.optim.AdamW([{"params": [model.embed.weight], "peak_lr": cfg.embed_lr},
-                              {"params": [model.head], "peak_lr": cfg.head_lr}],
-                             betas=(0.9, 0.95), weight_decay=0)
-    if resumed:
-        load_optimizers(resumed[2], (muon, adam))
-    first = resumed[2]["step"] if resumed else 0
-    log = Log(cfg.out / "01.jsonl", first)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{cfg.steps / per_epoch:.1f} epochs of {per_epoch} steps")
+    matrices = {"params": list(model.blocks.parameters()), "peak_lr": cfg.muon_lr}
+    embedding = {"params": [model.embed.weight], "peak_lr": cfg.embed_lr}
+    head = {"params": [model.head], "peak_lr": cfg.head_lr}
+    muon = torch.optim.Muon([matrices], weight_decay=cfg.weight_decay)
+    adam = torch.optim.AdamW([embedding, head], betas=(0.9, 0.95), weight_decay=0)
 
-    epoch, windows, seconds = None, None, 0.0
-    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="pretrain", mininterval=1)
+    about = {"settings": settings_of(cfg), "seed": cfg.seed,
+             "inputs": {"corpus_sha256": hashlib.sha256(text.encode()).hexdigest()}}
+    state = cfg.out / "01-state.safetensors"
+    first = resume(state, cfg, about["inputs"], model, (muon, adam)).get("step", 0)
+    log = Log(cfg.out / "01.jsonl", first)
+
+    # -- training
+    seconds = 0.0
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="pretrain")
     for step in bar:
         began = time.time()
-        if epoch != step // per_epoch:
-            epoch = step // per_epoch
+        epoch, i = divmod(step, per_epoch)
+        if step == first or i == 0:
             windows = epoch_windows(train_ids, cfg.context, cfg.seed * 1000 + epoch).to(device)
-        i = step % per_epoch * cfg.batch
-        rows = share(torch.arange(i, i + cfg.batch), cfg.batch)
-        loss = -model.logprob(windows[rows])[0].mean()
+        rows = share(torch.arange(i * cfg.batch, (i + 1) * cfg.batch), cfg.batch)
+        loss = -model.logprob(windows[rows]).mean()
         loss.backward()
         average_gradients(model)
         scale = lr_scale(step, cfg.steps, cfg.warmup, cfg.cooldown)
@@ -254,27 +265,27 @@ if __name__ == "__main__":
                 group["lr"] = group["peak_lr"] * scale
             optimizer.step()
             optimizer.zero_grad()
-        row = {"step": step, "nats_per_token": gather(loss.detach()[None]).mean().item(), "lr_scale": scale}
+        row = {"step": step, "lr_scale": scale, **means(nats_per_token=loss.detach()[None])}
         seconds += time.time() - began
-        speed = (step + 1 - first) * cfg.batch * cfg.context / seconds
-        bar.set_postfix(nats=f"{row['nats_per_token']:.3f}", tokens_per_s=f"{speed:.0f}", refresh=False)
+        row["tokens_per_s"] = (step + 1 - first) * cfg.batch * cfg.context / seconds
+        bar.set_postfix(nats=f"{row['nats_per_token']:.3f}", refresh=False)
         save_now = (step + 1) % cfg.save_every == 0
         if save_now:
             row["held_out_nats"], row["held_out_bits_per_byte"] = held_out(model, test_ids, token_bytes)
             tqdm.write(f"step {step + 1}: held out {row['held_out_bits_per_byte']:.3f} bits per byte")
-        log(**row, tokens_per_s=speed)
+        log(**row)
         if save_now:
-            save(state, model, tokenizer, (muon, adam), step=step + 1, settings=settings, inputs=inputs)
+            save(state, model, tokenizer, (muon, adam), step=step + 1, **about)
 
+    # -- what came of it
     nats, bits = held_out(model, test_ids, token_bytes)
     tokens, _ = model.generate(cfg.n_samples, 64, seed=cfg.seed)
     samples = tokenizer.decode_batch(tokens.tolist())
     metrics = {"nats_per_token": nats, "bits_per_byte": bits, "perplexity": math.exp(nats),
-               "tokens_per_s": speed,
+               "tokens_per_s": row["tokens_per_s"],
                "real_word_share": real_word_share(samples, set(words(text[:cut])))}
     write(cfg.out / "corpus.txt", text)
-    save(done, model, tokenizer, step=cfg.steps, settings=settings, inputs=inputs, metrics=metrics,
-         seed=cfg.seed)
+    save(cfg.out / "base.safetensors", model, tokenizer, step=cfg.steps, metrics=metrics, **about)
     state.unlink(missing_ok=True)
     for sample in samples[:3]:
         print(f"--- sample\n{sample}")

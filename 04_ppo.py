@@ -1,76 +1,87 @@
 """Stage 4: PPO against the reward model, from the base model to 10 nats away from it.
 
-    python 04_ppo.py                     # 130 s: p(happy) .63 -> .94, 9.1 nats away
+    python 04_ppo.py                     # 135 s: p(happy) .63 -> .94, 9.1 nats away
     python 04_ppo.py --target sad        # the negative twin, by its own target
+
+Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each batch, where
+          rho = pi(token | text before it) / pi_old(token | text before it)  and, at every token,
+          A   = (log p(happy | completion) - mean) / std    with constants of the base model.
 
 Reads   out/base.safetensors, out/reward.safetensors
 Writes  out/policy-happy.safetensors (the last policy measured at or below 10 nats), out/04-happy.jsonl,
         out/checkpoints/happy-kl-*.safetensors (one at each crossing of .25, .5, 1, 1.5, 2, 3, ... 10)
 
 Decisions a reader may question:
-1. No value function, no GAE: the normalised reward is the advantage of every token.
-2. The reward is log p(target), or the score of a reward model that learned from comparisons,
-   normalised by two constants that 03 measured on the base model and nobody updates. Whitening each
-   batch instead would blow noise up to unit variance once all samples are alike.
-3. No KL penalty (--kl-coef for comparison): clipping and stopping are what bounds the KL.
-4. The policy is measured before it is updated, on the samples it has just drawn. So KL, reward and
+1. No value function, no GAE, no KL penalty (--kl-coef for comparison): the normalised reward is the
+   advantage of every token; clipping and stopping are what bounds the KL.
+2. Mean and std are measured once, on the base model. Whitening each batch instead would blow noise
+   up to unit variance once all samples are alike. An own `reward_fn` gets its own constants.
+3. The policy is measured before it is updated, on the samples it has just drawn: KL, reward and
    entropy of a row belong to one policy and are unbiased, and a checkpoint's KL is its own.
-5. Old log-probs are the sampler's, for free, if they equal those of the training forward pass on
-   the completions where the KL needs both. Where they do not (bf16 on most GPUs), a pass of its own
-   forms them. Either way the ratio on the first minibatch is 1, and that is asserted.
-6. The reference model sees `kl_samples` completions of each iteration, not all: the exact KL at
-   their prefixes has a smaller error than the usual sampled one (k1) on four times as many.
-7. A reward model of prompted samples means prompts here as well, other ones in every iteration: loss,
-   KL and reward are those of the completion. The checkpoint says so, there is no flag.
-8. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
+4. The reference sees `kl_samples` completions of each iteration, not all: the exact KL at their
+   prefixes has a smaller error than the usual sampled one (k1) on four times as many.
+5. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
+   else (bf16 on most GPUs) a pass of its own forms them. Either way the ratio on the first minibatch
+   is 1, and that is asserted.
+6. If the reward model learned from prompted samples, rollouts have prompts, others in each iteration.
+7. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
    would maximise -log p(happy), which is not bounded by anything.
 """
+import copy
 import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from model import (Log, UserError, average_gradients, draw_prompts, fingerprint, finish, gather, load,
-                   load_optimizers, read_prompts, resume_from, save, score_of, share, start, world, write)
+from kernels.processes import average_gradients, gather, means, share, world
+from model import (Log, chunked, draw_prompts, finish, load_base_and_reward, read_prompts, require,
+                   resume, save, score_of, settings_of, start)
 
-SCRIPT = "04_ppo.py"
-CROSSINGS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)  # nats
+CROSSINGS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # nats
+SHOWN = {"batch": "d", "kl": ".2f", "kl_se": ".2f", "kl_k1": ".2f", "score": ".3f", "p_target": ".3f",
+         "entropy": ".3f", "clip_fraction": ".2%", "approx_kl": ".4f", "grad_norm": ".2f"}
 
 
 @dataclass
 class Config:
     target: Literal["happy", "sad"] = "happy"
-    out: Path = Path("out")     # where all stages write
+    out: Path = Path("out")   # where all stages write
     seed: int = 0
-    resume: bool = False        # continue a killed run from its last saved state
-    batch: int = 2048           # completions an iteration; doubled if the clip fraction stays below 1 %
-    max_batch: int = 4096       # the doubling stops here
-    minibatch: int = 256        # completions an optimizer step
-    epochs: int = 1             # passes over each batch
+    resume: bool = False      # continue a killed run from its last saved state
+    batch: int = 2048         # completions an iteration; doubled if the clip fraction stays below 1 %
+    max_batch: int = 4096     # the doubling stops here
+    minibatch: int = 256      # completions an optimizer step
+    epochs: int = 1           # passes over each batch
     lr: float = 1e-4
-    warmup: int = 10            # optimizer steps of linear warm-up: Adam's first steps are full-size
+    warmup: int = 10          # optimizer steps of linear warm-up: Adam's first steps are full-size
     adam_eps: float = 1e-5
-    clip: float = 0.2           # ratios are clipped to [1 - clip, 1 + clip]
-    kl_coef: float = 0.0        # per-token KL penalty (k1), in units of log p(target)
-    kl_stop: float = 10.0       # nats per completion
+    clip: float = 0.2         # ratios are clipped to [1 - clip, 1 + clip]
+    kl_coef: float = 0.0      # per-token KL penalty (k1), in units of log p(target)
+    kl_stop: float = 10.0     # nats per completion
     max_iterations: int = 60
-    kl_samples: int = 512       # completions of an iteration on which the KL is computed, in whole minibatches
-    save_every: int = 1         # iterations between the states that --resume continues from
+    norm_samples: int = 4096  # samples of the base model behind the reward's mean and std
+    kl_samples: int = 512     # completions of an iteration on which the KL is computed
+    save_every: int = 1       # iterations between the states that --resume continues from
 
 
 ON_GPU = dict(batch=4096, max_batch=8192, minibatch=512, save_every=5)
 
 
+def check(cfg: Config) -> None:
+    for knob in ("batch", "minibatch", "epochs", "warmup", "clip", "max_iterations", "save_every"):
+        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
+    require(cfg.minibatch % world()[1] == 0, "--minibatch must divide among the processes")
+    whole = cfg.batch % cfg.minibatch == cfg.max_batch % cfg.minibatch == 0
+    require(whole and cfg.batch <= cfg.max_batch,
+            "--batch and --max-batch must be multiples of --minibatch, and --batch the smaller")
+
+
 # ---- The mathematics -----------------------------------------------------------------------------
-def normalise(score: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """score (B,) of `score_of` -> reward (B,) in standard deviations of the base model."""
-    return (score - mean) / std
-
-
 def advantage(reward, logp, logp_ref, kl_coef: float, std: float) -> torch.Tensor:
     """reward (B,), logp and logp_ref (B, T) -> advantage (B, T): the reward at every token, less a
     k1 penalty if kl_coef is not 0. The reward was divided by std, so the coefficient is as well."""
@@ -86,7 +97,8 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
     (logp - logp_old)^2 / 2, nats per token; ratio_off: max |ratio - 1|.
     """
     ratio = (logp - logp_old).exp()
-    plain, clipped = ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv
+    plain = ratio * adv
+    clipped = ratio.clamp(1 - clip, 1 + clip) * adv
     with torch.no_grad():
         stats = {"clip_fraction": ((ratio - 1).abs() > clip).float().mean(),
                  "clip_binding": (clipped < plain).float().mean(),
@@ -95,12 +107,7 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
     return -torch.minimum(plain, clipped).mean(), stats
 
 
-def mean_and_error(x: torch.Tensor) -> tuple[float, float]:
-    """x (B,), one figure a completion -> its mean and the standard error of the mean."""
-    return x.mean().item(), (x.std() / len(x) ** 0.5).item()
-
-
-def kl_nats(y, hidden, weight, hidden_ref, weight_ref) -> tuple[torch.Tensor, ...]:
+def kl_nats(y, hidden, weight, hidden_ref, weight_ref) -> list[torch.Tensor]:
     """KL(policy || reference) of completions, nats, by two estimators whose expectations agree.
 
     y (B, T), sampled from the policy; hidden, hidden_ref (B, T, D); weight, weight_ref (V, D) ->
@@ -108,14 +115,21 @@ def kl_nats(y, hidden, weight, hidden_ref, weight_ref) -> tuple[torch.Tensor, ..
     whole vocabulary, summed over the completion; k1 (B,): sum_t logp - logp_ref; and, of the
     policy, logp (B, T) and entropy (B, T).
     """
-    parts = []
-    for y, h, h_ref in zip(y.split(8), hidden.split(8), hidden_ref.split(8)):
-        log_p, log_q = (torch.log_softmax(x @ w.T, -1, dtype=torch.float32)                  # (8, T, V)
-                        for x, w in ((h, weight), (h_ref, weight_ref)))
-        p, logp, logp_ref = log_p.exp(), *(x.gather(2, y[..., None])[..., 0] for x in (log_p, log_q))
-        parts.append((torch.linalg.vecdot(p, log_p - log_q).double().sum(-1),
-                      (logp - logp_ref).double().sum(-1), logp, -torch.linalg.vecdot(p, log_p)))
-    return tuple(torch.cat(x) for x in zip(*parts))
+    def of_rows(y, hidden, hidden_ref):
+        log_p = torch.log_softmax(hidden @ weight.T, -1, dtype=torch.float32)            # (8, T, V)
+        log_q = torch.log_softmax(hidden_ref @ weight_ref.T, -1, dtype=torch.float32)    # (8, T, V)
+        p = log_p.exp()
+        logp = log_p.gather(2, y[..., None])[..., 0]                                     # (8, T)
+        logp_ref = log_q.gather(2, y[..., None])[..., 0]                                 # (8, T)
+        exact = torch.linalg.vecdot(p, log_p - log_q).double().sum(-1)                   # (8,)
+        k1 = (logp - logp_ref).double().sum(-1)                                          # (8,)
+        return exact, k1, logp, -torch.linalg.vecdot(p, log_p)
+    return chunked(of_rows, 8, y, hidden, hidden_ref)  # 8 rows: their logits stay in a CPU's cache
+
+
+def standard_error(x: torch.Tensor) -> float:
+    """x (B,), one figure a completion -> the standard error of its mean."""
+    return (x.std() / len(x) ** 0.5).item()
 
 
 def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> int:
@@ -125,175 +139,149 @@ def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> int:
     return min(2 * batch, max_batch) if quiet else batch
 
 
-def divergence(kl: float, kl_before: float, clip_fraction: float, finite: bool) -> str | None:
-    """What went wrong and what to change, or None."""
-    if not finite:
-        return "the loss or its gradient is not a number: lower --lr"
-    if clip_fraction > 0.5:
-        return f"{clip_fraction:.0%} of the ratios are clipped: lower --lr or --epochs, or raise --warmup"
-    if kl - kl_before > 5:
-        return (f"the KL jumped from {kl_before:.1f} to {kl:.1f} nats in one iteration: "
-                "lower --lr or --max-batch")
-    return None
+# ---- What the log says, and what is kept ---------------------------------------------------------
+def policy_figures(kl, k1, entropy, score, reward, kind: str) -> dict[str, float]:
+    """Of the policy that drew these completions: means over those of all processes, and errors."""
+    p_target = score.exp() if kind == "labels" else score.sigmoid()
+    return means(kl=kl, kl_k1=k1, score=score, p_target=p_target, reward=reward, entropy=entropy) | {
+        "kl_se": standard_error(gather(kl)), "kl_k1_se": standard_error(gather(k1)),
+        "score_std": gather(score).std().item()}
+
+
+def update_figures(stats: list[dict], epochs: int) -> dict[str, float]:
+    """Of an update: means over its minibatches, and the clip fraction of its last epoch."""
+    columns = {k: torch.stack([s[k] for s in stats]) for k in stats[0]}
+    columns["clip_fraction_last_epoch"] = columns["clip_fraction"][-(len(stats) // epochs):]
+    return means(**columns) | {"ratio_off_first": stats[0]["ratio_off"].item()}
+
+
+def reward_constants(reward_fn, base, cfg: Config, length: int, prompts) -> tuple[float, float]:
+    """Mean and standard deviation of the reward over samples of the base model."""
+    prompt = draw_prompts(prompts, cfg.norm_samples, cfg.seed)
+    y, _ = base.generate(cfg.norm_samples, length, cfg.seed << 32 | 3 << 24, prompts=prompt)
+    score = chunked(reward_fn, 256, y).double()                                       # (norm_samples,)
+    require(score.std() > 1e-3, "all samples get the same reward: label more samples")
+    print(f"reward of the base model: {score.mean():.3f} +- {score.std():.3f}")
+    return score.mean().item(), score.std().item()
+
+
+def keep_checkpoint(cfg: Config, policy, tokenizer, header: dict, kl_before: float) -> None:
+    """One file for all crossings of an iteration, if there are any."""
+    crossed = [c for c in CROSSINGS if kl_before < c <= header["kl"]]
+    if crossed:
+        path = cfg.out / "checkpoints" / f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
+        save(path, policy, tokenizer, crossed=crossed, **header)
 
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__, ON_GPU)
-    if min(cfg.minibatch, cfg.batch, cfg.epochs, cfg.warmup, cfg.max_iterations, cfg.clip, cfg.save_every) <= 0:
-        raise UserError("--minibatch, --batch, --epochs, --warmup, --max-iterations, --clip and --save-every "
-                        "must be positive")
-    if cfg.batch % cfg.minibatch or cfg.max_batch < cfg.batch or cfg.max_batch % cfg.minibatch:
-        raise UserError("--batch and --max-batch must be multiples of --minibatch, and --batch the smaller")
-    if cfg.kl_samples < cfg.minibatch:
-        raise UserError("--kl-samples must not be smaller than --minibatch")
-    base_path, reward_path = cfg.out / "base.safetensors", cfg.out / "reward.safetensors"
-    state = cfg.out / f"04-{cfg.target}-state.safetensors"
-    last = cfg.out / f"04-{cfg.target}-last.safetensors"
-    reference, tokenizer, _ = load(base_path, "01_pretrain.py", device, dtype)
-    reward_model, _, reward_header = load(reward_path, "03_reward_model.py", device, dtype)
-    if reward_header.get("inputs", {}).get("base") != fingerprint(reference):
-        raise UserError(f"{reward_path} was trained from another base model than {base_path}: "
-                        "run 02_sample_label.py and 03_reward_model.py again")
-    norm, length = reward_header["normalisation"][cfg.target], reward_header["length"]
-    kind = reward_header.get("kind", "labels")
-    prompts = read_prompts(cfg.out / "corpus.txt", tokenizer) if reward_header.get("prompted") else None
-    settings = {k: v for k, v in asdict(cfg).items()
-                if k not in ("out", "resume", "kl_stop", "max_iterations", "save_every")}
-    inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
-    resumed = resume_from(state, SCRIPT, settings, inputs) if cfg.resume else None
-    for old in () if world()[0] else (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
-        if not resumed or load(old, SCRIPT)[2]["step"] >= resumed[2]["step"]:
-            old.unlink()  # of an earlier run, or of iterations that are now made again
-    policy = (resumed or load(base_path, SCRIPT))[0]
-    policy.to(device).dtype = dtype
+    check(cfg)
+    reference, reward_model, tokenizer, about = load_base_and_reward(cfg.out, device, dtype)
+    prompts = read_prompts(cfg.out / "prompts.json", "train") if about["prompted"] else None
+
+    def reward_fn(y: torch.Tensor) -> torch.Tensor:
+        """Completions y (B, T) -> score (B,): log p(target). Any function of them may stand here."""
+        return score_of(reward_model.sentiment(y), about["kind"], cfg.target)
+
+    mean, std = reward_constants(reward_fn, reference, cfg, about["length"], prompts)
+    policy = copy.deepcopy(reference)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=cfg.adam_eps,
                                   weight_decay=0)
-    first, batch, kl_before, clips, updates = 0, cfg.batch, 0.0, [], 0
-    if resumed:
-        load_optimizers(resumed[2], (optimizer,))
-        first, batch, kl_before, clips, updates = (
-            resumed[2][k] for k in ("step", "batch", "kl", "clip_fractions", "updates"))
-    kl = kl_before
-    log = Log(cfg.out / f"04-{cfg.target}.jsonl", first)
-    print(f"{'iter':>4} {'batch':>5} {'KL +- SE':>13} {'k1':>6} {'score':>7} {'p':>5} {'entropy':>7} "
-          f"{'clip %':>6} {'bind %':>6} {'kl old':>7} {'|grad|':>6} {'s':>4}")
+    made_from = {"settings": settings_of(cfg), "inputs": about["inputs"], "seed": cfg.seed}
+    state = cfg.out / f"04-{cfg.target}-state.safetensors"
+    new = {"step": 0, "batch": cfg.batch, "updates": 0, "kl": 0.0, "clip_fractions": []}
+    run = SimpleNamespace(**resume(state, cfg, about["inputs"], policy, (optimizer,)).get("run", new))
+    if run.step == 0:  # the checkpoints of an earlier run go
+        for path in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
+            path.unlink(missing_ok=True)
+    log = Log(cfg.out / f"04-{cfg.target}.jsonl", run.step)
+    rows = cfg.minibatch // world()[1]                   # of a minibatch, in this process
+    n_kl = -(-cfg.kl_samples // cfg.minibatch) * rows    # completions for the KL, in this process
 
-    bar = tqdm(range(first, cfg.max_iterations), initial=first, total=cfg.max_iterations, desc="ppo")
-    for iteration in bar:
-        began = time.time()
-        # 1 -- rollout
-        mine, mb_size = share(torch.arange(batch), cfg.minibatch), cfg.minibatch // world()[1]
-        seed = cfg.seed << 32 | 4 << 24 | iteration
-        prompt = draw_prompts(prompts, batch, seed)[mine].to(device)  # (B, 0) without prompts
-        y, logp_old = policy.generate(mine, length, seed, prompts=prompt)
-        minibatches = [*zip(y.split(mb_size), prompt.split(mb_size))]
-        y[0, 0].item()  # waits for a GPU, so that the next line tells the time of the rollout
-        rolled = time.time()
+    for step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
+        # 1. Rollout: the policy writes a batch of completions.
+        seed = cfg.seed << 32 | 4 << 24 | step
+        mine = share(torch.arange(run.batch), cfg.minibatch)                          # (B,)
+        prompt = draw_prompts(prompts, run.batch, seed)[mine].to(device)              # (B, P)
+        y, logp_old = policy.generate(mine, about["length"], seed, prompts=prompt)    # (B, T), (B, T)
+        y[0, 0].item()  # waits for a GPU, so that the lap is the rollout's
+        log.lap("s_rollout")
 
-        # 2 -- score
-        with torch.no_grad():
-            score = torch.cat([score_of(reward_model.sentiment(mb), kind, cfg.target) for mb in y.split(mb_size)])
-            reward = normalise(score, norm["mean"], norm["std"])
+        # 2. Score: how happy is each, in standard deviations of the base model's samples?
+        score = chunked(reward_fn, rows, y)                                           # (B,)
+        reward = (score - mean) / std                                                 # (B,)
 
-            # 3 -- the KL to the reference, and whether the sampler's log-probs will do as the old ones
-            exact, k1, logp, entropy = (torch.cat(x) for x in zip(*(
-                kl_nats(mb, policy.before(mb, p), policy.unembed(), reference.before(mb, p), reference.unembed())
-                for mb, p in minibatches[: -(-cfg.kl_samples // cfg.minibatch)])))
-            (kl, kl_se), (kl_k1, kl_k1_se) = mean_and_error(gather(exact)), mean_and_error(gather(k1))
-            sampler_off = gather((logp_old[: len(logp)] - logp).abs().max()[None]).max().item()
-            if sampler_off > 5e-6:
-                logp_old = torch.cat([policy.logprob(mb, p)[0] for mb, p in minibatches])            # (B, T)
-            logp_ref = logp_old if not cfg.kl_coef else \
-                torch.cat([reference.logprob(mb, p)[0] for mb, p in minibatches])
-            scores, entropy = gather(score), gather(entropy)
-        row = {"step": iteration, "batch": batch, "kl": kl, "kl_se": kl_se, "kl_k1": kl_k1,
-               "kl_k1_se": kl_k1_se, "score": scores.mean().item(), "score_std": scores.std().item(),
-               "p_target": (scores.exp() if kind == "labels" else scores.sigmoid()).mean().item(),
-               "reward": gather(reward).mean().item(),
-               "entropy": entropy.mean().item(), "updates": updates, "sampler_off": sampler_off}
-        scored = time.time()
+        # 3. Measure this policy before it changes: how far has it moved from the reference?
+        hidden = chunked(policy.hidden_before, rows, y[:n_kl], prompt[:n_kl])         # (n_kl, T, D)
+        hidden_ref = chunked(reference.hidden_before, rows, y[:n_kl], prompt[:n_kl])
+        kl, k1, logp, entropy = kl_nats(
+            y[:n_kl], hidden, policy.unembed(), hidden_ref, reference.unembed())
+        row = {"step": step, "batch": run.batch, "updates": run.updates,
+               **policy_figures(kl, k1, entropy, score, reward, about["kind"]),
+               "sampler_off": gather((logp_old[:n_kl] - logp).abs().max()[None]).max().item()}
+        if row["sampler_off"] > 5e-6:  # the sampler's log-probs will not do as the old ones
+            logp_old = chunked(policy.logprob, rows, y, prompt)
+        log.lap("s_score")
 
-        # 7 and 8 come before the update: what was measured is the policy as it is now
-        # 7 -- checkpoint at each crossing; one file serves all crossings of one iteration
-        problem = divergence(kl, kl_before, 0.0, math.isfinite(kl))
-        if problem:
-            raise UserError(f"diverged at iteration {iteration}: {problem}; {last} is the last good policy")
-        crossed = [c for c in CROSSINGS if kl_before < c <= kl]
-        header = {k: row[k] for k in ("step", "kl", "kl_se", "kl_k1", "score", "p_target", "entropy")}
-        header |= {"settings": settings, "inputs": inputs, "seed": cfg.seed, "target": cfg.target}
-        if crossed:
-            name = f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
-            save(cfg.out / "checkpoints" / name, policy, tokenizer, crossed=crossed, **header)
-        if kl <= cfg.kl_stop:
-            save(last, policy, tokenizer, **header)
-
-        # 8 -- stop
-        line = (f"{iteration:4d} {batch:5d} {kl:6.2f} +- {kl_se:4.2f} {kl_k1:6.2f} {row['score']:7.3f} "
-                f"{row['p_target']:5.2f} {row['entropy']:7.3f}")
-        bar.set_postfix(kl=f"{kl:.2f} of {cfg.kl_stop:g} nats", p=f"{row['p_target']:.2f}")
-        if kl >= cfg.kl_stop:
+        # 4. Keep a checkpoint at each crossing of the KL; stop at 10 nats.
+        require(row["kl"] < run.kl + 5, f"diverged at iteration {step}: the KL jumped from "
+                f"{run.kl:.1f} to {row['kl']:.1f} nats; lower --lr")
+        keep_checkpoint(cfg, policy, tokenizer, row | made_from, run.kl)
+        if row["kl"] <= cfg.kl_stop:
+            final, final_row = copy.deepcopy(policy.state_dict()), row
+        if row["kl"] >= cfg.kl_stop:
             log(**row)
-            tqdm.write(f"{line}\nstopped: {kl:.2f} nats is at or above {cfg.kl_stop:g}")
             break
+        if step % cfg.save_every == 0:
+            run.step = step
+            save(state, policy, tokenizer, (optimizer,), step=step, run=vars(run), **made_from)
+        run.kl = max(row["kl"], run.kl)
+        log.lap("s_save")
 
-        # 4 -- advantage
-        adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, norm["std"])
+        # 5. Advantage: the reward of a completion, at each of its tokens.
+        logp_ref = chunked(reference.logprob, rows, y, prompt) if cfg.kl_coef else logp_old
+        adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, std)                 # (B, T)
 
-        # 5 -- PPO epochs. The first needs no shuffle: rollouts are independent as they come. With several
-        # processes each holds an equal part of every minibatch, and later epochs shuffle within it
+        # 6. PPO epochs: make the tokens of good completions likelier, within the clip range.
         stats = []
         for epoch in range(cfg.epochs):
-            g = torch.Generator().manual_seed((cfg.seed * 1000 + iteration) * 10 + epoch)
-            order = torch.arange(len(y)) if epoch == 0 else torch.randperm(len(y), generator=g)
-            for b in order.to(device).split(mb_size):  # in here nothing waits for the GPU
-                logp = policy.logprob(y[b], prompt[b])[0]
-                loss, s = ppo_loss(logp, logp_old[b], adv[b], cfg.clip)
+            g = torch.Generator().manual_seed((cfg.seed * 1000 + step) * 10 + epoch)
+            order = torch.randperm(len(y), generator=g) if epoch else torch.arange(len(y))
+            for b in order.to(device).split(rows):  # in here nothing waits for the GPU
+                logp = policy.logprob(y[b], prompt[b])                                # (b, T)
+                loss, stat = ppo_loss(logp, logp_old[b], adv[b], cfg.clip)
                 optimizer.zero_grad()
                 loss.backward()
                 average_gradients(policy)
-                s["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), math.inf)
-                updates += 1
-                optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, updates / cfg.warmup)
+                stat["grad_norm"] = clip_grad_norm_(policy.parameters(), math.inf)
+                run.updates += 1
+                optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, run.updates / cfg.warmup)
                 optimizer.step()
-                stats.append(s | {"loss": loss.detach()})
+                stats.append(stat | {"loss": loss.detach()})
 
-        row |= {"ratio_off_first": stats[0]["ratio_off"].item(), "lr": optimizer.param_groups[0]["lr"]}
-        if not row["ratio_off_first"] < 1e-5:
-            raise AssertionError(f"max |ratio - 1| was {row['ratio_off_first']:.1e} before any update")
-
-        # 6 -- log: means over all minibatches and epochs, and the clip fraction of the last epoch
-        per_epoch = batch // cfg.minibatch
-        for k in ("clip_fraction", "clip_binding", "approx_kl", "grad_norm", "loss"):
-            row[k] = gather(torch.stack([s[k] for s in stats])).mean().item()
-        last_epoch = gather(torch.stack([s["clip_fraction"] for s in stats[-per_epoch:]]))
-        row["clip_fraction_last_epoch"] = last_epoch.mean().item()
-        row |= {"s_rollout": rolled - began, "s_score": scored - rolled, "s_update": time.time() - scored}
+        # 7. Log; double the batch if hardly any ratio was clipped.
+        row |= update_figures(stats, cfg.epochs) | {"lr": optimizer.param_groups[0]["lr"]}
+        log.lap("s_update")
+        assert row["ratio_off_first"] < 1e-5, "the ratio was not 1 before any update"
         log(**row)
-        tqdm.write(f"{line} {100 * row['clip_fraction']:6.2f} {100 * row['clip_binding']:6.2f} "
-                   f"{row['approx_kl']:7.4f} {row['grad_norm']:6.2f} {time.time() - began:4.0f}")
-        problem = divergence(kl, kl, row["clip_fraction"], math.isfinite(row["loss"] + row["grad_norm"]))
-        if problem:
-            raise UserError(f"diverged at iteration {iteration}: {problem}; {last} is the last good policy")
-        clips.append(row["clip_fraction"])
-        if row["clip_fraction"] > 0.2:
-            tqdm.write("warning: more than 20 % of the ratios are outside the clip range: lower --lr")
-        if (larger := next_batch(clips, batch, cfg.max_batch)) > batch:
-            tqdm.write(f"batch rule: clip fraction below 1 % for three iterations, batch {batch} -> {larger}")
-            batch, clips = larger, []
-        kl_before = max(kl, kl_before)
-        if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.max_iterations:
-            save(state, policy, tokenizer, (optimizer,), step=iteration + 1, batch=batch, kl=kl_before,
-                 clip_fractions=clips, updates=updates, settings=settings, inputs=inputs)
+        tqdm.write("  ".join(f"{k} {row[k]:{form}}" for k, form in SHOWN.items()))
+        require(math.isfinite(row["loss"] + row["grad_norm"]) and row["clip_fraction"] < 0.5,
+                f"diverged at iteration {step}: {row['clip_fraction']:.0%} of the ratios were "
+                f"clipped, the loss is {row['loss']:.3g}; lower --lr")
+        run.clip_fractions.append(row["clip_fraction"])
+        batch = next_batch(run.clip_fractions, run.batch, cfg.max_batch)
+        if batch > run.batch:
+            tqdm.write(f"batch rule: fewer than 1 % of the ratios clipped, batch {run.batch} -> {batch}")
+            run.batch, run.clip_fractions = batch, []
     else:
         print(f"stopped after {cfg.max_iterations} iterations, below {cfg.kl_stop:g} nats: "
               "--resume with more --max-iterations goes on")
 
-    _, _, header = load(last, SCRIPT)
-    write(cfg.out / f"policy-{cfg.target}.safetensors", last.read_bytes())
-    if kl >= cfg.kl_stop:
+    policy.load_state_dict(final)
+    save(cfg.out / f"policy-{cfg.target}.safetensors", policy, tokenizer, **final_row, **made_from)
+    if row["kl"] >= cfg.kl_stop:
         state.unlink(missing_ok=True)
-        last.unlink(missing_ok=True)
-    print(f"final policy: KL {header['kl']:.2f} +- {header['kl_se']:.2f} nats, "
-          f"p({cfg.target}) {header['p_target']:.3f}, entropy {header['entropy']:.3f} nats per token")
+    print(f"final policy: KL {final_row['kl']:.2f} +- {final_row['kl_se']:.2f} nats, p({cfg.target}) "
+          f"{final_row['p_target']:.3f}, entropy {final_row['entropy']:.3f} nats per token")
     finish("python 05_eval.py", cfg.out)

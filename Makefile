@@ -32,16 +32,16 @@ $(OUT)/base.safetensors: 01_pretrain.py model.py | $(READY)
 	$(RUN) 01_pretrain.py --resume --out $(OUT)
 
 $(OUT)/labels-vader.jsonl: 02_sample_label.py $(OUT)/base.safetensors | $(READY)
-	$(RUN) 02_sample_label.py --resume --out $(OUT)
+	$(RUN) 02_sample_label.py --out $(OUT)
 
 $(OUT)/reward.safetensors: 03_reward_model.py $(OUT)/labels-vader.jsonl $(wildcard $(OUT)/labels-*.jsonl) | $(READY)
-	$(RUN) 03_reward_model.py --resume --out $(OUT)
+	$(RUN) 03_reward_model.py --out $(OUT)
 
 $(OUT)/policy-happy.safetensors: 04_ppo.py $(OUT)/reward.safetensors | $(READY)
 	$(RUN) 04_ppo.py --resume --out $(OUT)
 
-$(OUT)/report.html: 05_eval.py report.html $(OUT)/policy-happy.safetensors | $(READY)
-	$(RUN) 05_eval.py --resume --out $(OUT)
+$(OUT)/report.html: 05_eval.py $(wildcard report/*.py report/*.html $(OUT)/ratings.json) $(OUT)/policy-happy.safetensors | $(READY)
+	$(RUN) 05_eval.py --out $(OUT)
 
 seeds: | $(READY)
 	$(RUN) -m benchmarks.seeds

@@ -5,9 +5,9 @@
 The person is simulated, so that it is known where it disagrees: it feels like VADER, except that
 ten frequent words mean the opposite to it. It labels 300 samples; 03_reward_model.py runs all its
 phases again, the person's last; the models before and after are then asked about fresh samples that
-nobody has labelled. Then the last phase alone, several times: on 75 to 1,200 labels chosen at random
-and by `--pick uncertain` (how many does the choice save?), and on 300 of which a share is replaced by
-another label (what does disagreement do?). Writes benchmarks/results/simulated_person.json.
+nobody has labelled. Then the last phase alone, several times: on 75 to 1,200 labels, and on 300 of
+which a share is replaced by another label (what does disagreement do?). Writes
+benchmarks/results/simulated_person.json.
 """
 import importlib
 import json
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import fingerprint, load, start
-from people import read_jsonl
+from model import load, start
+from people.answers import read_items
 
 ROOT = Path(__file__).parent.parent
 FLIPPED = ("good", "love", "like", "well", "no", "great", "death", "fair", "true", "sweet")
@@ -36,7 +36,7 @@ class Config:
     out: Path = Path("out")  # a finished run
     n: int = 300             # labels of the person
     fresh: int = 8192        # samples to compare on
-    picks: tuple[int, ...] = (75, 150, 300, 600, 1200)
+    labels: tuple[int, ...] = (75, 150, 300, 600, 1200)
     careless: tuple[float, ...] = (0.1, 0.2, 0.4)  # shares of n labels that become another one
     repeats: int = 3         # of each, with other items
     seed: int = 0
@@ -48,16 +48,15 @@ if __name__ == "__main__":
     person.lexicon |= {w: -person.lexicon[w] for w in FLIPPED}
 
     def feels(who, text):
-        return label.vader_label(who.polarity_scores(text)["compound"])
+        return label.feeling(who.polarity_scores(text)["compound"])
 
     work = cfg.out / "simulated-person"
     work.mkdir(exist_ok=True)
     for name in ("base.safetensors", "labels-vader.jsonl", "labels-vader-pieces.jsonl"):
         shutil.copy(cfg.out / name, work)
-    items = read_jsonl(cfg.out / "samples.jsonl")
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(cfg.seed)).tolist()[: cfg.n]
+    items = read_items(cfg.out, "labels", cfg.seed)[: cfg.n]
     (work / "labels-simulated.jsonl").write_text("".join(json.dumps(
-        items[i] | {"label": feels(person, items[i]["text"]), "labeller": "simulated"}) + "\n" for i in order))
+        item | {"label": feels(person, item["text"]), "labeller": "simulated"}) + "\n" for item in items))
     subprocess.run([sys.executable, "03_reward_model.py", "--out", str(work), "--seed", str(cfg.seed)], cwd=ROOT, check=True)
 
     base, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py", device, dtype)
@@ -76,14 +75,11 @@ if __name__ == "__main__":
 
     stage = rm.Config(**(rm.ON_GPU if device.type == "cuda" else {}))
     result["last phase alone"] = []
-    for n, pick, careless in (*((n, pick, 0.0) for n in cfg.picks for pick in ("random", "uncertain")),
-                              *((cfg.n, "random", share) for share in cfg.careless)):
+    for n, careless in (*((n, 0.0) for n in cfg.labels), *((cfg.n, share) for share in cfg.careless)):
         aucs = []
         for repeat in range(cfg.repeats):
-            chosen = label.choose(items, label.Config(out=cfg.out, pick=pick, sheet_n=n, seed=repeat),
-                                  fingerprint(base), device, dtype)
             rng, rows = random.Random(repeat), []
-            for item in chosen:
+            for item in read_items(cfg.out, "labels", repeat)[:n]:
                 true = feels(person, item["text"])
                 others = [other for other in ("positive", "negative", "neutral") if other != true]
                 given = rng.choice(others) if rng.random() < careless else true
@@ -91,12 +87,13 @@ if __name__ == "__main__":
             rated = rm.pool(rows, 0)
             for item, part in zip(rated, rm.split(rated, repeat, stage.test_share, stage.val_share)):
                 item["part"] = part
-            model = load(cfg.out / "reward.safetensors", "03_reward_model.py", device, dtype)[0]
-            log_p = rm.predict(rm.train(model, rated, stage.person_epochs, stage, "people"), tokens)
-            aucs.append(rm.auc(np.exp(log_p[:, 0]), target))
-        result["last phase alone"].append({"labels": n, "pick": pick, "replaced": careless, "auc": float(np.mean(aucs)),
-                                           "auc_sd": float(np.std(aucs, ddof=1)) if len(aucs) > 1 else 0.0})
-        print("{labels} labels, {pick}, {replaced:.0%} replaced: AUC {auc:.3f} +- {auc_sd:.3f}"
-              .format(**result["last phase alone"][-1]), flush=True)
+            phase, = rm.phases_of(rated, stage)
+            model, _, _ = load(cfg.out / "reward.safetensors", "03_reward_model.py", device, dtype)
+            rm.train(model, phase, stage)
+            aucs.append(rm.auc(np.exp(rm.predict(model, tokens)[:, 0]), target))
+        row = {"labels": n, "replaced": careless, "auc": float(np.mean(aucs)),
+               "auc_sd": float(np.std(aucs, ddof=1)) if len(aucs) > 1 else 0.0}
+        result["last phase alone"].append(row)
+        print("{labels} labels, {replaced:.0%} replaced: AUC {auc:.3f} +- {auc_sd:.3f}".format(**row), flush=True)
     (ROOT / "benchmarks" / "results" / "simulated_person.json").write_text(json.dumps(
         result | {"torch": torch.__version__, "flipped words": FLIPPED}, indent=1))

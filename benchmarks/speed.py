@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from kernels.bench import ceilings
+from benchmarks.kernels import ceilings
 from model import GPT, GPTConfig, fast_dtype, keep_freed_pages, norm, rotate
 
 ROOT = Path(__file__).parent.parent
@@ -91,13 +91,13 @@ def hugging_face(ours: GPT):
         theirs.model.embed_tokens.weight.copy_(norm(ours.embed.weight))
         theirs.lm_head.weight.copy_(ours.head[: ours.n_text])
         for a, b in zip(ours.blocks, theirs.model.layers):
-            for name, w in zip("qkv", a.qkv.weight.split(sizes)):
+            for name, w in zip("qkv", a.attention.qkv.weight.split(sizes)):
                 if name != "v":  # it rotates the other way round: the same with the halves exchanged
                     w = w.view(-1, 2, c.d_model // c.n_head // 2, c.d_model).flip(1).flatten(0, 2)
                 getattr(b.self_attn, f"{name}_proj").weight.copy_(w)
-            b.self_attn.o_proj.weight.copy_(a.proj.weight)
-            b.mlp.up_proj.weight.copy_(a.up.weight)
-            b.mlp.down_proj.weight.copy_(a.down.weight)
+            b.self_attn.o_proj.weight.copy_(a.attention.proj.weight)
+            b.mlp.up_proj.weight.copy_(a.mlp.up.weight)
+            b.mlp.down_proj.weight.copy_(a.mlp.down.weight)
     return theirs.to(DEVICE, ours.dtype)
 
 
@@ -122,7 +122,7 @@ def rollout(rounds: int) -> tuple[dict, int, float, float]:
         with torch.no_grad():
             x = torch.cat((torch.full_like(y[:, :1], ours.bos), y[:, :-1]), 1)
             log_p = theirs(x).logits.float().log_softmax(-1).gather(2, y[..., None])[..., 0]
-            off = (log_p - ours.logprob(y)[0]).abs().mean().item()
+            off = (log_p - ours.logprob(y)).abs().mean().item()
         if off > 0.05:
             raise AssertionError(f"not the same model: log-probs differ by {off:.3f} on average")
         start = torch.full((n, 1), ours.bos, device=DEVICE)
@@ -149,12 +149,12 @@ def eager_logprob(model: GPT, y: torch.Tensor) -> torch.Tensor:
     h = norm(model.embed(torch.cat((torch.full_like(y[:, :1], model.bos), y[:, :-1]), 1)).to(model.dtype))
     cos, sin = model.angles(y.size(1))
     for b in model.blocks:
-        H, Hkv, _ = b.heads
-        q, k, v = b.qkv(norm(h)).unflatten(-1, (H + 2 * Hkv, -1)).split(b.heads, dim=-2)
+        H, Hkv = b.attention.n_head, b.attention.n_kv_head
+        q, k, v = b.attention.qkv(norm(h)).unflatten(-1, (H + 2 * Hkv, -1)).split((H, Hkv, Hkv), dim=-2)
         q, k, v = (x.transpose(1, 2) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H > Hkv)
-        h = h + b.proj(a.transpose(1, 2).flatten(2))
-        h = h + b.down(F.relu(b.up(norm(h))).square())
+        h = h + b.attention.proj(a.transpose(1, 2).flatten(2))
+        h = h + b.mlp.down(F.relu(b.mlp.up(norm(h))).square())
     logits = F.linear(norm(h), model.unembed())
     return -F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
@@ -162,7 +162,7 @@ def eager_logprob(model: GPT, y: torch.Tensor) -> torch.Tensor:
 def training_step(rounds: int) -> tuple[dict, int, float, float]:
     model = make(DEFAULT)
     y = torch.randint(model.n_text, (PRESET.batch, PRESET.context), device=DEVICE)
-    calls = {"ours": lambda: model.logprob(y)[0].mean().backward(), "eager": lambda: eager_logprob(model, y).backward()}
+    calls = {"ours": lambda: model.logprob(y).mean().backward(), "eager": lambda: eager_logprob(model, y).backward()}
     if DEVICE.type == "cuda":
         compiled = torch.compile(eager_logprob)
         calls["compiled"] = lambda: compiled(model, y).backward()
@@ -215,7 +215,7 @@ def parts(c: GPTConfig, n: int, length: int) -> dict:
 
     def update(y):
         for b in y.split(mb):
-            model.logprob(b)[0].mean().backward()
+            model.logprob(b).mean().backward()
     row = {"parameters": sum(p.numel() for p in model.parameters()), "completions": n, "length": length,
            "vocabulary": c.vocab_size}
     for name, work in (("rollout", lambda y: model.generate(len(y), length, seed=0)), ("score", score), ("update", update)):

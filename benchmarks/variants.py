@@ -48,7 +48,7 @@ def run(out: Path, seed: int, n: int, comparisons: bool, prompts: bool) -> None:
         shutil.copy(ROOT / f"out-{seed}" / name, out)
     for (script, more), file in zip(flags.items(), made):
         if not (out / file).exists():
-            subprocess.run([sys.executable, script, "--seed", str(seed), "--resume", "--out", str(out), *more], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, script, "--seed", str(seed), "--out", str(out), *more], cwd=ROOT, check=True)
 
 
 @torch.no_grad()
@@ -57,12 +57,12 @@ def ranking(out: Path, fresh: int, prompts: bool, seed: int) -> dict[str, float]
     on = DEVICE, fast_dtype(DEVICE)
     base, tokenizer, _ = load(out / "base.safetensors", "01_pretrain.py", *on)
     model, _, header = load(out / "reward.safetensors", "03_reward_model.py", *on)
-    given = draw_prompts(read_prompts(out / "corpus.txt", tokenizer, held_out=True) if prompts else None, fresh, seed)
+    given = draw_prompts(read_prompts(out / "prompts.json", "held_out") if prompts else None, fresh, seed)
     y, _ = base.generate(fresh, header["length"], seed << 32 | 7 << 24, prompts=given)
     score = torch.cat([score_of(model.sentiment(mb), "comparisons", "happy") for mb in y.split(256)]).numpy(force=True)
     vader = SentimentIntensityAnalyzer()
     gold = np.array([vader.polarity_scores(t)["compound"] for t in tokenizer.decode_batch(y.tolist())])
-    target = np.array([rm.TARGET[label.vader_label(g)] for g in gold])
+    target = np.array([rm.TARGET[label.feeling(g)] for g in gold])
     (a, b), (p, q) = np.split(gold, 2), np.split(score, 2)
     return {"AUC": rm.auc(score, target), "pair accuracy, %": 100 * float(((a > b) == (p > q))[a != b].mean())}
 

@@ -1,16 +1,20 @@
-"""The four operations a language model spends its time in, behind one public function each.
+"""The operations a language model spends its time in, behind one public function each.
 
     attention         causal self-attention over whole sequences          (training and scoring)
     decode_attention  one new token against a KV cache                    (rollouts)
     linear_logprob    hidden @ W.T -> log-prob of the target and entropy  (training and scoring)
     sample            hidden @ W.T -> a drawn token and its log-prob      (rollouts)
+    squared_relu      max(x, 0)^2, PyTorch everywhere                     (the MLP)
 
-Each takes `backend="auto"`: on a GPU the Triton kernels (triton_attention.py, triton_head.py), else
-PyTorch. `python -m kernels.bench`
-measures both against what one would call instead.
+The first four take `backend="auto"`: on a GPU the Triton kernels (triton_attention.py,
+triton_head.py), else PyTorch. decoder.py captures a whole step of a rollout. Nothing here knows of
+the model or the scripts. `python -m benchmarks.kernels` measures all against what one would call
+instead.
 """
 from kernels.attention import attention, decode_attention
 from kernels.logprob import linear_logprob
 from kernels.sample import philox_uniform, sample
+from kernels.squared_relu import squared_relu
 
-__all__ = ["attention", "decode_attention", "linear_logprob", "philox_uniform", "sample"]
+__all__ = ["attention", "decode_attention", "linear_logprob", "philox_uniform", "sample",
+           "squared_relu"]

@@ -28,20 +28,14 @@ def causal_mask(T: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
         return torch.full((T, T), float("-inf"), dtype=dtype, device=device).triu(1)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None,
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
               backend: str = "auto") -> torch.Tensor:
-    """Causal attention. q (B, T, H, Dh); k, v (B, T, Hkv, Dh), H % Hkv == 0; or the three packed as
-    one (B, T, 3, H, Dh) -> (B, T, H * Dh).
+    """Causal attention. q (B, T, H, Dh); k, v (B, T, Hkv, Dh), H % Hkv == 0 -> (B, T, H * Dh).
 
-    All may be strided views of one projection. Differentiable; on a GPU the gradient of packed
-    input is written packed. Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1. Raises ValueError
-    if shapes or dtypes do not fit, or the backend cannot be had.
+    All may be strided views of one projection. Differentiable. Vaswani et al. 2017,
+    arXiv:1706.03762, section 3.2.1. Raises ValueError if shapes or dtypes do not fit, or the
+    backend cannot be had.
     """
-    packed = k is None
-    if packed:
-        if q.dim() != 5 or q.size(2) != 3:
-            raise ValueError(f"packed q, k, v {tuple(q.shape)} is not (B, T, 3, H, Dh)")
-        inputs, (q, k, v) = (q,), q.unbind(2)
     B, T, H, Dh = q.shape
     if k.shape != v.shape or k.shape[:2] != (B, T) or k.size(3) != Dh or H % max(k.size(2), 1):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
@@ -49,7 +43,7 @@ def attention(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | 
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}")
     if use_triton(backend if Dh <= 128 else "torch", q):  # wider heads were never tried
         from kernels.triton_attention import Attention
-        return Attention.apply(*(inputs if packed else (q, k, v)))
+        return Attention.apply(q, k, v)
     Hkv, G = k.size(2), H // k.size(2)
     if T > DENSE_UP_TO or q.is_cuda:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -64,7 +58,8 @@ def attention(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | 
 
 
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor,
-                     v_cache: torch.Tensor, pos: int | torch.Tensor, backend: str = "auto") -> torch.Tensor:
+                     v_cache: torch.Tensor, pos: int | torch.Tensor,
+                     backend: str = "auto") -> torch.Tensor:
     """Attention of one new token per sequence; also appends its key and value to the cache.
 
     q (B, H, Dh); k, v (B, Hkv, Dh); k_cache, v_cache (B, Hkv, Tmax, Dh) with slots [0, pos) filled;
@@ -90,5 +85,6 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache:
     v_cache[:, :, pos] = v
     keys, values = (x.reshape(B * Hkv, Tmax, Dh) for x in (k_cache, v_cache))
     mask = causal_mask(Tmax, q.dtype, q.device)[pos].expand(H // Hkv, Tmax)
-    scores = torch.baddbmm(mask, q.reshape(B * Hkv, H // Hkv, Dh), keys.transpose(1, 2), alpha=Dh**-0.5)
+    queries = q.reshape(B * Hkv, H // Hkv, Dh)
+    scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=Dh**-0.5)
     return torch.bmm(scores.softmax(-1), values).view(B, H * Dh)

@@ -6,9 +6,9 @@ Eager PyTorch writes the (N, V) logits, their float copy and their log-softmax t
 them for the backward pass. Here `CHUNK` rows at a time are formed and reduced while they are in
 cache; only their probabilities, in the dtype of `hidden`, are kept, and only where a gradient is
 wanted: 2 N V bytes in 16 bits, which at N = 16,384 and V = 4,096 are 134 MB. With upstream gradients
-g = dL/dlogp and h = dL/dH,
+g = dL/dlogp and g_H = dL/dH (`g_entropy`),
 
-    dL/dz_j = g (1[j = target] - p_j) - h p_j (log p_j + H)
+    dL/dz_j = g (1[j = target] - p_j) - g_H p_j (log p_j + H)
 
 and the rest is two matrix products. The soft-max is taken in float32 (float64 for float64 input).
 On a GPU the same mathematics is in triton_head.py, where not even the probabilities are kept: there
@@ -24,8 +24,8 @@ CHUNK = 512  # rows; 512 x 4,096 float32 numbers are 8 MB
 
 def softmax(hidden: torch.Tensor, weight: torch.Tensor,
             temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> logits z (N, V) = hidden @ weight.T / temperature; p (N, V) = softmax(z), at least float32; and
-    LSE(z) (N,), from the largest of each row: log p would be a second pass over the matrix."""
+    """-> logits z (N, V) = hidden @ weight.T / temperature; p (N, V) = softmax(z), at least float32;
+    and LSE(z) (N,), from the largest of each row: log p would be a second pass over the matrix."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     z = hidden @ weight.T
     z = z if temperature == 1 else z.to(wide).div_(temperature)
@@ -40,11 +40,12 @@ class LinearLogprob(torch.autograd.Function):
         for h, t in zip(hidden.split(CHUNK), target.split(CHUNK)):
             z, p, lse = softmax(h, weight, temperature)
             logp.append(z.gather(1, t.clamp_min(0)[:, None])[:, 0] - lse)
-            if want_entropy:  # not LSE - sum p z, which cancels: two numbers of 50 for an entropy of 0.01
+            if want_entropy:  # not LSE - sum p z, which cancels: 50 - 49.99 for an entropy of 0.01
                 entropy.append(torch.special.entr(p).sum(-1))
             if keep:
                 kept.append(p.to(hidden.dtype))
-        logp, ignored = torch.cat(logp).masked_fill_(target < 0, 0), target < 0
+        ignored = target < 0
+        logp = torch.cat(logp).masked_fill_(ignored, 0)
         entropy = torch.cat(entropy).masked_fill_(ignored, 0) if want_entropy else None
         ctx.save_for_backward(hidden, weight, target, logp, entropy, *kept)
         ctx.temperature = temperature
@@ -53,22 +54,28 @@ class LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, h):
+    def backward(ctx, g, g_entropy):
         hidden, weight, target, logp, entropy, *kept = ctx.saved_tensors
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=logp.dtype)
-        scale, p_target = (target >= 0).to(logp.dtype) / ctx.temperature, logp.exp()
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=logp.dtype)
+        scale = (target >= 0).to(logp.dtype) / ctx.temperature
+        p_target = logp.exp()
         g = torch.zeros_like(logp) if g is None else g * scale
-        factor, h = g, None if h is None else h * scale
-        if h is not None:
-            factor = g + h * entropy
-        # the entry of the target from its unrounded probability: 1 - p loses all digits when p is near 1
-        at_target = g - p_target * factor + (0 if h is None else h * torch.special.entr(p_target))
+        factor = g
+        if g_entropy is not None:
+            g_entropy = g_entropy * scale
+            factor = g + g_entropy * entropy
+        # the target's entry from its unrounded probability: 1 - p loses all digits when p is near 1
+        at_target = g - p_target * factor
+        if g_entropy is not None:
+            at_target += g_entropy * torch.special.entr(p_target)
         for i, p in zip(range(0, len(hidden), CHUNK), kept):
             rows = slice(i, i + CHUNK)
             dz = torch.mul(p, -factor[rows, None], out=torch.empty_like(p))
-            if h is not None:
-                dz += torch.special.entr(p) * h[rows, None].to(p.dtype)
-            dz.scatter_(1, target[rows, None].clamp_min(0), at_target[rows, None].to(p.dtype))
+            if g_entropy is not None:
+                dz += torch.special.entr(p) * g_entropy[rows, None].to(p.dtype)
+            columns = target[rows, None].clamp_min(0)
+            dz.scatter_(1, columns, at_target[rows, None].to(p.dtype))
             torch.mm(dz, weight, out=d_hidden[rows])
             d_weight += dz.T @ hidden[rows]
         return d_hidden, d_weight.to(weight.dtype), None, None, None, None
@@ -88,16 +95,19 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
     if hidden.shape[:-1] != target.shape or hidden.size(-1) != weight.size(-1) or \
             hidden.dtype != weight.dtype or not temperature > 0:
         raise ValueError(f"hidden {tuple(hidden.shape)} {hidden.dtype}, weight {tuple(weight.shape)} "
-                         f"{weight.dtype}, target {tuple(target.shape)}, temperature {temperature} do not fit")
+                         f"{weight.dtype}, target {tuple(target.shape)}, temperature {temperature} "
+                         "do not fit")
     if not target.numel():
-        empty = (hidden.sum(-1) + weight.sum() * 0).to(torch.promote_types(hidden.dtype, torch.float32))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        empty = (hidden.sum(-1) + weight.sum() * 0).to(wide)
         return empty, empty if entropy else None
     if use_triton(backend, hidden):
         from kernels.triton_head import linear_logprob as fused
-        logp, H = fused(hidden, weight, target, temperature)  # where the entropy comes along with the rest
+        logp, H = fused(hidden, weight, target, temperature)  # there the entropy comes along
         return logp, H if entropy else None
     if not -1 <= int(target.min()) <= int(target.max()) < len(weight):
         raise ValueError(f"targets {int(target.min())}..{int(target.max())}, V = {len(weight)}")
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    logp, H = LinearLogprob.apply(hidden.flatten(0, -2), weight, target.flatten(), temperature, entropy, keep)
+    logp, H = LinearLogprob.apply(hidden.flatten(0, -2), weight, target.flatten(), temperature,
+                                  entropy, keep)
     return logp.view(target.shape), H.view(target.shape) if entropy else None

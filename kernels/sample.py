@@ -40,8 +40,8 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor,
            entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """hidden (B, D), weight (V, D), row (B,) int64 global sample numbers, step = position in the
     sample -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`;
-    entropy=False saves its work and returns None in its place. seed and step are integers or, on a GPU, one-element integer tensors there. No gradient. Raises
-    ValueError if shapes do not fit."""
+    entropy=False saves its work and returns None in its place. seed and step are integers or, on a
+    GPU, one-element integer tensors there. No gradient. Raises ValueError if shapes do not fit."""
     if hidden.size(-1) != weight.size(-1) or row.shape != hidden.shape[:1] or not temperature > 0:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, row "
                          f"{tuple(row.shape)}, temperature {temperature} do not fit")

@@ -262,12 +262,11 @@ def shared(Dh: int, dtype: torch.dtype) -> dict:
 
 
 class Attention(torch.autograd.Function):
-    """q (B, T, H, Dh), k and v (B, T, Hkv, Dh), or one packed (B, T, 3, H, Dh) -> (B, T, H Dh)."""
+    """q (B, T, H, Dh), k and v (B, T, Hkv, Dh) -> (B, T, H Dh)."""
 
     @staticmethod
-    def forward(ctx, *qkv):
-        qkv = [x if x.stride(-1) == 1 else x.contiguous() for x in qkv]
-        q, k, v = qkv[0].unbind(2) if len(qkv) == 1 else qkv
+    def forward(ctx, q, k, v):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         B, T, H, Dh = q.shape
         out = torch.empty(B, T, H * Dh, dtype=q.dtype, device=q.device)
         acc = torch.promote_types(q.dtype, torch.float32)
@@ -278,17 +277,16 @@ class Attention(torch.autograd.Function):
                 q, k, v, out, lse2, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 T, H, H // k.size(2), BLOCK=block, num_warps=4, num_stages=2,
                 **shared(Dh, q.dtype))
-        ctx.n, ctx.config = len(qkv), backward_config(T, Dh, H // k.size(2), q.dtype)
-        ctx.save_for_backward(*qkv, *((lse2,) if ctx.config[0] else (lse2, out)))
+        ctx.config = backward_config(T, Dh, H // k.size(2), q.dtype)
+        resident, _, _ = ctx.config
+        ctx.save_for_backward(q, k, v, lse2, None if resident else out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        *qkv, lse2 = ctx.saved_tensors[: ctx.n + 1]
-        grads = [torch.empty_like(x) for x in qkv]                   # packed in, packed out
-        q, k, v = qkv[0].unbind(2) if ctx.n == 1 else qkv
-        dq, dk, dv = grads[0].unbind(2) if ctx.n == 1 else grads
+        q, k, v, lse2, out = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         B, T, H, Dh = q.shape
         strides = [s for x in (q, k, v, dq, dk, dv) for s in x.stride()[:3]]
         tail, options = (T, H, H // k.size(2)), shared(Dh, q.dtype)
@@ -300,9 +298,9 @@ class Attention(torch.autograd.Function):
                 BLOCK_T=block, num_warps=warps, num_stages=1, **options)
         elif q.numel():
             attention_backward_two_loops[kv_heads * triton.cdiv(T, block),](
-                q, k, v, ctx.saved_tensors[-1], do, lse2, dq, dk, dv, *strides, *tail,
+                q, k, v, out, do, lse2, dq, dk, dv, *strides, *tail,
                 BLOCK=block, num_warps=warps, num_stages=1, **options)
-        return tuple(grads)
+        return dq, dk, dv
 
 
 def decode_attention(q, k, v, k_cache, v_cache, pos):

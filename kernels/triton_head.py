@@ -132,9 +132,9 @@ def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr
                      TILES: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, RECOMPUTE: tl.constexpr,
                      ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                      BLOCK_K: tl.constexpr, ACC: tl.constexpr):
-    """Rows [first, first + chunk): dL/d(hidden W^T), (chunk, V), from g = dL/dlogp and h = dL/dH:
+    """Rows [first, first + chunk): dL/d(hidden W^T), (chunk, V), from g = dL/dlogp, g_H = dL/dH:
 
-        dL/dz_j = g (1[j = target] - p_j) - h p_j (log p_j + H)
+        dL/dz_j = g (1[j = target] - p_j) - g_H p_j (log p_j + H)
 
     RECOMPUTE: z is formed here, a tile at a time. Otherwise dlogits holds it and is overwritten.
     """
@@ -148,7 +148,7 @@ def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr
     kept = ok & (target >= 0)
     lse2 = tl.load(lse2_ptr + n, mask=ok, other=-NEVER)             # p = 0 in rows that are not there
     g = tl.load(g_ptr + n, mask=kept, other=0.0)
-    h = tl.load(g_entropy_ptr + n, mask=kept, other=0.0)             # g_ptr again without ENTROPY: unused
+    g_entropy = tl.load(g_entropy_ptr + n, mask=kept, other=0.0)     # unused without ENTROPY
     entropy = tl.load(entropy_ptr + n, mask=ok, other=0.0)
     out_rows = dlogits_ptr + r.to(tl.int64) * dlogits_n
     begin = tl.program_id(0) % groups * TILES * BLOCK_N
@@ -163,7 +163,7 @@ def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr
         p = tl.exp2(log2p)
         dz = tl.where(cols[None, :] == target[:, None], g[:, None], 0.0) - g[:, None] * p
         if ENTROPY:
-            dz -= h[:, None] * p * (log2p * LN2 + entropy[:, None])
+            dz -= g_entropy[:, None] * p * (log2p * LN2 + entropy[:, None])
         tl.store(out_rows[:, None] + cols[None, :], (dz * inv_tau).to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 

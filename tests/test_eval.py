@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-import people
+import report
+from people import ratings
 
 ev = importlib.import_module("05_eval")
 
@@ -44,10 +45,10 @@ def test_best_of_n_by_enumerating_subsets():
 
 def test_fisher_and_its_power():
     """The lady tasting tea: 3 of 4 against 1 of 4 gives p = 17/70; and the power of 20 v 20."""
-    assert math.isclose(people.fisher_exact(1, 4, 3, 4), 17 / 70)
-    assert math.isclose(people.fisher_exact(0, 4, 4, 4), 1 / 70)
-    assert abs(people.fisher_power(0.2, 0.6, 20) - 0.75) < 0.02 and abs(people.fisher_power(0.3, 0.6, 20) - 0.46) < 0.02
-    assert people.fisher_power(0.5, 0.5, 20) < 0.05
+    assert math.isclose(ratings.fisher_exact(1, 4, 3, 4), 17 / 70)
+    assert math.isclose(ratings.fisher_exact(0, 4, 4, 4), 1 / 70)
+    assert abs(ratings.fisher_power(0.2, 0.6, 20) - 0.75) < 0.02 and abs(ratings.fisher_power(0.3, 0.6, 20) - 0.46) < 0.02
+    assert ratings.fisher_power(0.5, 0.5, 20) < 0.05
 
 
 def test_fit_line():
@@ -73,7 +74,7 @@ def test_where_over_optimisation_starts():
 
 
 def test_the_page_escapes_what_a_model_says(pipeline):
-    report = json.loads((pipeline[0] / "report.json").read_text())
-    report["happy"][0]["samples"][0] = report["risen_words"][0]["word"] = "<script>alert(1)</script> & \"q\""
-    page = ev.render(report, "", 4)
+    results = json.loads((pipeline[0] / "report.json").read_text())
+    results["happy"][0]["samples"][0] = results["risen_words"][0]["word"] = "<script>alert(1)</script> & \"q\""
+    page = report.render(results, "", 4)
     assert "<script>" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp;") == 3

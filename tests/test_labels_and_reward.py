@@ -8,7 +8,8 @@ import torch
 
 from model import UserError
 
-from people import cohen_kappa, read_answers, read_jsonl
+from people.agreement import cohen_kappa
+from people.answers import read_answers, read_jsonl
 
 label = importlib.import_module("02_sample_label")
 rm = importlib.import_module("03_reward_model")
@@ -25,27 +26,30 @@ def write_rows(path, rows):
 
 
 def test_vader_thresholds():
-    assert [label.vader_label(c) for c in (-1, -0.05, -0.049, 0, 0.049, 0.05)] == [
+    assert [label.feeling(c) for c in (-1, -0.05, -0.049, 0, 0.049, 0.05)] == [
         "negative", "negative", "neutral", "neutral", "neutral", "positive"]
 
 
 def test_vader_compares():
-    assert [label.vader_label(a, b) for a, b in ((0.5, 0.4), (-0.5, 0.4), (0.0, 0.0))] == ["left", "right", "tie"]
+    assert [label.happier(a, b) for a, b in ((0.5, 0.4), (-0.5, 0.4), (0.0, 0.0))] == ["left", "right", "tie"]
 
 
 def test_pairs_and_their_pieces():
     """Every item in at most one pair; sides do not follow the order of drawing; piece k of both sides together."""
     class Letters:
+        def decode(self, tokens):
+            return "".join(chr(97 + t) for t in tokens)
+
         def decode_batch(self, tokens):
-            return ["".join(chr(97 + t) for t in x) for x in tokens]
+            return [self.decode(x) for x in tokens]
     items = [{"id": f"i{n}", "source": "model", "text": "abcd", "tokens": [n % 20, 1, 2, 3]} for n in range(401)]
     pairs = label.pair_up(items, seed=0)
     ids = [i for p in pairs for i in p["id"].split()]
     assert len(pairs) == 200 and len(set(ids)) == 400 and pairs == label.pair_up(items, seed=0) != label.pair_up(items, seed=1)
     assert 60 < sum(int(a[1:]) < int(b[1:]) for a, b in zip(ids[::2], ids[1::2])) < 140
-    piece = label.cut(pairs[:1], 2, Letters())[1]
+    piece = label.cut_up(pairs[:1], 2, Letters())[1]
     assert piece["id"] == pairs[0]["id"] + "#1" and piece["tokens"] == [[2, 3], [2, 3]] and piece["text"] == ["cd", "cd"]
-    assert label.cut(items[:1], 2, Letters())[0] == {"id": "i0#0", "source": "piece", "text": "ab", "tokens": [0, 1]}
+    assert label.cut_up(items[:1], 2, Letters())[0] == {"id": "i0#0", "source": "piece", "text": "ab", "tokens": [0, 1]}
 
 
 def test_bradley_terry_by_hand():

@@ -1,11 +1,14 @@
 import json
 import os
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import model as m
-from model import GPT, GPTConfig, UserError, load, load_optimizers, save
+from kernels import squared_relu
+from kernels.decoder import Decoder
+from model import GPT, GPTConfig, UserError, load, resume, save, settings_of
 
 
 def tiny(vocab=20, context=12, kv=1, seed=0, noise=0.3, dtype=torch.float32):
@@ -32,7 +35,7 @@ def test_reversing_needs_the_first_half_and_cannot_foresee_it():
     optimizer = torch.optim.Adam(gpt.parameters(), lr=3e-3)
     for _ in range(500):
         half = torch.randint(10, (64, 6))
-        nll = -gpt.logprob(torch.cat((half, half.flip(1)), dim=1))[0]
+        nll = -gpt.logprob(torch.cat((half, half.flip(1)), dim=1))
         optimizer.zero_grad()
         nll.mean().backward()
         optimizer.step()
@@ -52,8 +55,36 @@ def test_hidden_states_are_causal_and_positions_matter():
     assert not torch.allclose(ab, ba, atol=1e-3)
 
 
+def test_the_decoder_draws_what_the_loop_draws():
+    """The captured step of a GPU, run as it is on a CPU, against the loop of `GPT.draw`: prompts of several
+    lengths, a batch that fills its buffers only in part, and a second rollout with other weights."""
+    gpt, other = tiny(seed=1), tiny(seed=2)
+    prompt = torch.tensor([[3, 1, 4, 1], [5, 9, -1, -1], [-1, -1, -1, -1]])
+    numbers = torch.tensor([7, 0, 2])
+    decoder = Decoder(gpt, 5, 4, 8)
+    for model in (gpt, other):
+        with torch.no_grad():
+            torch._foreach_copy_(list(decoder.model.parameters()), list(model.parameters()))
+            expected = model.draw(numbers, prompt, 8, seed=3)
+            found = decoder.draw(numbers, prompt, 8, seed=3)
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
+
+
+def test_the_gpu_path_of_generate_is_the_decoder(monkeypatch):
+    """Where a step can be captured, `generate` draws by a decoder with the weights of now."""
+    from kernels import decoder
+    gpt, other = tiny(seed=1), tiny(seed=2)
+    prompt = torch.tensor([[3, 1, 4, 1], [5, 9, -1, -1], [-1, -1, -1, -1]])
+    expected = [model.generate(3, 8, seed=3, batch=2, prompts=prompt)[0] for model in (gpt, other)]
+    monkeypatch.setattr(m, "can_capture", lambda model: True)
+    monkeypatch.setattr(decoder, "decoders", {})
+    found = [model.generate(3, 8, seed=3, batch=2, prompts=prompt)[0] for model in (gpt, other)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert len(decoder.decoders) == 1  # models of one shape share it
+
+
 def test_a_rollout_uses_the_weights_of_now():
-    """The decoder keeps a copy of the weights, and must refresh it."""
     gpt, other = tiny(seed=1), tiny(seed=2)
     before = gpt.generate(20, 8, seed=0)[0]
     with torch.no_grad():
@@ -70,7 +101,8 @@ def test_prompts_of_different_lengths_equal_one_by_one():
     gpt, length = tiny(seed=4), 5
     prompt = torch.tensor([[3, 1, 4, 1], [5, 9, -1, -1], [-1, -1, -1, -1], [2, -1, -1, -1], [6, 5, 3, 5]])
     y, sampled = gpt.generate(5, length, seed=1, prompts=prompt, batch=3)
-    logp, entropy = gpt.logprob(y, prompt, entropy=True)
+    logp, entropy = gpt.logprob_and_entropy(y, prompt)
+    assert torch.equal(logp, gpt.logprob(y, prompt))
     torch.testing.assert_close(sampled, logp.detach(), rtol=1e-4, atol=1e-5)
     logp.sum().backward()
     grad, gpt.embed.weight.grad = gpt.embed.weight.grad.clone(), None
@@ -78,7 +110,7 @@ def test_prompts_of_different_lengths_equal_one_by_one():
         start = row[row >= 0]
         alone, _ = gpt.generate(torch.tensor([i]), length, seed=1, prompts=start[None])
         assert torch.equal(alone, y[i:i + 1])
-        both, both_entropy = gpt.logprob(torch.cat((start, y[i]))[None], entropy=True)  # the whole as one completion
+        both, both_entropy = gpt.logprob_and_entropy(torch.cat((start, y[i]))[None])  # the whole as one completion
         torch.testing.assert_close(both[0, len(start):], logp[i], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(both_entropy[0, len(start):], entropy[i], rtol=1e-5, atol=1e-6)
         both[0, len(start):].sum().backward()
@@ -86,18 +118,33 @@ def test_prompts_of_different_lengths_equal_one_by_one():
     assert torch.equal(gpt.generate(3, length, seed=1, prompts=prompt[2:3].expand(3, -1))[0], gpt.generate(3, length, seed=1)[0])
 
 
+def test_the_picture_of_the_layout():
+    """The one in `lay_out`, whose padding may hold anything; and a prompt that fills its row."""
+    y, prompt = torch.tensor([[7, 8, 9], [7, 8, 9]]), torch.tensor([[5, 6, -1], [4, 5, 6]])
+    x, places = m.lay_out(y, prompt, bos=99)
+    assert x.tolist() == [[99, 5, 6, 7, 8, 9, 9], [99, 4, 5, 6, 7, 8, 9]] and places.tolist() == [[2, 3, 4], [3, 4, 5]]
+    assert torch.equal(x.gather(1, places + 1), y)
+
+
 def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
+    from importlib import import_module
+    label = import_module("02_sample_label")
     speech = "ROMEO:\nTo be, or not\nTo be\n\nNURSE:\n" + "a very long line " * 30 + "\n\n"
     (tmp_path / "c.txt").write_text(speech * 40 + "JULIET:\nNot to be\n" * 200)
-    train, held = (m.decode_prompts(tokenizer, m.read_prompts(tmp_path / "c.txt", tokenizer, held_out)) for held_out in (False, True))
-    assert train == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"] and held == ["JULIET:\nNot to be\n"]
-    (tmp_path / "g.txt").write_text("WITCH.\nWhen shall we\n\nTHIRD, A.\nThere\n\nThus:\nSo\n\n" * 99)  # as Project Gutenberg prints it
-    assert m.decode_prompts(tokenizer, m.read_prompts(tmp_path / "g.txt", tokenizer)) == ["WITCH.\nWhen shall we\n", "THIRD, A.\nThere\n"]
+    label.write_prompts(tmp_path / "c.txt", tokenizer, tmp_path / "prompts.json")
+
+    def texts(part):
+        rows = m.read_prompts(tmp_path / "prompts.json", part)
+        return tokenizer.decode_batch([[t for t in row if t >= 0] for row in rows.tolist()])
+    assert texts("train") == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"] and texts("held_out") == ["JULIET:\nNot to be\n"]
+    gutenberg = "WITCH.\nWhen shall we\n\nTHIRD, A.\nThere\n\nThus:\nSo\n\n" * 99  # as Project Gutenberg prints it
+    assert tokenizer.decode_batch(label.find_prompts(gutenberg, tokenizer)) == ["WITCH.\nWhen shall we\n", "THIRD, A.\nThere\n"]
     with pytest.raises(UserError, match="missing"):
-        m.read_prompts(tmp_path / "none.txt", tokenizer)
-    (tmp_path / "c.txt").write_text("no speakers here\n" * 99)
+        label.write_prompts(tmp_path / "none.txt", tokenizer, tmp_path / "prompts.json")
+    with pytest.raises(UserError, match="missing: run 02_sample_label.py --prompts"):
+        m.read_prompts(tmp_path / "none.json", "train")
     with pytest.raises(UserError, match="has no prompts"):
-        m.read_prompts(tmp_path / "c.txt", tokenizer)
+        label.find_prompts("no speakers here\n" * 99, tokenizer)
 
 
 def test_settings_of_a_gpu(monkeypatch, capsys):
@@ -118,7 +165,7 @@ def test_cached_sampling_equals_the_full_forward(kv):
     """Guards against a cache, position or head slice that differs between rollout and scoring."""
     gpt = tiny(kv=kv)
     tokens, logp = gpt.generate(50, 12, seed=3, batch=16)
-    full, _ = gpt.logprob(tokens)
+    full = gpt.logprob(tokens)
     torch.testing.assert_close(logp, full.detach(), rtol=0, atol=1e-5)
     assert tokens.max() < gpt.n_text  # reserved tokens are never sampled
 
@@ -136,7 +183,7 @@ def test_sampled_sequences_follow_the_model():
     """Chi-square of 30,000 two-token samples against the enumerated joint distribution."""
     gpt = tiny(vocab=9, noise=0.5)
     pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
-    p = gpt.logprob(pairs)[0].double().sum(1).exp().detach()
+    p = gpt.logprob(pairs).double().sum(1).exp().detach()
     assert abs(p.sum() - 1) < 1e-5
     n = 30_000
     tokens, _ = gpt.generate(n, 2, seed=0, batch=10_000)
@@ -157,7 +204,7 @@ def test_sentiment_reads_the_whole_sample_and_two_tokens():
 
 def test_squared_relu_gradient():
     x = torch.linspace(-2, 2, 9, dtype=torch.float64, requires_grad=True)
-    y = m.SquaredReLU.apply(x)
+    y = squared_relu(x)
     y.sum().backward()
     assert torch.equal(y, x.clamp_min(0) ** 2) and torch.equal(x.grad, 2 * x.detach().clamp_min(0))
 
@@ -182,7 +229,7 @@ def test_optimizers_continue_exactly(tmp_path, tokenizer):
 
     def step(gpt, optimizers, seed):
         y = torch.randint(200, (4, 6), generator=torch.Generator().manual_seed(seed))
-        (-gpt.logprob(y)[0].mean()).backward()
+        (-gpt.logprob(y).mean()).backward()
         for o in optimizers:
             o.step(), o.zero_grad()
 
@@ -190,13 +237,23 @@ def test_optimizers_continue_exactly(tmp_path, tokenizer):
     optimizers = make(gpt)
     for s in range(3):
         step(gpt, optimizers, s)
-    save(tmp_path / "s.safetensors", gpt, tokenizer, optimizers, step=3)
-    again, _, header = load(tmp_path / "s.safetensors", "01")
+    @dataclass
+    class Config:
+        resume: bool = True
+        lr: float = 0.01
+    cfg, made_from = Config(), {"inputs": {"corpus": "x"}}
+    path = tmp_path / "s.safetensors"
+    save(path, gpt, tokenizer, optimizers, step=3, settings=settings_of(cfg), **made_from)
+    again = tiny(vocab=tokenizer.get_vocab_size(), seed=9)
     more = make(again)
-    load_optimizers(header, more)
+    assert resume(path, cfg, made_from["inputs"], again, more)["step"] == 3
     for s in range(3, 6):
         step(gpt, optimizers, s), step(again, more, s)
     assert m.fingerprint(gpt) == m.fingerprint(again)
+    assert resume(path, cfg, {"corpus": "y"}, again, more) == {}            # of other inputs
+    assert resume(path, Config(resume=False), made_from["inputs"], again, more) == {}
+    with pytest.raises(UserError, match="another lr"):
+        resume(path, Config(lr=0.1), made_from["inputs"], again, more)
 
 
 def test_load_refuses_what_it_cannot_use(tmp_path, tokenizer):
@@ -211,7 +268,7 @@ def test_load_refuses_what_it_cannot_use(tmp_path, tokenizer):
             load(path, "01")
     from safetensors.torch import save_file
     save_file({"w": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="not written by this project"):
+    with pytest.raises(UserError, match="not written by this version"):
         load(path, "01")
 
 

@@ -22,16 +22,15 @@ STAGES = {
     "01_pretrain.py": ["--vocab-size", "300", "--context", "32", "--n-layer", "1", "--n-head", "2", "--n-kv-head",
                        "1", "--d-model", "32", "--batch", "32", "--steps", "200", "--save-every", "20", "--n-samples", "64"],
     "02_sample_label.py": ["--n", "3000", "--length", "24", "--corpus-fraction", "0.2", "--pieces", "4"],
-    "03_reward_model.py": ["--epochs", "2", "--norm-samples", "512"],
+    "03_reward_model.py": ["--epochs", "2"],
     "04_ppo.py": ["--batch", "256", "--max-batch", "512", "--minibatch", "64", "--lr", "5e-4", "--warmup", "5",
-                  "--kl-stop", "3", "--max-iterations", "12", "--kl-samples", "64"],
+                  "--kl-stop", "3", "--max-iterations", "12", "--kl-samples", "64", "--norm-samples", "512"],
     "05_eval.py": ["--n", "256", "--n-ends", "256"],
 }
 ARTEFACT = {"01_pretrain.py": "base.safetensors", "02_sample_label.py": "labels-vader.jsonl",
             "03_reward_model.py": "reward.safetensors", "04_ppo.py": "policy-happy.safetensors",
             "05_eval.py": "report.json"}
-LOG = {"01_pretrain.py": "01.jsonl", "02_sample_label.py": "samples.jsonl", "03_reward_model.py": "03.jsonl",
-       "04_ppo.py": "04-happy.jsonl", "05_eval.py": "05.jsonl"}
+LOG = {"01_pretrain.py": "01.jsonl", "04_ppo.py": "04-happy.jsonl"}
 
 
 def make_corpus() -> str:
@@ -48,6 +47,9 @@ def make_corpus() -> str:
 
 
 def command(script, out, *args):
+    """Of a stage, with its small settings; or of "people SUBCOMMAND"."""
+    if script.startswith("people"):
+        return [sys.executable, "-m", *script.split(), *args, "--out", str(out)]
     return [sys.executable, str(ROOT / script), *STAGES[script], "--out", str(out), *args]
 
 
@@ -86,11 +88,11 @@ def test_the_pipeline_does_what_it_is_for(pipeline):
 
 
 def test_constants_never_change_and_checkpoints_know_their_kl(pipeline):
-    """Guards against running normalisation: the constants of iteration 0 reproduce every reward."""
-    out, _ = pipeline
-    norm = load(out / "reward.safetensors", "")[2]["normalisation"]["happy"]
+    """Guards against running normalisation: the constants that 04 prints first reproduce every reward."""
+    out, printed = pipeline
+    mean, std = map(float, re.search(r"reward of the base model: (\S+) \+- (\S+)", printed["04_ppo.py"]).groups())
     for r in rows(out / "04-happy.jsonl"):
-        assert abs((r["score"] - norm["mean"]) / norm["std"] - r["reward"]) < 1e-4
+        assert abs((r["score"] - mean) / std - r["reward"]) < 5e-3  # they are printed with three digits
     kept = sorted((out / "checkpoints").glob("happy-kl-*"))
     crossed = []
     for path in kept:
@@ -113,19 +115,17 @@ def comparable(path: Path):
         model, _, header = load(path, "")
         header["metrics"] = {k: v for k, v in header.get("metrics", {}).items() if k != "tokens_per_s"}
         return fingerprint(model), header
-    return re.sub(r'"(tokens_per_s|s_rollout|s_score|s_update)": [\d.e-]+', "", path.read_text())
+    return re.sub(r'"(tokens_per_s|s_rollout|s_score|s_save|s_update)": [\d.e-]+', "", path.read_text())
 
 
-@pytest.mark.parametrize("script", STAGES)
+@pytest.mark.parametrize("script", LOG)
 def test_killed_and_resumed_equals_uninterrupted(script, pipeline, corpus, tmp_path):
-    """kill -9 at a random moment, twice, then --resume."""
+    """kill -9 at a random moment, twice, then --resume. 01 and 04 alone: the others take a minute or two."""
     before, out = pipeline[0], tmp_path / "out"
-    later = {"01": ("",), "02": ("base.", "corpus."), "03": ("base.", "labels", "corpus."),
-             "04": ("base.", "reward."), "05": ("base.", "reward.", "policy", "corpus.", "check", "04", "01")}[script[:2]]
     out.mkdir()
-    for item in before.iterdir():
-        if item.name.startswith(later) and later != ("",):
-            (shutil.copytree if item.is_dir() else shutil.copy)(item, out / item.name)
+    if script == "04_ppo.py":
+        for name in ("base.safetensors", "reward.safetensors"):
+            shutil.copy(before / name, out)
     args = ["--resume"] + (["--corpus", str(corpus)] if script.startswith("01") else [])
     rng, log = random.Random(script), out / LOG[script]
     total = len(rows(before / LOG[script]))
@@ -137,18 +137,32 @@ def test_killed_and_resumed_equals_uninterrupted(script, pipeline, corpus, tmp_p
         time.sleep(rng.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    survived = log.read_text().splitlines()
     done = run(script, out, *args)
     assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stdout
     assert comparable(out / ARTEFACT[script]) == comparable(before / ARTEFACT[script])
-    if script in ("01_pretrain.py", "03_reward_model.py", "04_ppo.py"):
-        assert "resuming at step" in done.stdout or "nothing to resume" in done.stdout
-        assert comparable(log) == comparable(before / LOG[script])
+    assert comparable(log) == comparable(before / LOG[script])
+    assert not list(out.glob("*-state.safetensors"))
     if script == "04_ppo.py":
         assert [comparable(p) for p in sorted((out / "checkpoints").iterdir())] == [
             comparable(p) for p in sorted((before / "checkpoints").iterdir())]
-    if script == "05_eval.py":  # finished measurements are kept, not repeated
-        assert log.read_text().splitlines()[: len(survived) - 1] == survived[:-1]
+
+
+@pytest.mark.parametrize("script", ["02_sample_label.py", "03_reward_model.py", "05_eval.py"])
+def test_the_short_stages_make_the_same_again_and_leave_nothing_half_done(script, pipeline, tmp_path):
+    """Killed with their result there: it stays whole. Run again: the same result, bit for bit."""
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    before = comparable(out / ARTEFACT[script])
+    process = subprocess.Popen(command(script, out), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert "settings:" in process.stdout.readline()
+    time.sleep(random.Random(script).random() * 2)
+    process.kill()
+    process.wait()
+    assert comparable(out / ARTEFACT[script]) == before
+    done = run(script, out)
+    assert done.returncode == 0, done.stderr
+    assert comparable(out / ARTEFACT[script]) == before and not list(out.glob("*.tmp"))
 
 
 def test_resuming_a_run_that_has_no_iterations_left(pipeline, tmp_path):
@@ -165,7 +179,7 @@ def test_comparisons_train_a_reward_model_that_04_takes_as_it_is(pipeline, tmp_p
     shutil.copytree(pipeline[0], out)
     flags = ["--prompts", "--corpus-fraction", "0"] if prompts else []
     done = run("02_sample_label.py", out, "--compare", *flags)
-    assert done.returncode == 0 and "comparisons-vader.jsonl: 1500 labels" in done.stdout, done.stderr
+    assert done.returncode == 0 and "comparisons-vader.jsonl: 1500 comparisons" in done.stdout, done.stderr
     if prompts:
         pair = rows(out / "comparisons-vader.jsonl")[0]
         by_id = {r["id"]: r for r in rows(out / "samples.jsonl")}
@@ -176,7 +190,6 @@ def test_comparisons_train_a_reward_model_that_04_takes_as_it_is(pipeline, tmp_p
     header = load(out / "reward.safetensors", "")[2]
     assert header["kind"] == "comparisons" and header["prompted"] == prompts
     assert header["metrics"]["all"]["auc"] > 0.8
-    assert header["normalisation"]["happy"]["mean"] == pytest.approx(-header["normalisation"]["sad"]["mean"], abs=1e-4)
     done = run("04_ppo.py", out)
     assert done.returncode == 0, done.stderr
     log = rows(out / "04-happy.jsonl")
@@ -222,29 +235,45 @@ def test_a_person_labels_undoes_quits_and_goes_on(pipeline, tmp_path):
     out.mkdir()
     for name in ("base.safetensors", "corpus.txt", "samples.jsonl"):
         shutil.copy(pipeline[0] / name, out)
-    argv = command("02_sample_label.py", out, "--labeller", "anna", "--resume")
+    argv = command("02_sample_label.py", out, "--labeller", "anna")
     code, shown = type_keys(argv, "pn0us?xpq")
     assert code == 0 and "\x1b[2J" in shown and "source" not in shown and "kl" not in shown
     path = out / "labels-anna.jsonl"
     lines = rows(path)
     assert [r["label"] for r in lines] == ["positive", "negative", "neutral", "undo", "skip", "positive"]
     assert lines[2]["id"] == lines[3]["id"] == lines[4]["id"]  # the undone item comes back
+    argv = [sys.executable, "-m", "people", "label", "anna", "--out", str(out)]  # the same, without drawing again
     code, shown = type_keys(argv, "nq")
-    assert code == 0 and "5 of 3000" in shown
+    assert code == 0 and "5 of 3000" in shown and "\n" + str(path) + ": 5 of 3000, positive 2" in shown.replace("\r", "")
     assert len({r["id"] for r in rows(path)}) == 5 and rows(path)[:6] == lines
 
 
 def test_a_person_rates_blind(pipeline, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(pipeline[0], out)
-    argv = command("05_eval.py", out, "--rate", "bo", "--rate-n", "3")
+    argv = [sys.executable, "-m", "people", "rate", "bo", "--out", str(out), "--n", "3"]
     code, shown = type_keys(argv, "ppuq")
     assert code == 0 and "key stays hidden" in shown and "Fisher" not in shown
     rated = rows(out / "ratings-bo.jsonl")
     assert [r["id"].split("-")[-1] for r in rated] == ["0", "1", "1"]
     assert all(set(r) == {"id", "text", "label", "labeller", "time"} for r in rated)  # nothing tells the arm
     code, shown = type_keys(argv, "pnp0n")
-    assert code == 0 and "Fisher's exact test" in shown and "power of 3 against 3" in shown
+    assert code == 0 and "Fisher's exact test" in shown.replace("\r\n", " ") and "power of 3 against 3" in shown
+    done = run("05_eval.py", out)
+    assert done.returncode == 0 and "Blind ratings" in (out / "report.html").read_text(), done.stderr
+
+
+def test_labellers_are_compared_with_each_other_and_with_the_machine(pipeline, tmp_path):
+    """Kappa of each pair after labelling, as 03 once printed it, and alpha over the people."""
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    vader = rows(out / "labels-vader.jsonl")
+    for name, label in (("anna", None), ("bo", "negative")):
+        (out / f"labels-{name}.jsonl").write_text("".join(
+            json.dumps(r | {"label": label or r["label"], "labeller": name}) + "\n" for r in vader[:30]))
+    code, shown = type_keys([sys.executable, "-m", "people", "label", "anna", "--out", str(out)], "q")
+    assert code == 0 and "anna and vader: Cohen's kappa 1.00 on 30 common items" in shown
+    assert "anna and bo: Cohen's kappa 0.00 on 30" in shown and "Krippendorff's alpha over all people" in shown
 
 
 # ---- Bad input: one line, exit code 2, nothing lost ----------------------------------------------
@@ -305,29 +334,34 @@ CASES = [
     ("01_pretrain.py", lambda out: (out / "e.txt").write_bytes(b"caf\xe9 " * 999), ["--corpus", "OUT/e.txt"], "not UTF-8: byte 3"),
     ("01_pretrain.py", lambda out: (out / "e.txt").write_text("<|happy|> " * 999), ["--corpus", "OUT/e.txt"], "reserved tokens"),
     ("02_sample_label.py", None, ["--labeller", "anna"], "needs a terminal"),
-    ("05_eval.py", None, ["--rate", "anna"], "needs a terminal"),
-    ("02_sample_label.py", None, ["--corpus-fraction", "7"], "corpus-fraction in"),
+    ("people label", None, ["anna"], "needs a terminal"),
+    ("people rate", None, ["anna"], "needs a terminal"),
+    ("people label", remove("samples.jsonl"), ["anna"], "samples.jsonl is missing: run 02_sample_label.py first"),
+    ("people compare", None, ["anna"], "run 02_sample_label.py --compare first"),
+    ("people rate", remove("policy-happy.safetensors"), ["s.html"], "run 04_ppo.py first"),
+    ("people rate", other_base, ["s.html"], "another base model"),
+    ("05_eval.py", edit("04-happy.jsonl", lambda d: d[:-20]), [], "04-happy.jsonl is damaged: run 04_ppo.py again"),
+    ("05_eval.py", remove("04-happy.jsonl"), [], "04-happy.jsonl is missing: run 04_ppo.py"),
+    ("02_sample_label.py", None, ["--corpus-fraction", "7"], "corpus-fraction must be in"),
     ("02_sample_label.py", None, ["--seed", "-1"], "--seed must be in"),
     ("02_sample_label.py", None, ["--prompts"], "--prompts needs --corpus-fraction 0"),
     ("02_sample_label.py", None, ["--labeller", "Vader-pieces"], "not the machine's name"),
-    ("02_sample_label.py", None, ["--sheet", "s.html", "--sheet-skip", "9", "--pick", "uncertain"], "cannot go with"),
-    ("02_sample_label.py", None, ["--sheet", "CORPUS"], "is not a sheet"),
-    ("02_sample_label.py", None, ["--pick", "uncertain"], "name it with --sheet"),
+    ("people sheet", None, ["CORPUS"], "is not a sheet"),
+    ("people sheet", None, ["OUT/s.html", "--skip", "9999"], "no items are left after --skip 9999"),
+    ("people merge", None, ["CORPUS", "a.jsonl"], "is not a sheet"),
     ("02_sample_label.py", None, ["--compare", "--n", "1"], "--n 2 to --compare"),
     ("03_reward_model.py", edit("labels-vader.jsonl", lambda d: d.replace(b'{"id"', b'{"prompt": "x", "id"', 1)), [],
      "samples with and without prompts"),
-    ("05_eval.py", None, ["--sheet", "s.html", "--ratings", "a.jsonl"], "one at a time"),
-    ("05_eval.py", None, ["--rate", "majority"], "--rate letters and digits"),
-    ("05_eval.py", None, ["--ratings", "a.jsonl"], "key.*is missing"),
+    ("people rate", None, ["majority"], "not a labeller"),
     ("04_ppo.py", None, ["--batch", "100"], "multiples of --minibatch"),
-    ("04_ppo.py", None, ["--kl-samples", "10"], "--kl-samples must not be smaller"),
+    ("04_ppo.py", None, ["--epochs", "0"], "--epochs must be positive"),
     ("04_ppo.py", None, ["--no-such-option"], "no-such-option"),
-    ("04_ppo.py", None, ["--lr", "0.5", "--warmup", "1"], "diverged at iteration.*lower --lr.*last good policy"),
+    ("04_ppo.py", None, ["--lr", "0.5", "--warmup", "1"], "diverged at iteration.*lower --lr"),
     ("01_pretrain.py", None, ["--corpus", "CORPUS", "--out", "/dev/null/out"], "Not a directory"),
 ]
 
 
-@pytest.mark.parametrize("script, prepare, args, message", CASES, ids=[f"{c[0][:2]}-{c[3][:30]}" for c in CASES])
+@pytest.mark.parametrize("script, prepare, args, message", CASES, ids=[f"{c[0]}-{c[3][:30]}" for c in CASES])
 def test_bad_input_is_one_line_and_loses_nothing(script, prepare, args, message, pipeline, corpus, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(pipeline[0], out)
@@ -363,7 +397,7 @@ def test_ctrl_c_says_how_to_go_on(pipeline, corpus, tmp_path):
     wait_for(process, lambda: log.exists() and len(log.read_text().splitlines()) >= 5)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 2 and "Traceback" not in stderr and "--resume goes on" in stderr
+    assert process.returncode == 2 and "Traceback" not in stderr and "interrupted: run the same command" in stderr
 
 
 def test_settings_of_another_run_are_not_continued(pipeline, corpus, tmp_path):
@@ -400,13 +434,14 @@ def test_the_negative_twin_has_its_own_target(pipeline, tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert report["sad"][-1]["negative"] > report["happy"][0]["negative"] > report["happy"][-1]["negative"]
     assert report["sad"][-1]["proxy"] > -1 and "Checkpoints towards sad" in (out / "report.html").read_text()
-    done = run("05_eval.py", out, "--sheet", str(tmp_path / "rate.html"), "--rate-n", "4")  # three arms
+    sheet = str(tmp_path / "rate.html")
+    done = run("people rate", out, sheet, "--n", "4")  # three arms
     assert done.returncode == 0, done.stderr
     key = json.loads(next(out.glob("key-*.json")).read_text())
     assert sorted(key["arms"].values()) == ["base"] * 4 + ["happy"] * 4 + ["sad"] * 4
     (tmp_path / "anna.jsonl").write_text("".join(json.dumps(item | {
         "label": "negative" if key["arms"][item["id"]] == "sad" else "positive", "labeller": "anna"}) + "\n" for item in key["items"]))
-    done = run("05_eval.py", out, "--ratings", str(tmp_path / "anna.jsonl"), "--resume")
+    done = run("people merge", out, sheet, str(tmp_path / "anna.jsonl"))
     assert done.returncode == 0, done.stderr
     assert "anna: positive 4 of 4 base, 4 of 4 happy samples" in done.stdout
     assert "anna: negative 0 of 4 base, 4 of 4 sad samples; Fisher's exact test, one-sided: p = 0.014" in done.stdout  # 1 / C(8, 4)
@@ -416,17 +451,38 @@ def test_the_learning_curve_is_measured_and_drawn(pipeline, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(pipeline[0], out)
     reward = (out / "reward.safetensors").read_bytes()
-    done = run("03_reward_model.py", out, "--curve")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.learning_curve", *STAGES["03_reward_model.py"], "--out", str(out)],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     curve = json.loads((out / "curve.json").read_text())
     assert [c["labels"] for c in curve][:2] == [400, 1600] and 2400 < curve[2]["labels"] <= 2550
-    assert curve[-1]["auc"] > 0.8 and all(0.4 < c["auc"] <= 1 for c in curve)
+    assert curve[-1]["after"] > 0.8 and all(0.4 < c[k] <= 1 for c in curve for k in ("alone", "after", "bag_of_words"))
     assert (out / "reward.safetensors").read_bytes() == reward
     assert run("05_eval.py", out).returncode == 0 and (out / "plots" / "curve.png").exists()
 
 
+def test_the_curve_of_a_person_follows_the_persons_schedule(monkeypatch):
+    """Guards against a phase whose schedule hangs on its name: few labels of a person are trained on with the
+    person's rate, all the way, after the machine's phases, whatever they are called."""
+    import importlib
+    curve, trained = importlib.import_module("benchmarks.learning_curve"), []
+    rm = curve.rm
+    items = [{"part": part, "tokens": [1, 2], "target": i % 2, "weight": 1.0, "text": "a b"}
+             for part in ("train", "val", "test") for i in range(20)]
+    monkeypatch.setattr(rm, "train", lambda model, phase, cfg: trained.append((model, phase)))
+    monkeypatch.setattr(rm, "predict", lambda model, tokens: __import__("numpy").zeros((len(tokens), 2)))
+    from tests.test_model import tiny
+    machine, person = rm.Phase("machine", items, 1.0), rm.Phase("people", items, 12.0, rate=0.03, early_stop=False)
+    curve.learning_curve(tiny(), [machine, person], rm.Config(), sizes=(5,))
+    phases = [phase for _, phase in trained]
+    assert phases[0] is machine and len(phases) == 5
+    assert [(p.rate, p.early_stop, len([i for i in p.items if i["part"] == "train"])) for p in phases[1:]] == [
+        (0.03, False, 5)] * 2 + [(0.03, False, 20)] * 2
+    assert [p.epochs for p in phases[1:]] == [24.0, 24.0, 12.0, 12.0]
+
+
 def test_few_labels_of_a_person_fine_tune_the_machine_s_model(pipeline, tmp_path):
-    """24 labels that contradict VADER: two phases, every part filled, kappa printed; the model moves
+    """24 labels that contradict VADER: a phase of their own, every part filled; the model moves
     towards the person. With --no-machine-first the same files are pooled into one phase."""
     out = tmp_path / "out"
     shutil.copytree(pipeline[0], out)
@@ -434,11 +490,11 @@ def test_few_labels_of_a_person_fine_tune_the_machine_s_model(pipeline, tmp_path
     other = {"positive": "negative", "negative": "positive", "neutral": "neutral"}
     (out / "labels-anna.jsonl").write_text("".join(
         json.dumps(r | {"label": other[r["label"]], "labeller": "anna"}) + "\n" for r in vader[:24]))
-    before = load(out / "reward.safetensors", "")[2]["normalisation"]["happy"]["std"]
+    before = fingerprint(load(out / "reward.safetensors", "")[0])
     done = run("03_reward_model.py", out)
     assert done.returncode == 0, done.stderr
-    assert "anna and vader: Cohen's kappa -" in done.stdout and {r["phase"] for r in rows(out / "03.jsonl")} == {"pieces", "machine", "people"}
-    assert load(out / "reward.safetensors", "")[2]["normalisation"]["happy"]["std"] != before
+    assert "anna: 24 labels" in done.stdout and {r["phase"] for r in rows(out / "03.jsonl")} == {"pieces", "machine", "people"}
+    assert fingerprint(load(out / "reward.safetensors", "")[0]) != before
     done = run("03_reward_model.py", out, "--no-machine-first")
     assert done.returncode == 0 and {r["phase"] for r in rows(out / "03.jsonl")} == {"all"}, done.stderr
 
@@ -446,7 +502,7 @@ def test_few_labels_of_a_person_fine_tune_the_machine_s_model(pipeline, tmp_path
 def test_without_corpus_and_network_the_shipped_model_is_used(tmp_path):
     """A copy of the project with no data/ beside it and a dead proxy: 01 says so in one line."""
     project = tmp_path / "p" / "project"
-    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", ".venv", "out*", "data"))
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", ".venv", "out*", "data", ".triton*"))
     done = subprocess.run([sys.executable, "01_pretrain.py"], cwd=project, capture_output=True, text=True, timeout=200,
                           env=os.environ | {"http_proxy": "http://127.0.0.1:1", "https_proxy": "http://127.0.0.1:1"})
     assert done.returncode == 0, done.stderr

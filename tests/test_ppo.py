@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 
+from model import UserError
+
 ppo = importlib.import_module("04_ppo")
 
 
@@ -37,7 +39,6 @@ def test_reward_is_the_advantage_of_every_token_and_the_penalty_is_rescaled():
     penalised = ppo.advantage(reward, logp, ref, 0.5, 2.0)
     # in units of log p the summed objective is score - 0.5 * (logp - ref), and std is 2
     torch.testing.assert_close(2.0 * penalised, 2.0 * reward[:, None] - 0.5 * (logp - ref))
-    torch.testing.assert_close(ppo.normalise(torch.tensor([-1.0, -3.0]), -1.0, 2.0), torch.tensor([0.0, -1.0]))
 
 
 def test_both_kl_estimators_against_an_enumerated_model():
@@ -48,13 +49,13 @@ def test_both_kl_estimators_against_an_enumerated_model():
     policy, ref = tiny(vocab=9, seed=1, noise=0.4), tiny(vocab=9, seed=2, noise=0.4)
     every = torch.cartesian_prod(*[torch.arange(6)] * 3)
     with torch.no_grad():
-        lp, lq = (x.logprob(every)[0].double().sum(1) for x in (policy, ref))
+        lp, lq = (x.logprob(every).double().sum(1) for x in (policy, ref))
         exact = float((lp.exp() * (lp - lq)).sum())
         y, _ = policy.generate(8000, 3, seed=0)
-        hidden = (policy.before(y), ref.before(y))
+        hidden = (policy.hidden_before(y), ref.hidden_before(y))
         full, k1, logp, entropy = ppo.kl_nats(y, hidden[0], policy.unembed(), hidden[1], ref.unembed())
-        (full, full_se), (k1, k1_se) = ppo.mean_and_error(full), ppo.mean_and_error(k1)
-        torch.testing.assert_close((logp, entropy), policy.logprob(y, entropy=True), rtol=1e-5, atol=1e-5)
+        full, full_se, k1, k1_se = full.mean(), ppo.standard_error(full), k1.mean(), ppo.standard_error(k1)
+        torch.testing.assert_close((logp, entropy), policy.logprob_and_entropy(y), rtol=1e-5, atol=1e-5)
     assert exact > 0.05
     assert abs(k1 - exact) < 4 * k1_se and abs(full - exact) < 4 * full_se and full_se < k1_se / 2
     same, same_k1, *_ = ppo.kl_nats(y, hidden[0], policy.unembed(), hidden[0], policy.unembed())
@@ -70,11 +71,21 @@ def test_batch_rule():
     assert rule([0.0] * 3, 8192, 8192) == 8192 and rule([0.0] * 3, 6000, 8192) == 8192
 
 
-@pytest.mark.parametrize("args, word", [((1.0, 0.9, 0.1, False), "lower --lr"), ((1.0, 0.9, 0.6, True), "60%"),
-                                        ((7.0, 1.0, 0.1, True), "jumped from 1.0 to 7.0"), ((math.nan, 1, 0, False), "not a number")])
-def test_divergence_says_what_to_change(args, word):
-    assert word in ppo.divergence(*args)
+def test_the_constants_are_those_of_the_reward_on_the_base_model(capsys):
+    """Mean and sample standard deviation of the reward function itself, whatever it is."""
+    from tests.test_model import tiny
+    base, cfg = tiny(vocab=9), ppo.Config(norm_samples=300, seed=2)
+    mean, std = ppo.reward_constants(lambda y: y[:, 0].float(), base, cfg, 3, None)
+    first = base.generate(300, 3, seed=2 << 32 | 3 << 24)[0][:, 0].double()
+    assert math.isclose(mean, first.mean()) and math.isclose(std, first.std()) and 0.5 < std < 3
+    with pytest.raises(UserError, match="all samples get the same reward"):
+        ppo.reward_constants(lambda y: torch.zeros(len(y)), base, cfg, 3, None)
 
 
-def test_no_divergence():
-    assert ppo.divergence(5.0, 4.0, 0.2, True) is None
+def test_figures_of_an_update():
+    """Means over all minibatches of both epochs, the clip fraction of the last one, and the very first ratio."""
+    stats = [{"clip_fraction": torch.tensor(c), "ratio_off": torch.tensor(r)}
+             for c, r in ((0.0, 0.0), (0.2, 0.1), (0.4, 0.2), (0.6, 0.3))]
+    row = ppo.update_figures(stats, epochs=2)
+    assert row["clip_fraction"] == pytest.approx(0.3) and row["clip_fraction_last_epoch"] == pytest.approx(0.5)
+    assert row["ratio_off_first"] == 0

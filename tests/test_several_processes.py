@@ -23,8 +23,6 @@ def copy(source, out, *names):
 
 @pytest.mark.parametrize("script, inputs, log, keys, limit", [
     ("01_pretrain.py", [], "01.jsonl", ["nats_per_token", "held_out_nats"], 2e-3),
-    ("03_reward_model.py", ["base.safetensors", "labels-vader.jsonl", "labels-vader-pieces.jsonl"], "03.jsonl",
-     ["loss", "val_nll", "val_auc"], 2e-3),
     ("04_ppo.py", ["base.safetensors", "reward.safetensors"], "04-happy.jsonl",
      ["kl", "kl_se", "kl_k1", "score", "score_std", "reward", "entropy", "clip_fraction", "loss", "batch"], 1e-5),
 ])
@@ -65,7 +63,7 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(pipeline, corpus, tmp
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=90)
     assert process.returncode != 0
-    assert "another process of this run has ended" in errors or "SIGKILL" in errors, errors
+    assert "SIGKILL" in errors, errors
     done = run("01_pretrain.py", out, "--corpus", str(corpus), "--resume")
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stderr
     end, whole = (rows(d / "01.jsonl")[-1]["nats_per_token"] for d in (out, pipeline[0]))
@@ -76,4 +74,4 @@ def test_bad_input_is_said_once(pipeline, corpus, tmp_path):  # noqa: F811
     done = subprocess.run(torchrun("01_pretrain.py", tmp_path / "out", "--corpus", str(corpus), "--batch", "33"),
                           capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "01_pretrain.py\", line" not in done.stderr  # torchrun's own traceback follows
-    assert done.stderr.count("error: a minibatch of 33 does not divide among 2 processes") == 1
+    assert done.stderr.count("error: --batch must divide among the processes") == 1

@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 
-import people
 from model import UserError
+from people import agreement
+from people import sheet as people
 from tests.test_pipeline import rows, run
 
 NASTY = ["</script><script>document.title='hacked'</script>", "<b>bold</b> &amp; \"quotes\" 'single'", "\U0001f600 emoji",
@@ -58,15 +59,15 @@ def test_agreement_equals_a_worked_example():
     observers = {"A": "1 2 3 3 2 1 4 1 2 . . .", "B": "1 2 3 3 2 2 4 1 2 5 . 3",
                  "C": ". 3 3 3 2 3 4 2 2 5 1 .", "D": "1 2 3 3 2 4 4 1 2 5 1 ."}
     observers = {name: {str(i): x for i, x in enumerate(line.split()) if x != "."} for name, line in observers.items()}
-    found = people.agreement(observers)
+    found = agreement.agreement(observers)
     assert abs(found["alpha"] - 0.743) < 5e-4
     assert found["disputed"] == ["1", "5", "7"]
     a, b = {"x": "p", "y": "p", "z": "n", "w": "n"}, {"x": "p", "y": "n", "z": "n", "w": "n"}
-    (kappa, n), = people.agreement({"a": a, "b": b})["kappa"].values()
+    (kappa, n), = agreement.kappas({"a": a, "b": b}).values()
     assert n == 4 and abs(kappa - 0.5) < 1e-12  # observed .75, expected .5
-    same = people.agreement({"a": a, "b": a})
+    same = agreement.agreement({"a": a, "b": a})
     assert same["alpha"] == 1 and same["disputed"] == []
-    assert np.isnan(people.agreement({"a": {"x": "p"}, "b": {"x": "p"}})["alpha"])  # nothing varies
+    assert np.isnan(agreement.agreement({"a": {"x": "p"}, "b": {"x": "p"}})["alpha"])  # nothing varies
 
 
 # ---- A real browser ------------------------------------------------------------------------------
@@ -123,10 +124,12 @@ def test_thirty_items_by_keyboard_in_a_browser_and_03_trains_on_them(pipeline, t
     out = tmp_path / "out"
     shutil.copytree(pipeline[0], out)
     sheet = tmp_path / "for anna.html"
-    done = run("02_sample_label.py", out, "--sheet", str(sheet), "--sheet-n", "40", "--pick", "uncertain")
-    assert done.returncode == 0 and "10 at random" in done.stdout, done.stderr
+    done = run("people sheet", out, str(sheet), "--n", "40")
+    assert done.returncode == 0 and "40 items" in done.stdout, done.stderr
     items = people.read_sheet(sheet)["items"]
-    assert [i["picked"] for i in items].count("random") == 10
+    done = run("people sheet", out, str(tmp_path / "second.html"), "--n", "40", "--skip", "40")
+    others = people.read_sheet(tmp_path / "second.html")["items"]
+    assert len(items) == len(others) == 40 and not {i["id"] for i in items} & {i["id"] for i in others}
 
     page = browser(sheet)
     press(page, "pn0" * 10)
@@ -146,12 +149,13 @@ def test_thirty_items_by_keyboard_in_a_browser_and_03_trains_on_them(pipeline, t
 
     back = tmp_path / "downloads" / "labels-anna.jsonl"
     for new in (30, 0):                                    # merging twice adds nothing
-        done = run("02_sample_label.py", out, "--sheet", str(sheet), "--merge", str(back))
+        done = run("people merge", out, str(sheet), str(back))
         assert done.returncode == 0 and f"30 answers, {new} of them new" in done.stdout, done.stderr
+        assert "anna and vader: Cohen's kappa" in done.stdout
     done = run("03_reward_model.py", out)
     assert done.returncode == 0 and "anna: 29 labels" in done.stdout, done.stderr
     back.write_text(back.read_text().replace('"positive"', '"glorious"', 1))
-    done = run("02_sample_label.py", out, "--sheet", str(sheet), "--merge", str(back))
+    done = run("people merge", out, str(sheet), str(back))
     assert done.returncode == 2 and "line 1 left out" in done.stderr and "1 lines were left out" in done.stderr
 
 
@@ -174,8 +178,10 @@ def test_samples_stay_text_on_a_phone_in_the_dark(tmp_path, browser):
 
 
 def test_pairs_are_compared(pipeline, tmp_path, browser):
-    sheet = tmp_path / "pairs.html"
-    done = run("02_sample_label.py", pipeline[0], "--sheet", str(sheet), "--sheet-n", "4", "--compare")
+    sheet, out = tmp_path / "pairs.html", tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    assert run("02_sample_label.py", out, "--compare").returncode == 0
+    done = run("people sheet", out, str(sheet), "--n", "4", "--compare")
     assert done.returncode == 0, done.stderr
     page = browser(sheet)
     assert len(page.find_elements("css selector", "#texts p")) == 2
@@ -190,7 +196,8 @@ def test_pairs_are_compared(pipeline, tmp_path, browser):
 def test_ratings_by_mail_stay_blind_until_they_are_back(pipeline, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(pipeline[0], out)
-    done = run("05_eval.py", out, "--sheet", str(tmp_path / "rate.html"), "--rate-n", "5")
+    sheet = str(tmp_path / "rate.html")
+    done = run("people rate", out, sheet, "--n", "5")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "rate.html").read_text()
     key = json.loads(next(out.glob("key-*.json")).read_text())
@@ -204,17 +211,20 @@ def test_ratings_by_mail_stay_blind_until_they_are_back(pipeline, tmp_path):
             i | {"label": judge(key["arms"][i["id"]]), "labeller": name, "time": 0, "seconds": 1}) + "\n" for i in items[:n]))
         return str(tmp_path / f"{name}.jsonl")
     fair = rate("anna", lambda arm: "positive" if arm == "happy" else "negative")
-    done = run("05_eval.py", out, "--ratings", fair, rate("bo", lambda arm: "neutral"),
+    done = run("people merge", out, sheet, fair, rate("bo", lambda arm: "neutral"),
                rate("cy", lambda arm: "positive" if arm == "happy" else "neutral"), rate("di", lambda arm: "neutral", 9))
     assert done.returncode == 0, done.stderr
     assert "anna: positive 0 of 5 base, 5 of 5 happy samples; Fisher's exact test, one-sided: p = 0.004" in done.stdout
     assert "majority: positive 0 of 5 base, 5 of 5" in done.stdout and "Krippendorff's alpha" in done.stdout
-    assert "9 of 10 rated; the key stays hidden" in done.stdout and "Blind ratings" in (out / "report.html").read_text()
+    assert "9 of 10 rated; the key stays hidden" in done.stdout
+    results = json.loads((out / "ratings.json").read_text())
+    assert [r["rater"] for r in results["results"]] == ["anna", "bo", "cy", "majority"]
     (tmp_path / "anna.jsonl").write_text("{}\n")
-    done = run("05_eval.py", out, "--ratings", fair)
+    done = run("people merge", out, sheet, fair)
     assert done.returncode == 2 and "line 1 left out: broken" in done.stderr
     # a key of other policies is not used
+    (out / "ratings.json").unlink()
     path = next(out.glob("key-*.json"))
     path.write_text(json.dumps(key | {"policies": key["policies"] | {"sad": "of an earlier run"}}))
-    done = run("05_eval.py", out, "--ratings", fair)
-    assert done.returncode == 2 and "belongs to other policies" in done.stderr
+    done = run("people unblind", out)
+    assert done.returncode == 0 and "belongs to other policies" in done.stdout and not (out / "ratings.json").exists()

@@ -58,10 +58,10 @@ def test_the_checks_of_machine_code_can_fail(change, wrong):
 
 def test_the_choice_of_backend():
     """On CPU tensors "auto" is PyTorch; insisting on Triton, or on nonsense, is refused in one line."""
-    packed = torch.randn(1, 4, 3, 2, 16)
-    assert torch.equal(attention(packed), attention(*packed.unbind(2), backend="torch"))
+    q, k, v = torch.randn(3, 1, 4, 2, 16)
+    assert torch.equal(attention(q, k, v), attention(q, k, v, backend="torch"))
     with pytest.raises(ValueError, match="needs Triton and tensors on a GPU"):
-        attention(packed, backend="triton")
+        attention(q, k, v, backend="triton")
     with pytest.raises(ValueError, match='backend "?\'?cuda'):
         linear_logprob(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([0, 1]), backend="cuda")
 
@@ -69,6 +69,6 @@ def test_the_choice_of_backend():
 def test_the_cpu_path_never_imports_triton():
     """Triton takes a second to import and is not there on every system."""
     code = ("import sys; sys.modules['triton'] = None; import torch, kernels\n"
-            "kernels.attention(torch.randn(1, 4, 3, 2, 16)); print('fine')")
+            "kernels.attention(*torch.randn(3, 1, 4, 2, 16)); print('fine')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "fine\n", done.stderr

@@ -1,6 +1,6 @@
 """What the kernels cost, against what one would call instead.
 
-    python -m kernels.bench      # prints tables, writes benchmarks/results/kernels-<device>.json
+    python -m benchmarks.kernels      # prints tables, writes benchmarks/results/kernels-<device>.json
 
 On a GPU `ours` are the Triton kernels; on a CPU it is the PyTorch path, and the tables say so.
 
@@ -312,7 +312,7 @@ def ppo_share(rounds) -> dict:
                 model.logprob(b), model.logprob(b), model.sentiment(b)
         for b in y.split(mb):
             optimizer.zero_grad()
-            model.logprob(b)[0].mean().backward()
+            model.logprob(b).mean().backward()
             optimizer.step()
 
     Dh = c.d_model // c.n_head

@@ -1,0 +1,103 @@
+"""What people do: label, compare, rate blind; in the terminal, or on a page that can be mailed.
+
+    python -m people label anna                          # one key per sample, after 02_sample_label.py
+    python -m people sheet friends.html                  # a page of 300 samples, to mail to friends
+    python -m people merge friends.html a.jsonl b.jsonl  # what came back; also of a page to rate
+    python -m people rate anna                           # 20 samples of each arm, after 04_ppo.py
+    python -m people rate rate.html                      # the same on a page
+"""
+import sys
+from pathlib import Path
+
+from tyro.conf import Positional
+from tyro.extras import SubcommandApp
+
+import people
+from model import UserError, one_line, require
+from people.agreement import print_agreement
+from people.answers import answers_in, need_name, read_items
+from people.ratings import items_to_rate
+from people.ratings import unblind as unblind_ratings
+from people.sheet import collect, read_sheet, write_sheet
+from people.terminal import ask, need_terminal
+
+app = SubcommandApp()
+OUT = Path("out")
+
+
+@app.command
+def label(name: Positional[str], out: Path = OUT, seed: int = 0) -> None:
+    """Label the samples in --out: positive, negative or neutral, one key each. Run again to go on."""
+    people.label(name, out, compare=False, seed=seed)
+
+
+@app.command
+def compare(name: Positional[str], out: Path = OUT, seed: int = 0) -> None:
+    """Which of two is the happier? About the pairs that 02_sample_label.py --compare made."""
+    people.label(name, out, compare=True, seed=seed)
+
+
+@app.command
+def sheet(page: Positional[Path], out: Path = OUT, seed: int = 0, n: int = 300, skip: int = 0,
+          compare: bool = False) -> None:
+    """Write a page FILE.html with samples, or pairs to compare, to be answered in any browser.
+
+    Args:
+        n: its items
+        skip: items to leave out first, those on other sheets: 300 for a second sheet, 600 for a third
+        compare: pairs instead of samples
+    """
+    require(n > 0 and skip >= 0, "--n must be positive, --skip not negative")
+    kind = "comparisons" if compare else "labels"
+    items = read_items(out, kind, seed)
+    chosen = items[skip:skip + n]
+    require(len(chosen) > 0, f"no items are left after --skip {skip}: there are {len(items)}")
+    write_sheet(page, kind, chosen)
+    print(f"{page}: {len(chosen)} items. Mail it; a browser opens it and saves a file to send back.\n"
+          f"next: python -m people merge {page} FILE.jsonl ...")
+
+
+@app.command
+def merge(page: Positional[Path], files: Positional[list[Path]], out: Path = OUT) -> None:
+    """Check the answers to a page, and add them to those in --out."""
+    asked = read_sheet(page)
+    wrong = collect(asked, files, out)
+    if asked["kind"] == "ratings":
+        unblind_ratings(out)
+    else:
+        print_agreement(answers_in(out, asked["kind"]), asked["items"])
+    require(wrong == 0, f"{wrong} lines were left out, for the reasons above; {out} has the others")
+
+
+@app.command
+def rate(who: Positional[str], out: Path = OUT, seed: int = 0, n: int = 20) -> None:
+    """Rate samples of the base model and of the final policies, without knowing whose they are.
+
+    Args:
+        who: your name; or FILE.html, a page on which others rate
+        n: samples of each arm
+    """
+    require(n > 0, "--n must be positive")
+    if not who.endswith(".html"):
+        need_name(who)
+        need_terminal()
+    items, key = items_to_rate(out, n, seed)
+    if who.endswith(".html"):
+        write_sheet(Path(who), "ratings", items)
+        print(f"{who}: {len(items)} items. Keep {key} to yourself.\n"
+              f"next: python -m people merge {who} FILE.jsonl ...")
+    else:
+        ask(items, out / f"ratings-{who}.jsonl", who, "ratings")
+        unblind_ratings(out)
+        print("next: python 05_eval.py puts the result into the report")
+
+
+@app.command
+def unblind(out: Path = OUT) -> None:
+    """Print what the finished ratings say, and write it for 05_eval.py."""
+    unblind_ratings(out)
+
+
+if __name__ == "__main__":
+    sys.excepthook = one_line
+    app.cli(description=__doc__, prog="python -m people")

@@ -1,0 +1,66 @@
+"""Do people agree with each other, and with the machine?"""
+import itertools
+from collections import Counter
+
+import krippendorff
+import numpy as np
+
+from people.answers import as_text
+
+
+def cohen_kappa(a: list[str], b: list[str]) -> float:
+    """Agreement of two labellers on the same items beyond chance (Cohen 1960): (po - pe) / (1 - pe)."""
+    n = len(a)
+    of_a, of_b = Counter(a), Counter(b)
+    observed = sum(x == y for x, y in zip(a, b)) / n
+    expected = sum(of_a[label] * of_b[label] for label in of_a) / n**2
+    return (observed - expected) / (1 - expected) if expected < 1 else 1.0
+
+
+def kappas(people: dict[str, dict[str, str]]) -> dict[str, tuple[float, int]]:
+    """name -> id -> label. -> "NAME and NAME" -> Cohen's kappa on their common items, and how many
+    these are."""
+    found = {}
+    for a, b in itertools.combinations(sorted(people), 2):
+        common = [i for i in people[a] if i in people[b]]
+        if common:
+            kappa = cohen_kappa([people[a][i] for i in common], [people[b][i] for i in common])
+            found[f"{a} and {b}"] = kappa, len(common)
+    return found
+
+
+def agreement(people: dict[str, dict[str, str]]) -> dict:
+    """people: name -> id -> label. -> "alpha" over all (Krippendorff 2004, nominal), and "disputed":
+    ids on which answers differ. A skipped item is no answer."""
+    answers = {name: {i: label for i, label in labels.items() if label != "skip"}
+               for name, labels in people.items()}
+    ids = sorted({i for labels in answers.values() for i in labels})
+    codes = {label: code for code, label in enumerate(
+        sorted({label for labels in answers.values() for label in labels.values()}))}
+    coded = np.array([[codes[labels[i]] if i in labels else np.nan for i in ids]
+                      for labels in answers.values()])                         # (people, items)
+    given = [column[~np.isnan(column)] for column in coded.T]
+    shared = [column for column in given if len(column) > 1]
+    varied = len(shared) > 0 and len(np.unique(np.concatenate(shared))) > 1
+    alpha = krippendorff.alpha(coded, level_of_measurement="nominal") if varied else float("nan")
+    disputed = [i for i, column in zip(ids, given) if len(np.unique(column)) > 1]
+    return {"alpha": alpha, "disputed": disputed}
+
+
+def print_agreement(people: dict[str, dict[str, str]], items: list[dict]) -> None:
+    """Each pair's kappa, also with the machine; alpha over all people, and ten items on which their
+    answers differ."""
+    for pair, (kappa, n) in kappas(people).items():
+        print(f"{pair}: Cohen's kappa {kappa:.2f} on {n} common items")
+    people = {name: labels for name, labels in people.items() if name != "vader"}
+    if len(people) < 2:
+        return
+    found = agreement(people)
+    by_id = {item["id"]: item for item in items}
+    disputed = [key for key in found["disputed"] if key in by_id]
+    print(f"Krippendorff's alpha over all people: {found['alpha']:.2f}; answers differ on "
+          f"{len(found['disputed'])} items")
+    for key in disputed[:10]:
+        given = (f"{name} {labels[key]}" for name, labels in people.items() if key in labels)
+        print("---", ", ".join(given))
+        print(as_text(by_id[key]))

@@ -1,0 +1,23 @@
+"""The page that a run ends in: out/report.html, and the plots in it."""
+import json
+from pathlib import Path
+
+from jinja2 import Environment
+
+from model import write
+from report.plots import draw_plots
+
+
+def render(results: dict, figures: str, show: int) -> str:
+    """page.html with the results in it; everything is escaped but the figures."""
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return Environment(autoescape=True).from_string(template).render(
+        report=results, figures=figures, show=show)
+
+
+def build_report(results: dict, out: Path, show: int) -> None:
+    """results: what 05_eval.py measured. Writes out/report.html and out/plots/*.png."""
+    curve = out / "curve.json"  # of benchmarks/learning_curve.py
+    learning_curve = json.loads(curve.read_text()) if curve.exists() else []
+    figures = draw_plots(results, learning_curve, out / "plots")
+    write(out / "report.html", render(results, figures, show))
