@@ -3,7 +3,7 @@
     python 01_pretrain.py                   # 144 s: 1.913 bits per byte held out
     python 01_pretrain.py --corpus my.txt   # any UTF-8 text
 
-Times and figures here and in 02 to 05: seed 0, two cores of an AMD EPYC (Zen 5, AVX512-BF16), no GPU.
+Times and figures here and in 02 to 05: seed 0, two cores of an AMD EPYC (Zen 5), no GPU.
 
 Reads   data/shakespeare.txt, or ../shared/data/shakespeare.txt, or downloads the complete works.
 Writes  out/base.safetensors (weights, tokenizer, settings, metrics), out/corpus.txt, out/01.jsonl
@@ -33,9 +33,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from kernels.processes import average_gradients, means, share, world
-from model import (GPT, RESERVED, GPTConfig, Log, UserError, finish, load, require, resume, save,
-                   settings_of, start, write)
+from model import GPT, RESERVED, GPTConfig, load, resume, save, settings_of
+from running import (Log, UserError, average_gradients, finish, means, require, share, start,
+                     world, write)
 
 HERE = Path(__file__).parent
 URLS = ("https://www.gutenberg.org/cache/epub/100/pg100.txt",
@@ -44,7 +44,7 @@ URLS = ("https://www.gutenberg.org/cache/epub/100/pg100.txt",
 
 @dataclass
 class Config:
-    corpus: str = ""         # a UTF-8 text; empty: look in data/, then ../shared/data/, then download
+    corpus: str = ""         # a UTF-8 text; empty: look in data/, ../shared/data/, then download
     out: Path = Path("out")  # where all stages write
     seed: int = 0
     resume: bool = False     # continue a killed run from its last complete checkpoint
@@ -231,7 +231,8 @@ if __name__ == "__main__":
           f"{len(text[:cut].encode()) / len(train_ids):.2f} bytes each")
 
     # -- the model and its two optimizers
-    model = GPT(GPTConfig(vocab_size, cfg.context, cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.d_model))
+    model = GPT(GPTConfig(vocab_size, cfg.context, cfg.n_layer, cfg.n_head, cfg.n_kv_head,
+                          cfg.d_model))
     model.to(device).dtype = dtype
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{cfg.steps / per_epoch:.1f} epochs of {per_epoch} steps")
@@ -271,8 +272,9 @@ if __name__ == "__main__":
         bar.set_postfix(nats=f"{row['nats_per_token']:.3f}", refresh=False)
         save_now = (step + 1) % cfg.save_every == 0
         if save_now:
-            row["held_out_nats"], row["held_out_bits_per_byte"] = held_out(model, test_ids, token_bytes)
-            tqdm.write(f"step {step + 1}: held out {row['held_out_bits_per_byte']:.3f} bits per byte")
+            nats, bits = held_out(model, test_ids, token_bytes)
+            row |= {"held_out_nats": nats, "held_out_bits_per_byte": bits}
+            tqdm.write(f"step {step + 1}: held out {bits:.3f} bits per byte")
         log(**row)
         if save_now:
             save(state, model, tokenizer, (muon, adam), step=step + 1, **about)

@@ -7,7 +7,7 @@
 `python -m people` has more for people: pages to mail to friends, and what comes back.
 
 Reads   out/base.safetensors
-Writes  out/samples.jsonl (id, source, text, tokens), out/labels-NAME.jsonl (the same and the label),
+Writes  out/samples.jsonl (id, source, text, tokens), out/labels-NAME.jsonl (the same and a label),
         out/labels-vader-pieces.jsonl; with --compare out/pairs.jsonl and out/comparisons-*.jsonl;
         with --prompts out/prompts.json
 
@@ -37,7 +37,8 @@ from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import people
-from model import GPT, draw_prompts, fingerprint, finish, load, read_prompts, require, start, write
+from model import GPT, draw_prompts, fingerprint, load, read_prompts
+from running import finish, require, start, write
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Config:
     n: int = 24_576               # items
     length: int = 64              # tokens of an item
     compare: bool = False         # label pairs of items: which of two is the happier
-    prompts: bool = False         # each sample continues a speaker's first line of the training text
+    prompts: bool = False         # each sample continues a speaker's first line in the corpus
     corpus_fraction: float = 0.0  # share of items that are snippets of the corpus
     pieces: int = 4               # pieces of each sample that the machine labels too; 0: none
     out: Path = Path("out")       # where all stages write
@@ -62,7 +63,7 @@ def check(cfg: Config) -> None:
     require(0 <= cfg.corpus_fraction <= 1, "--corpus-fraction must be in [0, 1]")
     require(0 <= cfg.pieces <= cfg.length, "--pieces must be in [0, --length]")
     require(not (cfg.prompts and cfg.corpus_fraction),
-            "--prompts needs --corpus-fraction 0: only samples have prompts, and people would see it")
+            "--prompts needs --corpus-fraction 0: only samples have prompts, and people would see")
     if cfg.labeller != "vader":
         people.need_name(cfg.labeller)
         people.need_terminal()
@@ -76,7 +77,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[
     name = f"{fingerprint(model)[:8]}-{cfg.seed}-{cfg.length}{'p' * cfg.prompts}"
     items = []
     for numbers in tqdm(torch.arange(n).split(1024), desc="sample"):
-        y, _ = model.generate(numbers, cfg.length, cfg.seed, prompts=prompts[numbers])    # (1024, length)
+        y, _ = model.generate(numbers, cfg.length, cfg.seed, prompts=prompts[numbers])  # (1024, T)
         for number, tokens in zip(numbers.tolist(), y.tolist()):
             items.append({"id": f"{name}-{number}", "source": "model",
                           "text": tokenizer.decode(tokens), "tokens": tokens})
@@ -86,34 +87,38 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[
     return items
 
 
+def need_corpus(corpus: Path, flag: str) -> None:
+    require(corpus.exists(), f"{corpus} is missing (the shipped model comes without its corpus): "
+                             f"run 01_pretrain.py with --corpus FILE, or leave out {flag}")
+
+
 def draw_snippets(corpus: Path, tokenizer: Tokenizer, cfg: Config, n: int) -> list[dict]:
-    """n snippets of the corpus, at different places. Raises UserError if it is missing or too short."""
-    require(corpus.exists(), f"{corpus} is missing (the shipped model comes without its corpus): use "
-                             "--corpus-fraction 0, or run 01_pretrain.py with --corpus FILE")
+    """n snippets of the corpus, at different places. Raises UserError if there are not as many."""
+    need_corpus(corpus, "--corpus-fraction")
     ids = tokenizer.encode(corpus.read_text(encoding="utf-8")).ids
     g = torch.Generator().manual_seed(cfg.seed)
     places = (torch.randperm(len(ids) // cfg.length, generator=g)[:n] * cfg.length).tolist()
-    require(len(places) == n, f"the corpus has only {len(places)} snippets: lower --corpus-fraction")
+    require(len(places) == n, f"{corpus} has {len(places)} snippets: lower --corpus-fraction")
     return [{"id": f"corpus-{p}-{cfg.length}", "source": "corpus", "tokens": ids[p:p + cfg.length],
              "text": tokenizer.decode(ids[p:p + cfg.length])} for p in places]
 
 
 def find_prompts(text: str, tokenizer: Tokenizer, longest: int = 24) -> list[list[int]]:
-    """Every speaker's name ("Romeo:", or "ROMEO." as Project Gutenberg prints it) with the first line
-    of the speech, of at most `longest` tokens, each once. Raises UserError if there is none."""
+    """Every speaker's name ("Romeo:", or "ROMEO." as Project Gutenberg prints it) with the first
+    line of the speech, of at most `longest` tokens, each once. Raises UserError if there are none.
+    """
     names = (r"[A-Z][^\n:]{0,30}:", r"[A-Z][A-Z ,'’]{0,30}\.")
     found = [dict.fromkeys(re.findall(rf"^{name}\n[^\n]+\n", text, re.M)) for name in names]
     more = max(found, key=len)
     prompts = [e.ids for e in tokenizer.encode_batch(list(more)) if len(e.ids) <= longest]
-    require(len(prompts) > 0, "the corpus has no prompts: a speaker's name and a colon on a line, and "
-                              "the line after it")
+    require(len(prompts) > 0, "the corpus has no prompts: a speaker's name and a colon on a line, "
+                              "and the line after it")
     return prompts
 
 
 def write_prompts(corpus: Path, tokenizer: Tokenizer, path: Path) -> None:
     """Those of the training text, and those of the held-out last 5 % (as in 01), for 05."""
-    require(corpus.exists(), f"{corpus} is missing (the shipped model comes without its corpus): run "
-                             "01_pretrain.py with --corpus FILE, or leave out --prompts")
+    need_corpus(corpus, "--prompts")
     text = corpus.read_text(encoding="utf-8")
     cut = int(len(text) * 0.95)
     held_out = text[cut:].partition("\n")[2]
@@ -156,7 +161,8 @@ def cut_up(items: list[dict], pieces: int, tokenizer: Tokenizer) -> list[dict]:
             size = tokens.shape[-1] // pieces
             part = tokens[..., k * size:(k + 1) * size].tolist()
             text = tokenizer.decode_batch(part) if tokens.ndim == 2 else tokenizer.decode(part)
-            parts.append({"id": f"{item['id']}#{k}", "source": "piece", "text": text, "tokens": part})
+            parts.append({"id": f"{item['id']}#{k}", "source": "piece", "text": text,
+                          "tokens": part})
     return parts
 
 

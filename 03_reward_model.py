@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (GPT, Log, UserError, chunked, fingerprint, finish, load, require, save, settings_of,
-                   start)
+from model import GPT, chunked, fingerprint, load, save, settings_of
+from running import Log, UserError, finish, require, start
 
 TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label asks for
-          "left": 1.0, "tie": 0.5, "right": 0.0}             # p(left is the happier) of a comparison
+          "left": 1.0, "tie": 0.5, "right": 0.0}             # p(left is happier), of a comparison
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Config:
     piece_epochs: float = 1.0      # over the machine's labels of pieces
     epochs: float = 1.0            # over the machine's labels of samples
     person_epochs: float = 12.0    # over a person's, of which there are few
-    person_rate: float = 0.03      # of lr and head_lr then: few labels should move words, not all else
+    person_rate: float = 0.03      # of lr and head_lr then: few labels should move words alone
     lr: float = 1e-3               # matrices
     embed_lr: float = 0.1          # rows of the embedding are long: a smaller rate moves no word
     head_lr: float = 0.01
@@ -88,31 +88,33 @@ def read_labels(path: Path) -> list[dict]:
             if not tokens.size or tokens.min() < 0 or tokens.ndim != (1 if single else 2):
                 raise ValueError("tokens")
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it") from error
+            raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it") \
+                from error
         rows.pop(key, None)
         if label in TARGET:
             rows[key] = row
         else:
-            require(label in ("skip", "undo"), f"{path} line {number}: label {label!r} is not one of "
-                                               f"{', '.join(TARGET)}, skip, undo")
+            require(label in ("skip", "undo"), f"{path} line {number}: label {label!r} is not one "
+                                               f"of {', '.join(TARGET)}, skip, undo")
     return list(rows.values())
 
 
 def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
-    """Rows of all label files. Raises UserError if they are of another kind or tokenizer, or none."""
+    """Rows of all label files. Raises UserError if there are none, or of another kind or tokenizer.
+    """
     kind = "comparisons" if cfg.comparisons else "labels"
     rows = []
     for path in cfg.labels or sorted(cfg.out.glob(f"{kind}-*.jsonl")):
         new = read_labels(path)
         right_kind = all(isinstance(row["text"], str) != cfg.comparisons for row in new)
-        require(right_kind, f"{path} does not hold {kind}: "
-                            + ("leave out --comparisons" if cfg.comparisons else "use --comparisons"))
+        change = "leave out" if cfg.comparisons else "use"
+        require(right_kind, f"{path} does not hold {kind}: {change} --comparisons")
         tokens = [side for row in new for side in np.atleast_2d(row["tokens"]).tolist()]
         texts = [side for row in new for side in np.atleast_1d(row["text"]).tolist()]
         known = all(max(side) < base.n_text for side in tokens)
         require(known and tokenizer.decode_batch(tokens) == texts,
-                f"{path} was made with another tokenizer than {cfg.out}/base.safetensors: label again "
-                "with 02_sample_label.py, or move the file away")
+                f"{path} was made with another tokenizer than {cfg.out}/base.safetensors: label "
+                "again with 02_sample_label.py, or move the file away")
         rows += new
     require(any(row["source"] != "piece" for row in rows),
             f"there are no labels in {cfg.out}/{kind}-*.jsonl: run 02_sample_label.py first")
@@ -129,7 +131,8 @@ def pool(rows: list[dict], machine_weight: float) -> list[dict]:
         item["sum"] += weight * TARGET[row["label"]]
         item["weight"] += weight
         item["person"] |= row["labeller"] != "vader"
-    return [item | {"target": item["sum"] / item["weight"]} for item in items.values() if item["weight"]]
+    return [item | {"target": item["sum"] / item["weight"]}
+            for item in items.values() if item["weight"] > 0]
 
 
 def split(items: list[dict], seed: int, test: float, val: float) -> list[str]:
@@ -144,8 +147,8 @@ def split(items: list[dict], seed: int, test: float, val: float) -> list[str]:
     for texts in (sorted(of_people), sorted(of_machine)):
         order = torch.randperm(len(texts), generator=g).tolist()
         n_test, n_val = math.ceil(test * len(texts)), math.ceil(val * len(texts))
-        for rank, i in enumerate(order):
-            part[texts[i]] = "test" if rank < n_test else "val" if rank < n_test + n_val else "train"
+        parts = ["test"] * n_test + ["val"] * n_val + ["train"] * len(texts)
+        part |= {texts[i]: name for i, name in zip(order, parts)}
     return [part.get(text_of.get(item["id"].split("#")[0]), "train") for item in items]
 
 
@@ -161,8 +164,8 @@ class Phase:
 
 
 def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
-    """The machine's pieces, its samples, and then what people labelled. The pieces do not cool down:
-    the samples follow. A person's few labels are no judge of when to stop: the schedule is.
+    """The machine's pieces, its samples, and then what people labelled. The pieces do not cool
+    down: the samples follow. A person's few labels are no judge of when to stop: the schedule is.
     Raises UserError where labels are too few, all the same, or of several lengths."""
     pieces = [item for item in items if item["source"] == "piece"]
     whole = [item for item in items if item["source"] != "piece"]
@@ -186,7 +189,7 @@ def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
 
 # ---- Measures ------------------------------------------------------------------------------------
 def auc(score: np.ndarray, target: np.ndarray) -> float:
-    """Chance that a positive item scores above a negative one, ties half; neutral items left out."""
+    """Chance that a positive item scores above a negative one, ties half; neutral ones left out."""
     pos, neg = score[target > 0.6], score[target < 0.4]  # pooling moves a neutral off one half
     if not len(pos) or not len(neg):
         return float("nan")
@@ -206,7 +209,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def measures(log_p: np.ndarray, target: np.ndarray) -> dict:
-    """log_p (N, 2), target (N,) in [0, 1] -> accuracy with its 95 % interval, AUC, NLL (nats), Brier."""
+    """log_p (N, 2), target (N,) in [0, 1] -> accuracy and 95 % interval, AUC, NLL (nats), Brier."""
     p = np.exp(log_p[:, 0])
     clear = np.abs(target - 0.5) > 0.1
     n_clear = int(clear.sum())
@@ -230,14 +233,14 @@ def calibration(p: np.ndarray, target: np.ndarray) -> list[dict]:
 
 
 def words_of(item: dict) -> list[tuple[str, int]]:
-    """(word, 1) for the words of a text; of a pair, (word, 1) on the left and (word, -1) on the right."""
+    """(word, 1) for words of a text; of a pair, (word, 1) on the left, (word, -1) on the right."""
     texts = [item["text"]] if isinstance(item["text"], str) else item["text"]
     return [(word, sign) for text, sign in zip(texts, (1, -1)) for word in text.lower().split()]
 
 
 def naive_bayes(train: list[dict], test: list[dict]) -> np.ndarray:
-    """Bag-of-words baseline: multinomial naive Bayes with add-one smoothing -> log-odds of happy, or
-    of the left side of a pair against the right."""
+    """Bag-of-words baseline: multinomial naive Bayes with add-one smoothing -> log-odds of happy,
+    or of the left side of a pair against the right."""
     happy, sad = Counter(), Counter()
     for item in train:
         for word, sign in words_of(item):
@@ -254,14 +257,14 @@ def naive_bayes(train: list[dict], test: list[dict]) -> np.ndarray:
 
 # ---- Training ------------------------------------------------------------------------------------
 def sentiment_loss(log_p: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted mean cross-entropy, nats. log_p (B, 2) of the two answers; target (B,) = p(the first)."""
+    """Weighted mean cross-entropy, nats. log_p (B, 2) of two answers, target (B,) = p(first)."""
     nll = -(target * log_p[:, 0] + (1 - target) * log_p[:, 1])
     return (weight * nll).sum() / weight.sum()
 
 
 def log_probs(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
-    """tokens (N, T) -> (N, 2): log p(happy), log p(sad). Pairs (N, 2, T) -> (N, 2): log p(the left is
-    the happier), log p(the right is), by Bradley & Terry 1952: the difference of the two scores
+    """tokens (N, T) -> (N, 2): log p(happy), log p(sad). Pairs (N, 2, T) -> (N, 2): log p(the left
+    is the happier), log p(the right is), by Bradley & Terry 1952: the difference of the two scores
     log p(happy) - log p(sad) is the logit."""
     if tokens.dim() == 2:
         return model.sentiment(tokens)
@@ -283,8 +286,9 @@ def tensors(items: list[dict], device) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def train(model: GPT, phase: Phase, cfg: Config, log=None, first: int = 0) -> int:
-    """Fine-tune model, in place, on the "train" part of the phase's items; the "val" part says which
-    step was the best. log(step=first, ...), log(step=first + 1, ...), ... -> steps planned."""
+    """Fine-tune model, in place, on the "train" part of the phase's items; the "val" part says
+    which step was the best. log(step=first, ...), log(step=first + 1, ...), ... -> steps planned.
+    """
     device = model.head.device
     tokens, target, weight = tensors([i for i in phase.items if i["part"] == "train"], device)
     val_tokens, val_target, _ = tensors([i for i in phase.items if i["part"] == "val"], device)
@@ -368,9 +372,9 @@ if __name__ == "__main__":
         m = measures(log_p[here], target[here]) | {"bag_of_words_auc": auc(bag[here], target[here])}
         metrics[source] = m
         low, high = m["accuracy_interval"]
-        print(f"held out, {source}: n {m['n']}, accuracy {m['accuracy']:.3f} [{low:.3f}, {high:.3f}], "
-              f"AUC {m['auc']:.3f} (bag of words {m['bag_of_words_auc']:.3f}), NLL {m['nll']:.3f}, "
-              f"Brier {m['brier']:.3f}")
+        print(f"held out, {source}: n {m['n']}, accuracy {m['accuracy']:.3f} [{low:.3f}, "
+              f"{high:.3f}], AUC {m['auc']:.3f} (bag of words {m['bag_of_words_auc']:.3f}), "
+              f"NLL {m['nll']:.3f}, Brier {m['brier']:.3f}")
     table = calibration(np.exp(log_p[:, 0]), target)
     answer = "the left is happier" if cfg.comparisons else "happy"
     print(f"calibration: p({answer}) predicted -> labelled (n):",

@@ -8,8 +8,9 @@ Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each 
           A   = (log p(happy | completion) - mean) / std    with constants of the base model.
 
 Reads   out/base.safetensors, out/reward.safetensors
-Writes  out/policy-happy.safetensors (the last policy measured at or below 10 nats), out/04-happy.jsonl,
-        out/checkpoints/happy-kl-*.safetensors (one at each crossing of .25, .5, 1, 1.5, 2, 3, ... 10)
+Writes  out/policy-happy.safetensors (the last policy measured at or below 10 nats),
+        out/checkpoints/happy-kl-*.safetensors (one at each crossing of .25, .5, 1, 1.5, ... 10),
+        out/04-happy.jsonl
 
 Decisions a reader may question:
 1. No value function, no GAE, no KL penalty (--kl-coef for comparison): the normalised reward is the
@@ -21,9 +22,8 @@ Decisions a reader may question:
 4. The reference sees `kl_samples` completions of each iteration, not all: the exact KL at their
    prefixes has a smaller error than the usual sampled one (k1) on four times as many.
 5. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
-   else (bf16 on most GPUs) a pass of its own forms them. Either way the ratio on the first minibatch
-   is 1, and that is asserted.
-6. If the reward model learned from prompted samples, rollouts have prompts, others in each iteration.
+   else (bf16 on most GPUs) a pass of its own forms them. So the first minibatch has ratio 1.
+6. If the reward model learned from prompted samples, rollouts have prompts, others each time.
 7. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
    would maximise -log p(happy), which is not bounded by anything.
 """
@@ -38,13 +38,13 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from kernels.processes import average_gradients, gather, means, share, world
-from model import (Log, chunked, draw_prompts, finish, load_base_and_reward, read_prompts, require,
-                   resume, save, score_of, settings_of, start)
+from model import (chunked, draw_prompts, load_base_and_reward, read_prompts, resume, save,
+                   score_of, settings_of)
+from running import Log, average_gradients, finish, gather, means, require, share, start, world
 
 CROSSINGS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # nats
-SHOWN = {"batch": "d", "kl": ".2f", "kl_se": ".2f", "kl_k1": ".2f", "score": ".3f", "p_target": ".3f",
-         "entropy": ".3f", "clip_fraction": ".2%", "approx_kl": ".4f", "grad_norm": ".2f"}
+SHOWN = ("batch {batch}  KL {kl:.2f} +- {kl_se:.2f}  k1 {kl_k1:.2f}  score {score:.3f}  "
+         "p {p_target:.3f}  entropy {entropy:.3f}  clipped {clip_fraction:.2%}")
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Config:
     out: Path = Path("out")   # where all stages write
     seed: int = 0
     resume: bool = False      # continue a killed run from its last saved state
-    batch: int = 2048         # completions an iteration; doubled if the clip fraction stays below 1 %
+    batch: int = 2048         # completions an iteration; doubled if hardly any ratio is clipped
     max_batch: int = 4096     # the doubling stops here
     minibatch: int = 256      # completions an optimizer step
     epochs: int = 1           # passes over each batch
@@ -142,10 +142,10 @@ def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> int:
 # ---- What the log says, and what is kept ---------------------------------------------------------
 def policy_figures(kl, k1, entropy, score, reward, kind: str) -> dict[str, float]:
     """Of the policy that drew these completions: means over those of all processes, and errors."""
-    p_target = score.exp() if kind == "labels" else score.sigmoid()
-    return means(kl=kl, kl_k1=k1, score=score, p_target=p_target, reward=reward, entropy=entropy) | {
-        "kl_se": standard_error(gather(kl)), "kl_k1_se": standard_error(gather(k1)),
-        "score_std": gather(score).std().item()}
+    p = score.exp() if kind == "labels" else score.sigmoid()
+    row = means(kl=kl, kl_k1=k1, score=score, p_target=p, reward=reward, entropy=entropy)
+    return row | {"kl_se": standard_error(gather(kl)), "kl_k1_se": standard_error(gather(k1)),
+                  "score_std": gather(score).std().item()}
 
 
 def update_figures(stats: list[dict], epochs: int) -> dict[str, float]:
@@ -159,7 +159,7 @@ def reward_constants(reward_fn, base, cfg: Config, length: int, prompts) -> tupl
     """Mean and standard deviation of the reward over samples of the base model."""
     prompt = draw_prompts(prompts, cfg.norm_samples, cfg.seed)
     y, _ = base.generate(cfg.norm_samples, length, cfg.seed << 32 | 3 << 24, prompts=prompt)
-    score = chunked(reward_fn, 256, y).double()                                       # (norm_samples,)
+    score = chunked(reward_fn, 256, y).double()                              # (norm_samples,)
     require(score.std() > 1e-3, "all samples get the same reward: label more samples")
     print(f"reward of the base model: {score.mean():.3f} +- {score.std():.3f}")
     return score.mean().item(), score.std().item()
@@ -169,8 +169,8 @@ def keep_checkpoint(cfg: Config, policy, tokenizer, header: dict, kl_before: flo
     """One file for all crossings of an iteration, if there are any."""
     crossed = [c for c in CROSSINGS if kl_before < c <= header["kl"]]
     if crossed:
-        path = cfg.out / "checkpoints" / f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
-        save(path, policy, tokenizer, crossed=crossed, **header)
+        name = f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
+        save(cfg.out / "checkpoints" / name, policy, tokenizer, crossed=crossed, **header)
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -178,50 +178,52 @@ if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__, ON_GPU)
     check(cfg)
     reference, reward_model, tokenizer, about = load_base_and_reward(cfg.out, device, dtype)
+    length, kind, inputs = about["length"], about["kind"], about["inputs"]
     prompts = read_prompts(cfg.out / "prompts.json", "train") if about["prompted"] else None
 
     def reward_fn(y: torch.Tensor) -> torch.Tensor:
-        """Completions y (B, T) -> score (B,): log p(target). Any function of them may stand here."""
-        return score_of(reward_model.sentiment(y), about["kind"], cfg.target)
+        """Completions y (B, T) -> score (B,), log p(target). Any other function may stand here."""
+        return score_of(reward_model.sentiment(y), kind, cfg.target)
 
-    mean, std = reward_constants(reward_fn, reference, cfg, about["length"], prompts)
+    mean, std = reward_constants(reward_fn, reference, cfg, length, prompts)
     policy = copy.deepcopy(reference)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=cfg.adam_eps,
                                   weight_decay=0)
-    made_from = {"settings": settings_of(cfg), "inputs": about["inputs"], "seed": cfg.seed}
+    run = {"step": 0, "batch": cfg.batch, "updates": 0, "kl": 0.0, "clip_fractions": []}
     state = cfg.out / f"04-{cfg.target}-state.safetensors"
-    new = {"step": 0, "batch": cfg.batch, "updates": 0, "kl": 0.0, "clip_fractions": []}
-    run = SimpleNamespace(**resume(state, cfg, about["inputs"], policy, (optimizer,)).get("run", new))
+    run = SimpleNamespace(**resume(state, cfg, inputs, policy, (optimizer,)).get("run", run))
     if run.step == 0:  # the checkpoints of an earlier run go
         for path in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
             path.unlink(missing_ok=True)
     log = Log(cfg.out / f"04-{cfg.target}.jsonl", run.step)
+    made_from = {"settings": settings_of(cfg), "inputs": inputs, "seed": cfg.seed}
     rows = cfg.minibatch // world()[1]                   # of a minibatch, in this process
     n_kl = -(-cfg.kl_samples // cfg.minibatch) * rows    # completions for the KL, in this process
 
     for step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
         # 1. Rollout: the policy writes a batch of completions.
         seed = cfg.seed << 32 | 4 << 24 | step
-        mine = share(torch.arange(run.batch), cfg.minibatch)                          # (B,)
-        prompt = draw_prompts(prompts, run.batch, seed)[mine].to(device)              # (B, P)
-        y, logp_old = policy.generate(mine, about["length"], seed, prompts=prompt)    # (B, T), (B, T)
+        mine = share(torch.arange(run.batch), cfg.minibatch)                 # (B,)
+        prompt = draw_prompts(prompts, run.batch, seed)[mine].to(device)     # (B, P), P may be 0
+        y, logp_old = policy.generate(mine, length, seed, prompts=prompt)    # (B, T) each
         y[0, 0].item()  # waits for a GPU, so that the lap is the rollout's
         log.lap("s_rollout")
 
         # 2. Score: how happy is each, in standard deviations of the base model's samples?
-        score = chunked(reward_fn, rows, y)                                           # (B,)
-        reward = (score - mean) / std                                                 # (B,)
+        score = chunked(reward_fn, rows, y)                                  # (B,)
+        reward = (score - mean) / std                                        # (B,)
 
         # 3. Measure this policy before it changes: how far has it moved from the reference?
-        hidden = chunked(policy.hidden_before, rows, y[:n_kl], prompt[:n_kl])         # (n_kl, T, D)
-        hidden_ref = chunked(reference.hidden_before, rows, y[:n_kl], prompt[:n_kl])
+        some, its_prompt = y[:n_kl], prompt[:n_kl]                           # (n_kl, T), (n_kl, P)
+        hidden = chunked(policy.hidden_before, rows, some, its_prompt)       # (n_kl, T, D)
+        hidden_ref = chunked(reference.hidden_before, rows, some, its_prompt)
         kl, k1, logp, entropy = kl_nats(
-            y[:n_kl], hidden, policy.unembed(), hidden_ref, reference.unembed())
-        row = {"step": step, "batch": run.batch, "updates": run.updates,
-               **policy_figures(kl, k1, entropy, score, reward, about["kind"]),
-               "sampler_off": gather((logp_old[:n_kl] - logp).abs().max()[None]).max().item()}
+            some, hidden, policy.unembed(), hidden_ref, reference.unembed())
+        row = {"step": step, "batch": run.batch, "updates": run.updates}
+        row |= policy_figures(kl, k1, entropy, score, reward, kind)
+        row["sampler_off"] = gather((logp_old[:n_kl] - logp).abs().max()[None]).max().item()
         if row["sampler_off"] > 5e-6:  # the sampler's log-probs will not do as the old ones
-            logp_old = chunked(policy.logprob, rows, y, prompt)
+            logp_old = chunked(policy.logprob, rows, y, prompt)              # (B, T)
         log.lap("s_score")
 
         # 4. Keep a checkpoint at each crossing of the KL; stop at 10 nats.
@@ -236,12 +238,11 @@ if __name__ == "__main__":
         if step % cfg.save_every == 0:
             run.step = step
             save(state, policy, tokenizer, (optimizer,), step=step, run=vars(run), **made_from)
-        run.kl = max(row["kl"], run.kl)
         log.lap("s_save")
 
         # 5. Advantage: the reward of a completion, at each of its tokens.
         logp_ref = chunked(reference.logprob, rows, y, prompt) if cfg.kl_coef else logp_old
-        adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, std)                 # (B, T)
+        adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, std)        # (B, T)
 
         # 6. PPO epochs: make the tokens of good completions likelier, within the clip range.
         stats = []
@@ -249,7 +250,7 @@ if __name__ == "__main__":
             g = torch.Generator().manual_seed((cfg.seed * 1000 + step) * 10 + epoch)
             order = torch.randperm(len(y), generator=g) if epoch else torch.arange(len(y))
             for b in order.to(device).split(rows):  # in here nothing waits for the GPU
-                logp = policy.logprob(y[b], prompt[b])                                # (b, T)
+                logp = policy.logprob(y[b], prompt[b])                       # (rows, T)
                 loss, stat = ppo_loss(logp, logp_old[b], adv[b], cfg.clip)
                 optimizer.zero_grad()
                 loss.backward()
@@ -259,20 +260,20 @@ if __name__ == "__main__":
                 optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, run.updates / cfg.warmup)
                 optimizer.step()
                 stats.append(stat | {"loss": loss.detach()})
+        log.lap("s_update")
 
         # 7. Log; double the batch if hardly any ratio was clipped.
         row |= update_figures(stats, cfg.epochs) | {"lr": optimizer.param_groups[0]["lr"]}
-        log.lap("s_update")
         assert row["ratio_off_first"] < 1e-5, "the ratio was not 1 before any update"
         log(**row)
-        tqdm.write("  ".join(f"{k} {row[k]:{form}}" for k, form in SHOWN.items()))
+        tqdm.write(SHOWN.format(**row))
         require(math.isfinite(row["loss"] + row["grad_norm"]) and row["clip_fraction"] < 0.5,
                 f"diverged at iteration {step}: {row['clip_fraction']:.0%} of the ratios were "
                 f"clipped, the loss is {row['loss']:.3g}; lower --lr")
+        run.kl = max(row["kl"], run.kl)
         run.clip_fractions.append(row["clip_fraction"])
         batch = next_batch(run.clip_fractions, run.batch, cfg.max_batch)
         if batch > run.batch:
-            tqdm.write(f"batch rule: fewer than 1 % of the ratios clipped, batch {run.batch} -> {batch}")
             run.batch, run.clip_fractions = batch, []
     else:
         print(f"stopped after {cfg.max_iterations} iterations, below {cfg.kl_stop:g} nats: "
@@ -282,6 +283,6 @@ if __name__ == "__main__":
     save(cfg.out / f"policy-{cfg.target}.safetensors", policy, tokenizer, **final_row, **made_from)
     if row["kl"] >= cfg.kl_stop:
         state.unlink(missing_ok=True)
-    print(f"final policy: KL {final_row['kl']:.2f} +- {final_row['kl_se']:.2f} nats, p({cfg.target}) "
-          f"{final_row['p_target']:.3f}, entropy {final_row['entropy']:.3f} nats per token")
+    print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
+          "{entropy:.3f} nats per token".format(target=cfg.target, **final_row))
     finish("python 05_eval.py", cfg.out)

@@ -28,8 +28,9 @@ import torch
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import (UserError, chunked, draw_prompts, fingerprint, finish, load, load_base_and_reward,
-                   read_prompts, require, score_of, start, write)
+from model import (chunked, draw_prompts, fingerprint, load, load_base_and_reward, read_prompts,
+                   score_of)
+from running import UserError, finish, require, start, write
 from report import build_report
 
 
@@ -81,7 +82,7 @@ class Corpus:
         self.id: dict[str, int] = {}
         ids = [self.id.setdefault(word, len(self.id) + 1) for word in words(text)]
         self.words = np.array(ids, dtype=np.uint64)
-        self.hashes = [np.zeros(0, np.uint64)]  # [n]: sorted hashes of all n-grams, made when needed
+        self.hashes = [np.zeros(0, np.uint64)]  # [n]: of all n-grams, sorted, made when needed
 
     @staticmethod
     def grams(ids: np.ndarray, n: int) -> np.ndarray:
@@ -93,7 +94,8 @@ class Corpus:
 
     def longest_runs(self, texts: list[str]) -> np.ndarray:
         """-> words in the longest copied run of each text."""
-        ids = [np.array([self.id.get(word, 0) for word in words(text)], dtype=np.uint64) for text in texts]
+        ids = [np.array([self.id.get(word, 0) for word in words(text)], dtype=np.uint64)
+               for text in texts]
         longest = np.zeros(len(texts), int)
         alive, n = list(range(len(texts))), 1   # texts that share a run of n - 1 words
         while alive:
@@ -148,10 +150,10 @@ def fit_line(x, y) -> tuple[float, float, float]:
 
 
 def risen_words(before: dict[str, int], after: dict[str, int], top: int = 12) -> list[dict]:
-    """Word counts of two policies -> the words whose share of all words rose most, per 1,000 words."""
+    """Word counts of two policies -> the words whose share rose most, per 1,000 words."""
     n_before, n_after = sum(before.values()), sum(after.values())
-    rows = [{"word": word, "before": 1000 * before.get(word, 0) / n_before, "after": 1000 * n / n_after}
-            for word, n in after.items()]
+    rows = [{"word": word, "before": 1000 * before.get(word, 0) / n_before,
+             "after": 1000 * n / n_after} for word, n in after.items()]
     return sorted(rows, key=lambda row: row["before"] - row["after"])[:top]
 
 
@@ -187,12 +189,14 @@ def measure(policy, reference, reward_fn, tokenizer, corpus: Corpus | None, prom
            "entropy": entropy.mean().item(), "base_perplexity": math.exp(-logp_ref.mean().item()),
            "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2),
            "self_similarity": self_similarity(texts), "duplicates": n - len(set(texts))}
-    each = {"kl": kl, "proxy": proxy, "gold": gold, "positive": gold >= 0.05, "negative": gold <= -0.05}
+    each = {"kl": kl, "proxy": proxy, "gold": gold, "positive": gold >= 0.05,
+            "negative": gold <= -0.05}
     for name, x in each.items():
         row[name], row[f"{name}_se"] = mean_se(x)
     if corpus:
         runs = corpus.longest_runs(texts)
-        row["copied_run_99"], row["copied_run_max"] = float(np.percentile(runs, 99)), int(runs.max())
+        row["copied_run_99"] = float(np.percentile(runs, 99))
+        row["copied_run_max"] = int(runs.max())
     if policy is reference:
         row["kl"] = row["kl_se"] = 0.0
         row["best_of_n"] = [{"n": k, "kl": best_of_n_kl(k), "proxy": best_of_n(proxy, proxy, k),
@@ -214,14 +218,14 @@ def read_log(path: Path) -> list[dict]:
 def summary(rows: list[dict], best: dict, over: dict | None) -> str:
     """In words: what the run towards happy has come to."""
     first, last = rows[0], rows[-1]
-    text = (f"VADER calls {first['positive']:.1%} of the base model's samples positive, and "
-            f"{last['positive']:.1%} of the final policy's, {last['kl']:.2f} nats per completion away; "
-            f"distinct-2 went from {first['distinct_2']:.3f} to {last['distinct_2']:.3f}. Best checkpoint "
-            f"by gold score: {best['name']} ({best['kl']:.2f} nats). ")
+    turn = "The gold score did not fall significantly: no over-optimisation within the KL budget."
     if over:
-        return text + (f"Over-optimisation starts at {over['kl']:.2f} nats: the gold score falls while "
-                       "the reward rises.")
-    return text + "The gold score did not fall significantly: no over-optimisation within the KL budget."
+        turn = (f"Over-optimisation starts at {over['kl']:.2f} nats: the gold score falls while "
+                "the reward rises.")
+    return (f"VADER calls {first['positive']:.1%} of the base model's samples positive, and "
+            f"{last['positive']:.1%} of the final policy's, {last['kl']:.2f} nats per completion "
+            f"away; distinct-2 went from {first['distinct_2']:.3f} to {last['distinct_2']:.3f}. "
+            f"Best checkpoint by gold score: {best['name']} ({best['kl']:.2f} nats). {turn}")
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -242,10 +246,10 @@ if __name__ == "__main__":
         if target == "sad" and not final.exists():
             continue
         policy, _, header = load(final, "04_ppo.py")
-        if target == "happy":
-            require(header["inputs"] == about["inputs"], f"{final} was made from another base model or "
-                                                         "reward model: run 04_ppo.py again")
-        if header["inputs"] == about["inputs"]:
+        current = header["inputs"] == about["inputs"]
+        require(current or target == "sad", f"{final} was made from another base model or reward "
+                                            "model: run 04_ppo.py again")
+        if current:
             checkpoints = (cfg.out / "checkpoints").glob(f"{target}-kl-*.safetensors")
             paths[target] = [*sorted(checkpoints), final]
             policies[target] = fingerprint(policy)
@@ -264,11 +268,12 @@ if __name__ == "__main__":
             n = cfg.n if path.parent.name == "checkpoints" else cfg.n_ends
             stream = cfg.seed << 32 | 5 << 24
             prompt = draw_prompts(prompts, n, stream).to(device)                           # (n, P)
-            row = measure(policy, reference, reward_fn, tokenizer, corpus, prompt, about["length"], stream)
+            row = measure(policy, reference, reward_fn, tokenizer, corpus, prompt, about["length"],
+                          stream)
             results[target].append({"name": path.stem, **row})
-            tqdm.write("{name:>20}: KL {kl:5.2f} +- {kl_se:.2f}, proxy {proxy:.3f}, gold {gold:+.3f} +- "
-                  "{gold_se:.3f}, positive {positive:.1%}, distinct-2 {distinct_2:.3f}, duplicates "
-                  "{duplicates}".format(name=path.stem, **row))
+            tqdm.write("{name:>20}: KL {kl:5.2f} +- {kl_se:.2f}, proxy {proxy:.3f}, gold "
+                       "{gold:+.3f} +- {gold_se:.3f}, positive {positive:.1%}, distinct-2 "
+                       "{distinct_2:.3f}, duplicates {duplicates}".format(name=path.stem, **row))
             bar.update()
     bar.close()
 
@@ -281,7 +286,8 @@ if __name__ == "__main__":
             turns[target] = over_optimisation(by_kl, sign)
             best, over = turns[target]
             results |= {f"best_{target}": best["name"], f"over_{target}": over and over["name"]}
-    slope, intercept, r2 = fit_line([r["step"] for r in ppo], [math.sqrt(max(r["kl"], 0)) for r in ppo])
+    sqrt_kl = [math.sqrt(max(row["kl"], 0)) for row in ppo]
+    slope, intercept, r2 = fit_line([row["step"] for row in ppo], sqrt_kl)
     rated = cfg.out / "ratings.json"
     ratings = json.loads(rated.read_text()) if rated.exists() else {"policies": None}
     results |= {

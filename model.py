@@ -1,38 +1,28 @@
 """The transformer that all five stages share, its sampler, and its file format.
 
 A decoder-only transformer (pre-norm, rotary positions, squared-ReLU MLP, no biases) of a size that
-a laptop trains in minutes. Attention, log-probs and sampling come from kernels/. At the end stand
-the few lines that every script needs to start, to log, to run as one of several processes, and to
-fail in one line instead of a traceback: skip them.
+a laptop trains in minutes. Attention, log-probs and sampling come from kernels/.
 
 The last three token ids are reserved: start or end of text, happy, sad. The policy is a
 distribution over the others, so no sample can ever contain one of them.
 
 Shapes: B sequences, T tokens, D = d_model, H query heads, Hkv key and value heads, Dh = D / H.
 """
-import ctypes
 import hashlib
 import json
-import os
-import re
-import resource
-import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from tokenizers import Tokenizer
 
 from kernels import attention, decode_attention, linear_logprob, sample, squared_relu
 from kernels.decoder import can_capture, decoder_for
-from kernels.processes import world
+from running import UserError, require, write
 
 RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
 
@@ -166,7 +156,7 @@ class GPT(nn.Module):
         return hidden.gather(1, places[..., None].expand(-1, -1, hidden.size(-1)))
 
     def logprob(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
-        """Completions y (B, T) after prompt (B, P) -> log-prob of every token of y, (B, T), nats."""
+        """Completions y (B, T) after prompt (B, P) -> log-prob of each token, (B, T), nats."""
         logp, _ = linear_logprob(self.hidden_before(y, prompt), self.unembed(), y, entropy=False)
         return logp
 
@@ -297,27 +287,6 @@ def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tenso
 
 
 # ---- Files: safetensors with a JSON header -------------------------------------------------------
-def write(path: Path, data: bytes | str) -> None:
-    """To a temporary name, then rename: `path` holds the old or the new content, whole. Of several
-    processes the first writes, and the others return when it has."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    if world()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as f:
-                f.write(data.encode() if isinstance(data, str) else data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            error.filename = str(path)
-            raise
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def save(path, model: GPT, tokenizer: Tokenizer, optimizers=(), **header) -> None:
     """Weights, in the dtype they compute in (float32 with optimizers, to continue from), and all
     that a later stage needs: model config, tokenizer, and whatever JSON-able `header` adds."""
@@ -342,26 +311,26 @@ def load(path, made_by: str, device="cpu", dtype=torch.float32) -> tuple[GPT, To
         model.load_state_dict({k: header["tensors"].pop(k) for k in model.state_dict()})
         tokenizer = Tokenizer.from_str(header["tokenizer"])
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is truncated or damaged, or was not written by this version of the "
-                        f"project: delete it and run {made_by} again") from error
+        raise UserError(f"{path} is truncated or damaged, or was not written by this version of "
+                        f"the project: delete it and run {made_by} again") from error
     model.to(device).dtype = dtype
     return model, tokenizer, header
 
 
 def load_base_and_reward(out: Path, device, dtype) -> tuple[GPT, GPT, Tokenizer, dict]:
-    """-> base model, reward model, tokenizer, and the reward model's header, whose "inputs" now name
-    both. Raises UserError if one is missing, or the second stems from another base model."""
+    """-> base model, reward model, tokenizer, and the reward model's header, whose "inputs" now
+    name both. Raises UserError if one is missing, or the second stems from another base model."""
     base, tokenizer, _ = load(out / "base.safetensors", "01_pretrain.py", device, dtype)
     reward_model, _, about = load(out / "reward.safetensors", "03_reward_model.py", device, dtype)
-    require(about["inputs"]["base"] == fingerprint(base), f"{out}/reward.safetensors stems from another "
-            "base model: run 02_sample_label.py and 03_reward_model.py again")
+    require(about["inputs"]["base"] == fingerprint(base), f"{out}/reward.safetensors stems from "
+            "another base model: run 02_sample_label.py and 03_reward_model.py again")
     about["inputs"] = {"base": fingerprint(base), "reward_model": fingerprint(reward_model)}
     return base, reward_model, tokenizer, about
 
 
 def resume(path: Path, cfg, inputs: dict, model: GPT, optimizers) -> dict:
     """--resume: fill model and optimizers with what `save` wrote to path -> its header; or {} if
-    there is nothing, or it stems from other inputs. Raises UserError if its settings were others."""
+    there is nothing, or it stems from other inputs. Raises UserError if settings have changed."""
     if not cfg.resume or not path.exists():
         return {}
     saved, _, header = load(path, "the same command without --resume")
@@ -395,102 +364,3 @@ def fingerprint(model: GPT) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.float().numpy(force=True).tobytes())
     return digest.hexdigest()[:16]
-
-
-# ---- How a script starts, logs, ends, and fails in one line --------------------------------------
-class UserError(Exception):
-    """Something the user can put right; shown as one line, exit code 2."""
-
-
-def require(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise UserError(otherwise)
-
-
-def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
-    """Read the command line, choose device and dtype, seed torch, and print it all -> settings,
-    device, dtype. `on_gpu`: the defaults that differ where there is a GPU."""
-    sys.excepthook = one_line
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    defaults = Config(**(on_gpu or {})) if device.type == "cuda" else Config()
-    cfg = tyro.cli(Config, description=doc, default=defaults)
-    require(0 <= cfg.seed < 2**31, "--seed must be in [0, 2^31)")
-    keep_freed_pages()
-    if "RANK" in os.environ:  # set by torchrun
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        if world()[0] > 0:
-            sys.stdout = sys.stderr = open(os.devnull, "w")
-    torch.manual_seed(cfg.seed)
-    dtype = fast_dtype(device)
-    print("settings:", ", ".join(f"{k} {v}" for k, v in asdict(cfg).items()))
-    print(f"device: {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, "
-          f"{world()[1]} processes", flush=True)
-    start.time = time.time()
-    return cfg, device, dtype
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is fast: GPUs, and CPUs with AMX or AVX512-BF16. Else float32."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    fast = device.type == "cuda" or re.search(r"\b(amx_bf16|avx512_bf16)\b", flags)
-    return torch.bfloat16 if fast else torch.float32
-
-
-def keep_freed_pages() -> None:
-    """Linux: do not return freed memory to the kernel, which would zero every page again."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):      # glibc
-        libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD
-        libc.mallopt(-4, 0)           # M_MMAP_MAX
-
-
-def one_line(kind, error, trace) -> None:
-    """sys.excepthook: what a user can mend is one line and exit code 2; a bug has its traceback."""
-    if issubclass(kind, KeyboardInterrupt):
-        line = "interrupted: run the same command again (01 and 04: --resume goes on)"
-    elif issubclass(kind, UserError):
-        line = str(error)
-    elif issubclass(kind, OSError) and error.errno is not None:
-        line = f"{error.filename or 'writing'}: {error.strerror}; make room or choose another --out"
-    else:
-        sys.stderr = sys.__stderr__
-        return sys.__excepthook__(kind, error, trace)
-    if world()[0] > 0:
-        time.sleep(1)  # the first process says it, and torchrun ends all when one has ended
-    else:
-        sys.stdout.flush()
-        print(f"\nerror: {line}", file=sys.__stderr__, flush=True)
-    os._exit(2)
-
-
-class Log:
-    """One JSON line a step. Resuming at step n first drops what a killed run wrote from n on."""
-
-    def __init__(self, path: Path, resume_at: int = 0):
-        lines = path.read_text().splitlines() if resume_at and path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]
-        write(path, "".join(x + "\n" for x in whole if json.loads(x)["step"] < resume_at))
-        self.file = open(os.devnull if world()[0] else path, "a", buffering=1)
-        self.laps, self.since = {}, time.time()
-
-    def lap(self, name: str) -> None:
-        """The seconds since the last lap go into the next line, under this name."""
-        now = time.time()
-        self.laps[name], self.since = now - self.since, now
-
-    def __call__(self, **row):
-        self.file.write(json.dumps(row | self.laps) + "\n")
-        self.laps = {}
-
-
-def finish(next_command: str, out: Path) -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print(f"wall time {time.time() - start.time:.0f} s, peak memory {peak:.2f} GiB")
-    print(f"next: {next_command}" + (f" --out {out}" if str(out) != "out" else ""))

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from model import finish, load, start, write
+from model import load
+from running import finish, start, write
 
 rm = importlib.import_module("03_reward_model")
 

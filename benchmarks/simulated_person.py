@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import load, start
+from model import load
+from running import start
 from people.answers import read_items
 
 ROOT = Path(__file__).parent.parent

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 import tyro
 
 from benchmarks.kernels import ceilings
-from model import GPT, GPTConfig, fast_dtype, keep_freed_pages, norm, rotate
+from model import GPT, GPTConfig, norm, rotate
+from running import fast_dtype, keep_freed_pages
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -21,7 +21,8 @@ import torch
 import tyro
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import draw_prompts, fast_dtype, load, read_prompts, score_of
+from model import draw_prompts, load, read_prompts, score_of
+from running import fast_dtype
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

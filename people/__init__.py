@@ -6,10 +6,10 @@
     agreement.py  do people agree with each other, and with the machine?
     ratings.py    the blind test: base model against final policies
 
-An item is {"id", "text", ...}, its text one text, or two to compare, and perhaps a "prompt" that they
-continue. An answer is the item with "label", "labeller" and "time": one line of a file that only ever
-grows. An undo is one more line, and the last line about an item counts, so that no later run can
-orphan or lose a label.
+An item is {"id", "text", ...}, its text one text, or two to compare, and perhaps a "prompt" that
+they continue. An answer is the item with "label", "labeller" and "time": one line of a file that
+only ever grows. An undo is one more line, and the last line about an item counts, so that no later
+run can orphan or lose a label.
 """
 from people.answers import need_name
 from people.terminal import label, need_terminal

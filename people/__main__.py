@@ -1,9 +1,9 @@
 """What people do: label, compare, rate blind; in the terminal, or on a page that can be mailed.
 
-    python -m people label anna                          # one key per sample, after 02_sample_label.py
-    python -m people sheet friends.html                  # a page of 300 samples, to mail to friends
+    python -m people label anna                          # after 02: one key per sample
+    python -m people sheet friends.html                  # a page of 300 samples, to mail
     python -m people merge friends.html a.jsonl b.jsonl  # what came back; also of a page to rate
-    python -m people rate anna                           # 20 samples of each arm, after 04_ppo.py
+    python -m people rate anna                           # after 04: 20 samples of each arm
     python -m people rate rate.html                      # the same on a page
 """
 import sys
@@ -13,13 +13,13 @@ from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
 import people
-from model import UserError, one_line, require
 from people.agreement import print_agreement
 from people.answers import answers_in, need_name, read_items
 from people.ratings import items_to_rate
 from people.ratings import unblind as unblind_ratings
 from people.sheet import collect, read_sheet, write_sheet
 from people.terminal import ask, need_terminal
+from running import one_line, require
 
 app = SubcommandApp()
 OUT = Path("out")
@@ -27,7 +27,7 @@ OUT = Path("out")
 
 @app.command
 def label(name: Positional[str], out: Path = OUT, seed: int = 0) -> None:
-    """Label the samples in --out: positive, negative or neutral, one key each. Run again to go on."""
+    """Label the samples in --out: positive, negative or neutral. Run again to go on."""
     people.label(name, out, compare=False, seed=seed)
 
 
@@ -44,7 +44,7 @@ def sheet(page: Positional[Path], out: Path = OUT, seed: int = 0, n: int = 300, 
 
     Args:
         n: its items
-        skip: items to leave out first, those on other sheets: 300 for a second sheet, 600 for a third
+        skip: items to leave out first, those on other sheets: 300 for a second, 600 for a third
         compare: pairs instead of samples
     """
     require(n > 0 and skip >= 0, "--n must be positive, --skip not negative")
@@ -53,8 +53,8 @@ def sheet(page: Positional[Path], out: Path = OUT, seed: int = 0, n: int = 300, 
     chosen = items[skip:skip + n]
     require(len(chosen) > 0, f"no items are left after --skip {skip}: there are {len(items)}")
     write_sheet(page, kind, chosen)
-    print(f"{page}: {len(chosen)} items. Mail it; a browser opens it and saves a file to send back.\n"
-          f"next: python -m people merge {page} FILE.jsonl ...")
+    print(f"{page}: {len(chosen)} items. Mail it; a browser opens it and saves a file to send "
+          f"back.\nnext: python -m people merge {page} FILE.jsonl ...")
 
 
 @app.command

@@ -9,7 +9,7 @@ from people.answers import as_text
 
 
 def cohen_kappa(a: list[str], b: list[str]) -> float:
-    """Agreement of two labellers on the same items beyond chance (Cohen 1960): (po - pe) / (1 - pe)."""
+    """Agreement of two labellers on the same items beyond chance, Cohen 1960."""
     n = len(a)
     of_a, of_b = Counter(a), Counter(b)
     observed = sum(x == y for x, y in zip(a, b)) / n
@@ -30,8 +30,8 @@ def kappas(people: dict[str, dict[str, str]]) -> dict[str, tuple[float, int]]:
 
 
 def agreement(people: dict[str, dict[str, str]]) -> dict:
-    """people: name -> id -> label. -> "alpha" over all (Krippendorff 2004, nominal), and "disputed":
-    ids on which answers differ. A skipped item is no answer."""
+    """people: name -> id -> label. -> "alpha" over all (Krippendorff 2004, nominal), and
+    "disputed": ids on which answers differ. A skipped item is no answer."""
     answers = {name: {i: label for i, label in labels.items() if label != "skip"}
                for name, labels in people.items()}
     ids = sorted({i for labels in answers.values() for i in labels})

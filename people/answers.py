@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from model import UserError, require, write
+from running import UserError, require, write
 
 FEELING = ({"p": "positive", "n": "negative", "0": "neutral", "s": "skip"},
            "Which feeling does the text express? Judge the feeling, not how good it is; "
@@ -46,8 +46,8 @@ def need_name(name: str) -> None:
 
 
 def read_items(out: Path, kind: str, seed: int) -> list[dict]:
-    """The samples that 02 drew, or its pairs, in the random order of `seed`. Raises UserError if there
-    are none."""
+    """The samples that 02 drew, or its pairs, in the random order of `seed`. Raises UserError if
+    there are none."""
     path = out / ("pairs.jsonl" if kind == "comparisons" else "samples.jsonl")
     command = "02_sample_label.py" + " --compare" * (kind == "comparisons")
     require(path.exists(), f"{path} is missing: run {command} first")
@@ -57,9 +57,9 @@ def read_items(out: Path, kind: str, seed: int) -> list[dict]:
 
 
 def read_jsonl(path: Path, *needed: str) -> list[dict]:
-    """Rows, [] if there is no file. A kill in the middle of a write can leave a last line without its
-    end: it is cut off. Raises UserError that names the first broken line, or one without an id or
-    what else is needed."""
+    """Rows, [] if there is no file. A kill in the middle of a write can leave a last line without
+    its end: it is cut off. Raises UserError that names the first broken line, or one without an id
+    or what else is needed."""
     data = path.read_bytes() if path.exists() else b""
     if data and not data.endswith(b"\n"):
         whole, _, last = data.rpartition(b"\n")
@@ -77,13 +77,15 @@ def read_jsonl(path: Path, *needed: str) -> list[dict]:
             for key in ("id", *needed):
                 row[key]
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it") from error
+            raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it") \
+                from error
         rows.append(row)
     return rows
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """id -> label, in the order of labelling: the last line about an item counts, an undo removes it."""
+    """id -> label, in the order of labelling: the last line about an item counts, an undo removes
+    it."""
     labels: dict[str, str] = {}
     for row in read_jsonl(path, "label"):
         labels.pop(row["id"], None)

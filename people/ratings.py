@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from model import (GPT, draw_prompts, fast_dtype, fingerprint, load, load_base_and_reward,
-                   read_prompts, require, write)
+from model import GPT, draw_prompts, fingerprint, load, load_base_and_reward, read_prompts
 from people.agreement import print_agreement
 from people.answers import read_answers
+from running import fast_dtype, require, write
 
 
 # ---- What is rated -------------------------------------------------------------------------------
 def load_arms(out: Path) -> tuple[dict[str, GPT], object, dict]:
-    """-> "base", "happy" and, if there is one, "sad" -> model; tokenizer; the reward model's header.
-    Raises UserError if the happy policy is missing or stems from other models."""
+    """-> "base", "happy" and, if there is one, "sad" -> model; tokenizer; the reward model's
+    header. Raises UserError if the happy policy is missing or stems from other models."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base, _, tokenizer, about = load_base_and_reward(out, device, fast_dtype(device))
     arms = {"base": base}
@@ -38,8 +38,8 @@ def load_arms(out: Path) -> tuple[dict[str, GPT], object, dict]:
 
 
 def items_to_rate(out: Path, n: int, seed: int) -> tuple[list[dict], Path]:
-    """n samples of each arm, after the same prompts if there are prompts, shuffled -> the items, and
-    the key to them, which is written."""
+    """n samples of each arm, after the same prompts if there are prompts, shuffled -> the items,
+    and the key to them, which is written."""
     arms, tokenizer, about = load_arms(out)
     prompts = read_prompts(out / "prompts.json", "held_out") if about["prompted"] else None
     stream = seed << 32 | 5 << 24
@@ -83,7 +83,7 @@ def fisher_power(p: float, q: float, n: int, level: float = 0.05) -> float:
 
 def compare_arms(arm_of: dict[str, str], given: dict[str, dict[str, str]]) -> list[dict]:
     """arm_of: id -> arm; given: rater -> id -> label. -> for each rater, and for the majority of
-    several, how often each arm against the base expresses its feeling, with Fisher's test and power."""
+    several, how often each arm against the base expresses its feeling, with test and power."""
     if len(given) > 1:  # summing over raters would count one sample several times
         majority = {}
         for i in arm_of:
@@ -105,8 +105,8 @@ def compare_arms(arm_of: dict[str, str], given: dict[str, dict[str, str]]) -> li
 
 
 def unblind(out: Path) -> None:
-    """Print the result of every finished rating of the present policies, and write out/ratings.json,
-    which 05 puts into the report."""
+    """Print the result of every finished rating of the present policies, and write
+    out/ratings.json, which 05 puts into the report."""
     arms, _, _ = load_arms(out)
     policies = {arm: fingerprint(model) for arm, model in arms.items() if arm != "base"}
     results = []
@@ -127,7 +127,8 @@ def unblind(out: Path) -> None:
         print_agreement(given, key["items"])
     for r in results:
         print("{rater}: {feeling} {base} of {n} base, {other} of {n} {arm} samples; Fisher's exact "
-              "test, one-sided: p = {p:.2g}; power if these are the true shares {power:.2f}".format(**r))
+              "test, one-sided: p = {p:.2g}; power if these are the true shares {power:.2f}"
+              .format(**r))
     if results:
         n = results[0]["n"]
         powers = (f"{fisher_power(p, q, n):.2f} for {p:.0%} and {q:.0%}"

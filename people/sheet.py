@@ -10,8 +10,8 @@ import sys
 from base64 import b64encode
 from pathlib import Path
 
-from model import UserError, require, write
 from people.answers import ASK, counts, is_name, jsonl, read_answers
+from running import UserError, require, write
 
 
 def write_sheet(path: Path, kind: str, items: list[dict]) -> None:
@@ -21,7 +21,8 @@ def write_sheet(path: Path, kind: str, items: list[dict]) -> None:
     sheet = {"kind": kind, "question": question, "answers": [*keys.items()], "items": items}
     sheet["hash"] = hashlib.sha256(json.dumps(sheet).encode()).hexdigest()[:16]
     require(not path.exists() or read_sheet(path)["hash"] == sheet["hash"],
-            f"{path} is a sheet of other items, whose answers may still come back: choose another name")
+            f"{path} is a sheet of other items, whose answers may still come back: choose another "
+            "name")
     # only this very script and style may run, and nothing may be loaded from anywhere
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
     for tag in ("script", "style"):
@@ -42,7 +43,8 @@ def read_sheet(path: Path) -> dict:
         raise UserError(f"{path} is not a sheet: `python -m people` writes one") from error
 
 
-def fault(row, items: dict[str, dict], labels: list[str], file_of: dict[str, Path], path: Path) -> str:
+def fault(row, items: dict[str, dict], labels: list[str], file_of: dict[str, Path],
+          path: Path) -> str:
     """What is wrong with an answer that came back, or ""."""
     try:
         item, label, name = items.get(row["id"]), row["label"], row["labeller"]
@@ -90,7 +92,7 @@ def returned(sheet: dict, files: list[Path]) -> tuple[dict[str, dict[str, dict]]
 
 
 def collect(sheet: dict, files: list[Path], out: Path) -> int:
-    """Add what came back, where it is new, to out/KIND-NAME.jsonl -> the number of lines left out."""
+    """Add what came back, where it is new, to out/KIND-NAME.jsonl -> number of lines left out."""
     kind = sheet["kind"]
     people, wrong = returned(sheet, files)
     for name, rows in people.items():

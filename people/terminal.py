@@ -7,9 +7,9 @@ import textwrap
 import time
 from pathlib import Path
 
-from model import require
 from people.agreement import print_agreement
 from people.answers import (ASK, answers_in, as_text, counts, need_name, read_answers, read_items)
+from running import require
 
 
 def label(name: str, out: Path, compare: bool, seed: int) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from model import write
 from report.plots import draw_plots
+from running import write
 
 
 def render(results: dict, figures: str, show: int) -> str:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import matplotlib
 
-from model import write
+from running import write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
 
 
 def plot(path: Path, title: str, xlabel: str, ylabel: str, series, lines=(), log: str = "") -> str:
-    """series: (style, label, x, y, y error or None); lines: heights of dotted lines; log: "x", "y" or
-    "". Writes path and returns it as an <img> of the page."""
+    """series: (style, label, x, y, y error or None); lines: heights of dotted lines; log: "x", "y"
+    or "". Writes path and returns it as an <img> of the page."""
     fig, ax = plt.subplots(figsize=(5.6, 3.7), dpi=110, layout="constrained")
     for style, label, x, y, error in series:
         ax.errorbar(x, y, error, fmt=style, label=label or None, capsize=2)
@@ -57,8 +57,10 @@ def against_kl(path: Path, results: dict, key: str, title: str) -> str:
 
 def draw_plots(results: dict, learning_curve: list[dict], folder: Path) -> str:
     """All figures, each also a file in `folder` -> HTML."""
-    figures = [against_kl(folder / "proxy_by_kl.png", results, "proxy", "Reward model, of its target"),
-               against_kl(folder / "gold_by_kl.png", results, "gold", "Gold: VADER compound score")]
+    figures = []
+    for key, title in (("proxy", "Reward model, of its target"),
+                       ("gold", "Gold: VADER compound score")):
+        figures.append(against_kl(folder / f"{key}_by_kl.png", results, key, title))
 
     ppo = results["ppo"]
     steps = column(ppo, "step")
@@ -78,20 +80,21 @@ def draw_plots(results: dict, learning_curve: list[dict], folder: Path) -> str:
     figures.append(plot(folder / "clip.png", "Ratios clipped (healthy: 1 to 20 %)", "iteration",
                         "% of tokens", series, lines=(1, 20), log="y"))
 
-    figures.append(plot(folder / "entropy.png", "Entropy of the policy", "iteration", "nats per token",
-                        [("o-", "", steps, column(ppo, "entropy"), None)]))
+    figures.append(plot(folder / "entropy.png", "Entropy of the policy", "iteration",
+                        "nats per token", [("o-", "", steps, column(ppo, "entropy"), None)]))
 
     bins = results["calibration"]
     figures.append(plot(
-        folder / "calibration.png", "Calibration of the reward model, held out", "predicted", "labelled",
-        [("o-", "", column(bins, "predicted"), column(bins, "target"), None),
+        folder / "calibration.png", "Calibration of the reward model, held out", "predicted",
+        "labelled", [("o-", "", column(bins, "predicted"), column(bins, "target"), None),
          (":", "", [0, 1], [0, 1], None)]))
 
     if learning_curve:
-        series = [(style, label, column(learning_curve, "labels"), column(learning_curve, key), None)
-                  for style, label, key in (("o-", "reward model, these labels alone", "alone"),
-                                            ("v-", "after the phases before", "after"),
-                                            ("s--", "bag of words", "bag_of_words"))]
+        series, labels = [], column(learning_curve, "labels")
+        for style, label, key in (("o-", "reward model, these labels alone", "alone"),
+                                  ("v-", "after the phases before", "after"),
+                                  ("s--", "bag of words", "bag_of_words")):
+            series.append((style, label, labels, column(learning_curve, key), None))
         figures.append(plot(folder / "curve.png", "Learning curve of the reward model", "labels",
                             "held-out AUC", series, log="x"))
     return "".join(figures)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import UserError
+from running import UserError
 
 from people.agreement import cohen_kappa
 from people.answers import read_answers, read_jsonl

@@ -8,7 +8,9 @@ import torch
 import model as m
 from kernels import squared_relu
 from kernels.decoder import Decoder
-from model import GPT, GPTConfig, UserError, load, resume, save, settings_of
+import running
+from model import GPT, GPTConfig, load, resume, save, settings_of
+from running import UserError
 
 
 def tiny(vocab=20, context=12, kv=1, seed=0, noise=0.3, dtype=torch.float32):
@@ -155,7 +157,7 @@ def test_settings_of_a_gpu(monkeypatch, capsys):
                        ("04_ppo", "--max-iterations")):
         stage = import_module(name)
         monkeypatch.setattr("sys.argv", [name, flag, "7"])
-        cfg, device, dtype = m.start(stage.Config, stage.__doc__, stage.ON_GPU)
+        cfg, device, dtype = running.start(stage.Config, stage.__doc__, stage.ON_GPU)
         expected = stage.Config(**stage.ON_GPU | {flag[2:].replace("-", "_"): 7})
         assert cfg == expected != stage.Config() and device.type == "cuda" and dtype is torch.bfloat16
 
@@ -273,20 +275,20 @@ def test_load_refuses_what_it_cannot_use(tmp_path, tokenizer):
 
 
 def test_write_keeps_the_old_file_if_it_cannot_write_the_new(tmp_path, monkeypatch):
-    m.write(tmp_path / "a", "old")
+    running.write(tmp_path / "a", "old")
 
     def full(_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        m.write(tmp_path / "a", "new")
+        running.write(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
 def test_log_drops_what_a_resumed_run_will_write_again(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    m.Log(path, resume_at=2)(step=2, again=True)
+    running.Log(path, resume_at=2)(step=2, again=True)
     assert [json.loads(x)["step"] for x in path.read_text().splitlines()] == [0, 1, 2]
-    m.Log(path)
+    running.Log(path)
     assert path.read_text() == ""

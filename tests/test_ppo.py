@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from model import UserError
+from running import UserError
 
 ppo = importlib.import_module("04_ppo")
 

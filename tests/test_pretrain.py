@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from model import RESERVED, UserError
+from model import RESERVED
+from running import UserError
 
 pre = importlib.import_module("01_pretrain")
 

@@ -32,7 +32,7 @@ def test_two_processes_do_what_one_does(script, inputs, log, keys, limit, pipeli
     in another order is too small a change to make any sample a different one for a while: so 04 stops
     at 0.3 nats, after a crossing and a doubled batch. Around iteration 4 a token becomes another."""
     wrapper = tmp_path / script
-    wrapper.write_text("import runpy, sys, torch, model\nmodel.fast_dtype = lambda device: torch.float32\n"
+    wrapper.write_text("import runpy, sys, torch, running.script\nrunning.script.fast_dtype = lambda device: torch.float32\n"
                        f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n")
     extra = {"01_pretrain.py": ["--corpus", str(corpus)], "04_ppo.py": ["--kl-stop", "0.3"]}.get(script, [])
     logs, headers = [], []

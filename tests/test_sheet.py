@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from model import UserError
+from running import UserError
 from people import agreement
 from people import sheet as people
 from tests.test_pipeline import rows, run
