@@ -5,9 +5,9 @@
 
 Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each batch, where
           rho = pi(token | text before it) / pi_old(token | text before it)  and, at every token,
-          A   = (log p(happy | completion) - mean) / std    with constants of the base model.
+          A   = (log p(happy | completion) - reward_mean) / reward_std.
 
-Reads   out/base.safetensors, out/reward.safetensors
+Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 03 learned from prompts
 Writes  out/policy-happy.safetensors (the last policy measured at or below 10 nats),
         out/checkpoints/happy-kl-*.safetensors (one at each crossing of .25, .5, 1, 1.5, ... 10),
         out/04-happy.jsonl
@@ -15,15 +15,15 @@ Writes  out/policy-happy.safetensors (the last policy measured at or below 10 na
 Decisions a reader may question:
 1. No value function, no GAE, no KL penalty (--kl-coef for comparison): the normalised reward is the
    advantage of every token; clipping and stopping are what bounds the KL.
-2. Mean and std are measured once, on the base model. Whitening each batch instead would blow noise
-   up to unit variance once all samples are alike. An own `reward_fn` gets its own constants.
+2. reward_mean and reward_std are constants of the base model. Whitening each batch instead would
+   blow noise up to unit variance once all samples are alike.
 3. The policy is measured before it is updated, on the samples it has just drawn: KL, reward and
    entropy of a row belong to one policy and are unbiased, and a checkpoint's KL is its own.
-4. The reference sees `kl_samples` completions of each iteration, not all: the exact KL at their
-   prefixes has a smaller error than the usual sampled one (k1) on four times as many.
+4. The KL is that of `kl_samples` completions, not of all: the exact KL at their prefixes has a
+   smaller error than the usual sampled one (k1) on four times as many.
 5. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
    else (bf16 on most GPUs) a pass of its own forms them. So the first minibatch has ratio 1.
-6. If the reward model learned from prompted samples, rollouts have prompts, others each time.
+6. Completions are as long as 02's samples, and if those had prompts they have prompts as well.
 7. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
    would maximise -log p(happy), which is not bounded by anything.
 """
@@ -61,10 +61,10 @@ class Config:
     warmup: int = 10          # optimizer steps of linear warm-up: Adam's first steps are full-size
     adam_eps: float = 1e-5
     clip: float = 0.2         # ratios are clipped to [1 - clip, 1 + clip]
-    kl_coef: float = 0.0      # per-token KL penalty (k1), in units of log p(target)
+    kl_coef: float = 0.0      # of a penalty on each token's own k1, in units of log p(target)
     kl_stop: float = 10.0     # nats per completion
     max_iterations: int = 60
-    norm_samples: int = 4096  # samples of the base model behind the reward's mean and std
+    reward_samples: int = 4096  # samples of the base model behind reward_mean and reward_std
     kl_samples: int = 512     # completions of an iteration on which the KL is computed
     save_every: int = 1       # iterations between the states that --resume continues from
 
@@ -82,10 +82,10 @@ def check(cfg: Config) -> None:
 
 
 # ---- The mathematics -----------------------------------------------------------------------------
-def advantage(reward, logp, logp_ref, kl_coef: float, std: float) -> torch.Tensor:
+def advantage(reward, logp, logp_ref, kl_coef: float, reward_std: float) -> torch.Tensor:
     """reward (B,), logp and logp_ref (B, T) -> advantage (B, T): the reward at every token, less a
-    k1 penalty if kl_coef is not 0. The reward was divided by std, so the coefficient is as well."""
-    return reward[:, None] - kl_coef / std * (logp - logp_ref)
+    k1 penalty if kl_coef is not 0, which is divided by reward_std as the reward was."""
+    return reward[:, None] - kl_coef / reward_std * (logp - logp_ref)
 
 
 def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -133,16 +133,17 @@ def standard_error(x: torch.Tensor) -> float:
 
 
 def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> int:
-    """The batch rule of the exercise: if on average over the last three iterations at this batch
-    size fewer than 1 % of the ratios were outside the clip range, double it, up to max_batch."""
+    """The batch rule of the exercise. clip_fractions: of the iterations at this batch size. If on
+    average over the last three fewer than 1 % of the ratios were outside the clip range, double
+    it, up to max_batch."""
     quiet = len(clip_fractions) >= 3 and sum(clip_fractions[-3:]) / 3 < 0.01
     return min(2 * batch, max_batch) if quiet else batch
 
 
-# ---- What the log says, and what is kept ---------------------------------------------------------
+# ---- What the log says ---------------------------------------------------------------------------
 def policy_figures(kl, k1, entropy, score, reward, kind: str) -> dict[str, float]:
     """Of the policy that drew these completions: means over those of all processes, and errors."""
-    p = score.exp() if kind == "labels" else score.sigmoid()
+    p = score.exp() if kind == "labels" else score.sigmoid()  # a log-prob, or a difference of two
     row = means(kl=kl, kl_k1=k1, score=score, p_target=p, reward=reward, entropy=entropy)
     return row | {"kl_se": standard_error(gather(kl)), "kl_k1_se": standard_error(gather(k1)),
                   "score_std": gather(score).std().item()}
@@ -150,27 +151,19 @@ def policy_figures(kl, k1, entropy, score, reward, kind: str) -> dict[str, float
 
 def update_figures(stats: list[dict], epochs: int) -> dict[str, float]:
     """Of an update: means over its minibatches, and the clip fraction of its last epoch."""
-    columns = {k: torch.stack([s[k] for s in stats]) for k in stats[0]}
+    columns = {k: torch.stack([s[k] for s in stats]) for k in stats[0] if k != "ratio_off"}
     columns["clip_fraction_last_epoch"] = columns["clip_fraction"][-(len(stats) // epochs):]
     return means(**columns) | {"ratio_off_first": stats[0]["ratio_off"].item()}
 
 
-def reward_constants(reward_fn, base, cfg: Config, length: int, prompts) -> tuple[float, float]:
-    """Mean and standard deviation of the reward over samples of the base model."""
-    prompt = draw_prompts(prompts, cfg.norm_samples, cfg.seed)
-    y, _ = base.generate(cfg.norm_samples, length, cfg.seed << 32 | 3 << 24, prompts=prompt)
-    score = chunked(reward_fn, 256, y).double()                              # (norm_samples,)
+def reward_constants(reward_fn, reference, prompts, length: int, n: int, seed: int):
+    """reward_mean and reward_std, over n samples of the base model."""
+    stream = seed << 32 | 3 << 24  # the rollouts have 4, 05 has 5
+    y, _ = reference.generate(n, length, stream, prompts=draw_prompts(prompts, n, seed))
+    score = chunked(reward_fn, 256, y).double()                              # (n,)
     require(score.std() > 1e-3, "all samples get the same reward: label more samples")
     print(f"reward of the base model: {score.mean():.3f} +- {score.std():.3f}")
     return score.mean().item(), score.std().item()
-
-
-def keep_checkpoint(cfg: Config, policy, tokenizer, header: dict, kl_before: float) -> None:
-    """One file for all crossings of an iteration, if there are any."""
-    crossed = [c for c in CROSSINGS if kl_before < c <= header["kl"]]
-    if crossed:
-        name = f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
-        save(cfg.out / "checkpoints" / name, policy, tokenizer, crossed=crossed, **header)
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -178,60 +171,67 @@ if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__, ON_GPU)
     check(cfg)
     reference, reward_model, tokenizer, about = load_base_and_reward(cfg.out, device, dtype)
-    length, kind, inputs = about["length"], about["kind"], about["inputs"]
+    length, kind = about["length"], about["kind"]
     prompts = read_prompts(cfg.out / "prompts.json", "train") if about["prompted"] else None
 
     def reward_fn(y: torch.Tensor) -> torch.Tensor:
-        """Completions y (B, T) -> score (B,), log p(target). Any other function may stand here."""
+        """Completions y (B, T) -> score (B,), log p(target). Any other function may stand here:
+        `tokenizer.decode_batch(y.tolist())` are the texts. Its constants are measured below."""
         return score_of(reward_model.sentiment(y), kind, cfg.target)
 
-    mean, std = reward_constants(reward_fn, reference, cfg, length, prompts)
+    reward_mean, reward_std = reward_constants(
+        reward_fn, reference, prompts, length, cfg.reward_samples, cfg.seed)
     policy = copy.deepcopy(reference)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=cfg.adam_eps,
                                   weight_decay=0)
-    run = {"step": 0, "batch": cfg.batch, "updates": 0, "kl": 0.0, "clip_fractions": []}
     state = cfg.out / f"04-{cfg.target}-state.safetensors"
-    run = SimpleNamespace(**resume(state, cfg, inputs, policy, (optimizer,)).get("run", run))
+    saved = resume(state, cfg, about["inputs"], policy, (optimizer,))    # {} without --resume
+    new = {"step": 0, "batch": cfg.batch, "updates": 0, "kl_max": 0.0, "clip_fractions": []}
+    run = SimpleNamespace(**saved.get("run", new))
     if run.step == 0:  # the checkpoints of an earlier run go
         for path in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
             path.unlink(missing_ok=True)
     log = Log(cfg.out / f"04-{cfg.target}.jsonl", run.step)
-    made_from = {"settings": settings_of(cfg), "inputs": inputs, "seed": cfg.seed}
-    rows = cfg.minibatch // world()[1]                   # of a minibatch, in this process
-    n_kl = -(-cfg.kl_samples // cfg.minibatch) * rows    # completions for the KL, in this process
+    made_from = {"settings": settings_of(cfg), "inputs": about["inputs"], "seed": cfg.seed}
+    # of several processes that torchrun started, each has an equal part of every minibatch
+    mb_size = cfg.minibatch // world()[1]
+    n_kl = math.ceil(cfg.kl_samples / cfg.minibatch) * mb_size
+    final = None
 
     for step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
         # 1. Rollout: the policy writes a batch of completions.
         seed = cfg.seed << 32 | 4 << 24 | step
-        mine = share(torch.arange(run.batch), cfg.minibatch)                 # (B,)
+        mine = share(torch.arange(run.batch), cfg.minibatch)                 # (B,), their numbers
         prompt = draw_prompts(prompts, run.batch, seed)[mine].to(device)     # (B, P), P may be 0
         y, logp_old = policy.generate(mine, length, seed, prompts=prompt)    # (B, T) each
         y[0, 0].item()  # waits for a GPU, so that the lap is the rollout's
         log.lap("s_rollout")
 
         # 2. Score: how happy is each, in standard deviations of the base model's samples?
-        score = chunked(reward_fn, rows, y)                                  # (B,)
-        reward = (score - mean) / std                                        # (B,)
+        score = chunked(reward_fn, mb_size, y)                               # (B,)
+        reward = (score - reward_mean) / reward_std                          # (B,)
 
         # 3. Measure this policy before it changes: how far has it moved from the reference?
-        some, its_prompt = y[:n_kl], prompt[:n_kl]                           # (n_kl, T), (n_kl, P)
-        hidden = chunked(policy.hidden_before, rows, some, its_prompt)       # (n_kl, T, D)
-        hidden_ref = chunked(reference.hidden_before, rows, some, its_prompt)
+        y_kl, prompt_kl = y[:n_kl], prompt[:n_kl]                            # (n_kl, T), (n_kl, P)
+        hidden = chunked(policy.hidden_before, mb_size, y_kl, prompt_kl)     # (n_kl, T, D)
+        hidden_ref = chunked(reference.hidden_before, mb_size, y_kl, prompt_kl)
         kl, k1, logp, entropy = kl_nats(
-            some, hidden, policy.unembed(), hidden_ref, reference.unembed())
+            y_kl, hidden, policy.unembed(), hidden_ref, reference.unembed())
         row = {"step": step, "batch": run.batch, "updates": run.updates}
         row |= policy_figures(kl, k1, entropy, score, reward, kind)
         row["sampler_off"] = gather((logp_old[:n_kl] - logp).abs().max()[None]).max().item()
         if row["sampler_off"] > 5e-6:  # the sampler's log-probs will not do as the old ones
-            logp_old = chunked(policy.logprob, rows, y, prompt)              # (B, T)
+            logp_old = chunked(policy.logprob, mb_size, y, prompt)           # (B, T)
         log.lap("s_score")
 
         # 4. Keep a checkpoint at each crossing of the KL; stop at 10 nats.
-        require(row["kl"] < run.kl + 5, f"diverged at iteration {step}: the KL jumped from "
-                f"{run.kl:.1f} to {row['kl']:.1f} nats; lower --lr")
-        keep_checkpoint(cfg, policy, tokenizer, row | made_from, run.kl)
+        require(row["kl"] < run.kl_max + 5, f"diverged at iteration {step}: the KL jumped from "
+                f"{run.kl_max:.1f} to {row['kl']:.1f} nats; lower --lr")
+        if crossed := [c for c in CROSSINGS if run.kl_max < c <= row["kl"]]:
+            path = cfg.out / "checkpoints" / f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
+            save(path, policy, tokenizer, crossed=crossed, **row, **made_from)
         if row["kl"] <= cfg.kl_stop:
-            final, final_row = copy.deepcopy(policy.state_dict()), row
+            final = copy.deepcopy(policy.state_dict()), dict(row)
         if row["kl"] >= cfg.kl_stop:
             log(**row)
             break
@@ -241,21 +241,22 @@ if __name__ == "__main__":
         log.lap("s_save")
 
         # 5. Advantage: the reward of a completion, at each of its tokens.
-        logp_ref = chunked(reference.logprob, rows, y, prompt) if cfg.kl_coef else logp_old
-        adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, std)        # (B, T)
+        logp_ref = chunked(reference.logprob, mb_size, y, prompt) if cfg.kl_coef else logp_old
+        adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, reward_std)   # (B, T)
 
-        # 6. PPO epochs: make the tokens of good completions likelier, within the clip range.
+        # 6. PPO epochs: make the tokens of good completions likelier, within the clip range. The
+        # first needs no shuffle: completions are independent as they come.
         stats = []
         for epoch in range(cfg.epochs):
             g = torch.Generator().manual_seed((cfg.seed * 1000 + step) * 10 + epoch)
             order = torch.randperm(len(y), generator=g) if epoch else torch.arange(len(y))
-            for b in order.to(device).split(rows):  # in here nothing waits for the GPU
-                logp = policy.logprob(y[b], prompt[b])                       # (rows, T)
+            for b in order.to(device).split(mb_size):  # in here nothing waits for the GPU
+                logp = policy.logprob(y[b], prompt[b])                       # (mb_size, T)
                 loss, stat = ppo_loss(logp, logp_old[b], adv[b], cfg.clip)
                 optimizer.zero_grad()
                 loss.backward()
                 average_gradients(policy)
-                stat["grad_norm"] = clip_grad_norm_(policy.parameters(), math.inf)
+                stat["grad_norm"] = clip_grad_norm_(policy.parameters(), math.inf)  # measured only
                 run.updates += 1
                 optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, run.updates / cfg.warmup)
                 optimizer.step()
@@ -270,19 +271,21 @@ if __name__ == "__main__":
         require(math.isfinite(row["loss"] + row["grad_norm"]) and row["clip_fraction"] < 0.5,
                 f"diverged at iteration {step}: {row['clip_fraction']:.0%} of the ratios were "
                 f"clipped, the loss is {row['loss']:.3g}; lower --lr")
-        run.kl = max(row["kl"], run.kl)
+        run.kl_max = max(row["kl"], run.kl_max)
         run.clip_fractions.append(row["clip_fraction"])
         batch = next_batch(run.clip_fractions, run.batch, cfg.max_batch)
         if batch > run.batch:
             run.batch, run.clip_fractions = batch, []
-    else:
-        print(f"stopped after {cfg.max_iterations} iterations, below {cfg.kl_stop:g} nats: "
-              "--resume with more --max-iterations goes on")
 
-    policy.load_state_dict(final)
-    save(cfg.out / f"policy-{cfg.target}.safetensors", policy, tokenizer, **final_row, **made_from)
+    require(final is not None, f"{state} is beyond --max-iterations or --kl-stop already")
+    weights, figures = final
+    policy.load_state_dict(weights)
+    save(cfg.out / f"policy-{cfg.target}.safetensors", policy, tokenizer, **figures, **made_from)
+    print(f"stopped at {row['kl']:.2f} nats after {step} iterations", end="; ")
     if row["kl"] >= cfg.kl_stop:
         state.unlink(missing_ok=True)
+    else:
+        print("--resume with more --max-iterations goes on", end="; ")
     print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
-          "{entropy:.3f} nats per token".format(target=cfg.target, **final_row))
+          "{entropy:.3f} nats per token".format(target=cfg.target, **figures))
     finish("python 05_eval.py", cfg.out)

@@ -11,9 +11,7 @@ Decisions a reader may question:
    side by side one sees a text change as the KL grows.
 2. The gold score is VADER's compound score. Neither training nor the stop rule reads it; but in the
    default run the labels came from VADER too, so gold and proxy share their blind spots.
-3. The best checkpoint is the one of highest mean gold score. Over-optimisation starts at the first
-   later one whose gold is lower by more than two standard errors of the difference.
-4. Best-of-n from the base model stands on the same axes: it needs no training, and for the same
+3. Best-of-n from the base model stands on the same axes: it needs no training, and for the same
    reward it spends far less KL.
 """
 import json
@@ -30,7 +28,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from model import (chunked, draw_prompts, fingerprint, load, load_base_and_reward, read_prompts,
                    score_of)
-from running import UserError, finish, require, start, write
+from running import UserError, finish, require, start
 from report import build_report
 
 
@@ -142,31 +140,6 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def fit_line(x, y) -> tuple[float, float, float]:
-    """Least squares y = slope x + intercept -> slope, intercept, R^2."""
-    slope, intercept = np.polyfit(x, y, 1)
-    residual = np.asarray(y) - (slope * np.asarray(x) + intercept)
-    return float(slope), float(intercept), float(1 - residual.var() / np.var(y))
-
-
-def risen_words(before: dict[str, int], after: dict[str, int], top: int = 12) -> list[dict]:
-    """Word counts of two policies -> the words whose share rose most, per 1,000 words."""
-    n_before, n_after = sum(before.values()), sum(after.values())
-    rows = [{"word": word, "before": 1000 * before.get(word, 0) / n_before,
-             "after": 1000 * n / n_after} for word, n in after.items()]
-    return sorted(rows, key=lambda row: row["before"] - row["after"])[:top]
-
-
-def over_optimisation(rows: list[dict], sign: int = 1) -> tuple[dict, dict | None]:
-    """Rows by rising KL -> the row of highest sign * gold, and the first later row that is lower by
-    more than two standard errors of the difference, or None."""
-    best = max(rows, key=lambda r: sign * r["gold"])
-    for row in rows[rows.index(best) + 1:]:
-        if sign * (best["gold"] - row["gold"]) > 2 * math.hypot(best["gold_se"], row["gold_se"]):
-            return best, row
-    return best, None
-
-
 # ---- Measuring one policy ------------------------------------------------------------------------
 @torch.no_grad()
 def measure(policy, reference, reward_fn, tokenizer, corpus: Corpus | None, prompt, length: int,
@@ -213,19 +186,6 @@ def read_log(path: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except ValueError as error:
         raise UserError(f"{path} is damaged: run 04_ppo.py again") from error
-
-
-def summary(rows: list[dict], best: dict, over: dict | None) -> str:
-    """In words: what the run towards happy has come to."""
-    first, last = rows[0], rows[-1]
-    turn = "The gold score did not fall significantly: no over-optimisation within the KL budget."
-    if over:
-        turn = (f"Over-optimisation starts at {over['kl']:.2f} nats: the gold score falls while "
-                "the reward rises.")
-    return (f"VADER calls {first['positive']:.1%} of the base model's samples positive, and "
-            f"{last['positive']:.1%} of the final policy's, {last['kl']:.2f} nats per completion "
-            f"away; distinct-2 went from {first['distinct_2']:.3f} to {last['distinct_2']:.3f}. "
-            f"Best checkpoint by gold score: {best['name']} ({best['kl']:.2f} nats). {turn}")
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -277,33 +237,12 @@ if __name__ == "__main__":
             bar.update()
     bar.close()
 
-    # -- what it says
-    happy = results["happy"]
-    turns = {}
-    for target, sign in (("happy", 1), ("sad", -1)):
-        if target in results:
-            by_kl = sorted(results[target], key=lambda row: row["kl"])
-            turns[target] = over_optimisation(by_kl, sign)
-            best, over = turns[target]
-            results |= {f"best_{target}": best["name"], f"over_{target}": over and over["name"]}
-    sqrt_kl = [math.sqrt(max(row["kl"], 0)) for row in ppo]
-    slope, intercept, r2 = fit_line([row["step"] for row in ppo], sqrt_kl)
+    # -- hand over to the report
     rated = cfg.out / "ratings.json"
     ratings = json.loads(rated.read_text()) if rated.exists() else {"policies": None}
     results |= {
         "seed": cfg.seed, "base_metrics": base_header["metrics"], "reward_model": about["metrics"],
         "calibration": about["calibration"], "ppo": ppo,
-        "sqrt_kl_fit": {"slope": slope, "intercept": intercept, "r2": r2},
-        "ratings": ratings["results"] if ratings["policies"] == policies else [],
-        "risen_words": risen_words(happy[0]["words"], happy[-1]["words"]),
-        "summary": summary(happy, *turns["happy"])}
-    for row in (row for target in paths for row in results[target]):
-        row.pop("words")
-    write(cfg.out / "report.json", json.dumps(results, indent=1))
+        "ratings": ratings["results"] if ratings["policies"] == policies else []}
     build_report(results, cfg.out, cfg.show)
-
-    print("risen most, per 1,000 words:", ", ".join(
-        "{word} {before:.1f} -> {after:.1f}".format(**row) for row in results["risen_words"]))
-    print(results["summary"])
-    print(f"sqrt KL against iteration: slope {slope:.3f}, R^2 {r2:.4f}")
     finish(f"open {cfg.out / 'report.html'} in a browser", Path("out"))

@@ -7,6 +7,7 @@ import numpy as np
 
 import report
 from people import ratings
+from report import findings
 
 ev = importlib.import_module("05_eval")
 
@@ -52,13 +53,13 @@ def test_fisher_and_its_power():
 
 
 def test_fit_line():
-    slope, intercept, r2 = ev.fit_line([0, 1, 2, 3], [1.0, 3.0, 5.0, 7.0])
+    slope, intercept, r2 = findings.fit_line([0, 1, 2, 3], [1.0, 3.0, 5.0, 7.0])
     assert math.isclose(slope, 2) and math.isclose(intercept, 1) and math.isclose(r2, 1)
-    assert ev.fit_line([0, 1, 2, 3], [0, 1, 0, 1])[2] < 0.5
+    assert findings.fit_line([0, 1, 2, 3], [0, 1, 0, 1])[2] < 0.5
 
 
 def test_risen_words():
-    risen = ev.risen_words({"woe": 6, "the": 4}, {"joy": 10, "the": 8, "woe": 2}, top=2)
+    risen = findings.risen_words({"woe": 6, "the": 4}, {"joy": 10, "the": 8, "woe": 2}, top=2)
     assert risen == [{"word": "joy", "before": 0.0, "after": 500.0}, {"word": "the", "before": 400.0, "after": 400.0}]
 
 
@@ -66,11 +67,11 @@ def test_where_over_optimisation_starts():
     def rows(*gold):
         return [{"gold": g, "gold_se": 0.1} for g in gold]
     r = rows(0, 0.5, 0.9, 0.7, 0.5)
-    assert ev.over_optimisation(r) == (r[2], r[4])   # 0.7 is within 2 SE of the difference (0.28)
+    assert findings.over_optimisation(r) == (r[2], r[4])   # 0.7 is within 2 SE of the difference (0.28)
     r = rows(0, 0.5, 0.9, 0.85)
-    assert ev.over_optimisation(r) == (r[2], None)
+    assert findings.over_optimisation(r) == (r[2], None)
     r = rows(0.9, 0.2)
-    assert ev.over_optimisation(r) == (r[0], r[1])
+    assert findings.over_optimisation(r) == (r[0], r[1])
 
 
 def test_the_page_escapes_what_a_model_says(pipeline):
