@@ -73,11 +73,11 @@ ON_GPU = dict(n_layer=6, n_head=6, d_model=384, batch=128, steps=320, muon_lr=0.
 
 def check(cfg: Config) -> None:
     for knob in ("batch", "steps", "warmup", "save_every", "context", "cooldown", "n_samples",
-                 "n_layer", "n_head", "n_kv_head"):
+                 "n_layer", "n_head", "n_kv_head", "d_model"):
         require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
     require(cfg.batch % world()[1] == 0, "--batch must divide among the processes")
-    require(cfg.d_model % (2 * cfg.n_head) == 0 == cfg.n_head % cfg.n_kv_head,
-            "--d-model must be a multiple of 2 x --n-head, and --n-head of --n-kv-head")
+    require(cfg.d_model % (2 * cfg.n_head) == 0, "--d-model must be a multiple of 2 x --n-head")
+    require(cfg.n_head % cfg.n_kv_head == 0, "--n-head must be a multiple of --n-kv-head")
 
 
 # ---- Text into tokens ----------------------------------------------------------------------------
@@ -242,14 +242,14 @@ if __name__ == "__main__":
     muon = torch.optim.Muon([matrices], weight_decay=cfg.weight_decay)
     adam = torch.optim.AdamW([embedding, head], betas=(0.9, 0.95), weight_decay=0)
 
-    about = {"settings": settings_of(cfg), "seed": cfg.seed,
-             "inputs": {"corpus_sha256": hashlib.sha256(text.encode()).hexdigest()}}
+    inputs = {"corpus_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    made_from = {"settings": settings_of(cfg), "inputs": inputs}
     state = cfg.out / "01-state.safetensors"
-    first = resume(state, cfg, about["inputs"], model, (muon, adam)).get("step", 0)
+    first = resume(state, cfg, inputs, model, (muon, adam)).get("step", 0)
     log = Log(cfg.out / "01.jsonl", first)
 
     # -- training
-    seconds = 0.0
+    seconds, tokens_per_s = 0.0, 0.0
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="pretrain")
     for step in bar:
         began = time.time()
@@ -268,26 +268,27 @@ if __name__ == "__main__":
             optimizer.zero_grad()
         row = {"step": step, "lr_scale": scale, **means(nats_per_token=loss.detach()[None])}
         seconds += time.time() - began
-        row["tokens_per_s"] = (step + 1 - first) * cfg.batch * cfg.context / seconds
+        tokens_per_s = (step + 1 - first) * cfg.batch * cfg.context / seconds
         bar.set_postfix(nats=f"{row['nats_per_token']:.3f}", refresh=False)
         save_now = (step + 1) % cfg.save_every == 0
         if save_now:
             nats, bits = held_out(model, test_ids, token_bytes)
             row |= {"held_out_nats": nats, "held_out_bits_per_byte": bits}
             tqdm.write(f"step {step + 1}: held out {bits:.3f} bits per byte")
-        log(**row)
+        log(**row, tokens_per_s=tokens_per_s)
         if save_now:
-            save(state, model, tokenizer, (muon, adam), step=step + 1, **about)
+            save(state, model, tokenizer, (muon, adam), step=step + 1, **made_from)
 
     # -- what came of it
     nats, bits = held_out(model, test_ids, token_bytes)
     tokens, _ = model.generate(cfg.n_samples, 64, seed=cfg.seed)
     samples = tokenizer.decode_batch(tokens.tolist())
     metrics = {"nats_per_token": nats, "bits_per_byte": bits, "perplexity": math.exp(nats),
-               "tokens_per_s": row["tokens_per_s"],
+               "tokens_per_s": tokens_per_s,
                "real_word_share": real_word_share(samples, set(words(text[:cut])))}
     write(cfg.out / "corpus.txt", text)
-    save(cfg.out / "base.safetensors", model, tokenizer, step=cfg.steps, metrics=metrics, **about)
+    save(cfg.out / "base.safetensors", model, tokenizer, step=cfg.steps, metrics=metrics,
+         **made_from)
     state.unlink(missing_ok=True)
     for sample in samples[:3]:
         print(f"--- sample\n{sample}")

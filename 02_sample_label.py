@@ -37,7 +37,7 @@ from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import people
-from model import GPT, draw_prompts, fingerprint, load, read_prompts
+from model import GPT, decode_prompts, draw_prompts, fingerprint, load, read_prompts
 from running import finish, require, start, write
 
 
@@ -58,8 +58,8 @@ ON_GPU = dict(n=32_768)
 
 
 def check(cfg: Config) -> None:
-    require(cfg.n > cfg.compare, "--n must be positive, and --n 2 to --compare")
-    require(cfg.length > 0, "--length must be positive")
+    require(cfg.n >= 1 and cfg.length >= 1, "--n and --length must be positive")
+    require(cfg.n >= 2 or not cfg.compare, "--compare needs --n 2 or more")
     require(0 <= cfg.corpus_fraction <= 1, "--corpus-fraction must be in [0, 1]")
     require(0 <= cfg.pieces <= cfg.length, "--pieces must be in [0, --length]")
     require(not (cfg.prompts and cfg.corpus_fraction),
@@ -74,7 +74,8 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[
     """n samples of the model, with --prompts each with its prompt."""
     train_prompts = read_prompts(cfg.out / "prompts.json", "train") if cfg.prompts else None
     prompts = draw_prompts(train_prompts, -(-n // 2), cfg.seed).repeat_interleave(2, 0)[:n]
-    name = f"{fingerprint(model)[:8]}-{cfg.seed}-{cfg.length}{'p' * cfg.prompts}"
+    kind = "p" if cfg.prompts else ""
+    name = f"{fingerprint(model)[:8]}-{cfg.seed}-{cfg.length}{kind}"
     items = []
     for numbers in tqdm(torch.arange(n).split(1024), desc="sample"):
         y, _ = model.generate(numbers, cfg.length, cfg.seed, prompts=prompts[numbers])  # (1024, T)
@@ -82,8 +83,8 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[
             items.append({"id": f"{name}-{number}", "source": "model",
                           "text": tokenizer.decode(tokens), "tokens": tokens})
     if cfg.prompts:
-        for item, prompt in zip(items, prompts.tolist()):
-            item["prompt"] = tokenizer.decode([token for token in prompt if token >= 0])
+        for item, prompt in zip(items, decode_prompts(tokenizer, prompts)):
+            item["prompt"] = prompt
     return items
 
 
@@ -103,7 +104,7 @@ def draw_snippets(corpus: Path, tokenizer: Tokenizer, cfg: Config, n: int) -> li
              "text": tokenizer.decode(ids[p:p + cfg.length])} for p in places]
 
 
-def find_prompts(text: str, tokenizer: Tokenizer, longest: int = 24) -> list[list[int]]:
+def find_prompts(part: str, text: str, tokenizer: Tokenizer, longest: int = 24) -> list[list[int]]:
     """Every speaker's name ("Romeo:", or "ROMEO." as Project Gutenberg prints it) with the first
     line of the speech, of at most `longest` tokens, each once. Raises UserError if there are none.
     """
@@ -111,8 +112,8 @@ def find_prompts(text: str, tokenizer: Tokenizer, longest: int = 24) -> list[lis
     found = [dict.fromkeys(re.findall(rf"^{name}\n[^\n]+\n", text, re.M)) for name in names]
     more = max(found, key=len)
     prompts = [e.ids for e in tokenizer.encode_batch(list(more)) if len(e.ids) <= longest]
-    require(len(prompts) > 0, "the corpus has no prompts: a speaker's name and a colon on a line, "
-                              "and the line after it")
+    require(len(prompts) > 0, f"the {part} text has no prompts: a speaker's name and a colon on a "
+                              "line, and the line after it")
     return prompts
 
 
@@ -122,8 +123,8 @@ def write_prompts(corpus: Path, tokenizer: Tokenizer, path: Path) -> None:
     text = corpus.read_text(encoding="utf-8")
     cut = int(len(text) * 0.95)
     held_out = text[cut:].partition("\n")[2]
-    write(path, json.dumps({"train": find_prompts(text[:cut], tokenizer),
-                            "held_out": find_prompts(held_out, tokenizer)}))
+    write(path, json.dumps({"train": find_prompts("training", text[:cut], tokenizer),
+                            "held_out": find_prompts("held-out", held_out, tokenizer)}))
 
 
 def pair_up(items: list[dict], seed: int) -> list[dict]:
@@ -175,9 +176,11 @@ def label_by_vader(items: list[dict], path: Path) -> list[str]:
 
     labels = []
     for item in tqdm(items, desc="label", mininterval=1):
-        text = item["text"]
-        single = isinstance(text, str)
-        labels.append(feeling(compound(text)) if single else happier(*map(compound, text)))
+        if isinstance(item["text"], str):
+            labels.append(feeling(compound(item["text"])))
+        else:
+            left, right = item["text"]
+            labels.append(happier(compound(left), compound(right)))
     rows = [item | {"label": label, "labeller": "vader"} for item, label in zip(items, labels)]
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
     return labels
@@ -210,4 +213,4 @@ if __name__ == "__main__":
         print(f"{cfg.out}/{kind}-vader.jsonl: {len(labels)} {kind}, {counts}")
     else:
         people.label(cfg.labeller, cfg.out, cfg.compare, cfg.seed)
-    finish("python 03_reward_model.py" + " --comparisons" * cfg.compare, cfg.out)
+    finish("python 03_reward_model.py" + (" --comparisons" if cfg.compare else ""), cfg.out)

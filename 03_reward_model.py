@@ -99,6 +99,11 @@ def read_labels(path: Path) -> list[dict]:
     return list(rows.values())
 
 
+def texts_of(item: dict) -> list[str]:
+    """The text of an item, or both of a comparison."""
+    return [item["text"]] if isinstance(item["text"], str) else item["text"]
+
+
 def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
     """Rows of all label files. Raises UserError if there are none, or of another kind or tokenizer.
     """
@@ -110,7 +115,7 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
         change = "leave out" if cfg.comparisons else "use"
         require(right_kind, f"{path} does not hold {kind}: {change} --comparisons")
         tokens = [side for row in new for side in np.atleast_2d(row["tokens"]).tolist()]
-        texts = [side for row in new for side in np.atleast_1d(row["text"]).tolist()]
+        texts = [side for row in new for side in texts_of(row)]
         known = all(max(side) < base.n_text for side in tokens)
         require(known and tokenizer.decode_batch(tokens) == texts,
                 f"{path} was made with another tokenizer than {cfg.out}/base.safetensors: label "
@@ -234,8 +239,8 @@ def calibration(p: np.ndarray, target: np.ndarray) -> list[dict]:
 
 def words_of(item: dict) -> list[tuple[str, int]]:
     """(word, 1) for words of a text; of a pair, (word, 1) on the left, (word, -1) on the right."""
-    texts = [item["text"]] if isinstance(item["text"], str) else item["text"]
-    return [(word, sign) for text, sign in zip(texts, (1, -1)) for word in text.lower().split()]
+    return [(word, sign) for text, sign in zip(texts_of(item), (1, -1))
+            for word in text.lower().split()]
 
 
 def naive_bayes(train: list[dict], test: list[dict]) -> np.ndarray:
@@ -328,6 +333,7 @@ def train(model: GPT, phase: Phase, cfg: Config, log=None, first: int = 0) -> in
             log(**row)
         if phase.early_stop and waited > cfg.patience:
             break
+    require(best < math.inf, "the loss on the validation part is not a number: lower --lr")
     if phase.early_stop:
         model.load_state_dict(best_weights)
     return steps
@@ -381,7 +387,7 @@ if __name__ == "__main__":
           ", ".join(f"{r['predicted']:.2f} -> {r['target']:.2f} ({r['n']})" for r in table))
 
     labels = hashlib.sha256(json.dumps(items).encode()).hexdigest()
-    save(cfg.out / "reward.safetensors", model, tokenizer, step=steps, seed=cfg.seed,
+    save(cfg.out / "reward.safetensors", model, tokenizer, step=steps,
          kind="comparisons" if cfg.comparisons else "labels", prompted=prompted,
          length=test_tokens.size(-1), metrics=metrics, calibration=table,
          settings=settings_of(cfg), inputs={"base": base, "labels": labels})

@@ -38,7 +38,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from model import (chunked, draw_prompts, load_base_and_reward, read_prompts, resume, save,
+from model import (chunked, draw_prompts, load, load_base_and_reward, read_prompts, resume, save,
                    score_of, settings_of)
 from running import Log, average_gradients, finish, gather, means, require, share, start, world
 
@@ -73,12 +73,14 @@ ON_GPU = dict(batch=4096, max_batch=8192, minibatch=512, save_every=5)
 
 
 def check(cfg: Config) -> None:
-    for knob in ("batch", "minibatch", "epochs", "warmup", "clip", "max_iterations", "save_every"):
+    for knob in ("batch", "minibatch", "epochs", "warmup", "clip", "max_iterations", "kl_samples",
+                 "save_every"):
         require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
+    require(cfg.reward_samples > 1, "--reward-samples must be at least 2")
     require(cfg.minibatch % world()[1] == 0, "--minibatch must divide among the processes")
-    whole = cfg.batch % cfg.minibatch == cfg.max_batch % cfg.minibatch == 0
-    require(whole and cfg.batch <= cfg.max_batch,
-            "--batch and --max-batch must be multiples of --minibatch, and --batch the smaller")
+    require(cfg.batch % cfg.minibatch == 0, "--batch must be a multiple of --minibatch")
+    require(cfg.max_batch % cfg.minibatch == 0, "--max-batch must be a multiple of --minibatch")
+    require(cfg.batch <= cfg.max_batch, "--batch must not be larger than --max-batch")
 
 
 # ---- The mathematics -----------------------------------------------------------------------------
@@ -179,24 +181,28 @@ if __name__ == "__main__":
         `tokenizer.decode_batch(y.tolist())` are the texts. Its constants are measured below."""
         return score_of(reward_model.sentiment(y), kind, cfg.target)
 
-    reward_mean, reward_std = reward_constants(
-        reward_fn, reference, prompts, length, cfg.reward_samples, cfg.seed)
     policy = copy.deepcopy(reference)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=cfg.adam_eps,
                                   weight_decay=0)
+    reward_mean, reward_std = reward_constants(
+        reward_fn, reference, prompts, length, cfg.reward_samples, cfg.seed)
+    new = {"step": 0, "batch": cfg.batch, "updates": 0, "kl_max": 0.0, "clip_fractions": [],
+           "reward_mean": reward_mean, "reward_std": reward_std}
     state = cfg.out / f"04-{cfg.target}-state.safetensors"
     saved = resume(state, cfg, about["inputs"], policy, (optimizer,))    # {} without --resume
-    new = {"step": 0, "batch": cfg.batch, "updates": 0, "kl_max": 0.0, "clip_fractions": []}
     run = SimpleNamespace(**saved.get("run", new))
-    if run.step == 0:  # the checkpoints of an earlier run go
-        for path in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
-            path.unlink(missing_ok=True)
+    require(abs(run.reward_mean - reward_mean) < 0.01 * run.reward_std,
+            f"{state} was written with another reward: delete it to start anew")
+    require(run.step < cfg.max_iterations and saved.get("kl", 0) < cfg.kl_stop,
+            f"{state} is beyond --max-iterations or --kl-stop already")
+    for path in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
+        if world()[0] == 0 and (run.step == 0 or load(path, "04_ppo.py")[2]["step"] >= run.step):
+            path.unlink()  # of an earlier run, or of iterations that are now made again
     log = Log(cfg.out / f"04-{cfg.target}.jsonl", run.step)
-    made_from = {"settings": settings_of(cfg), "inputs": about["inputs"], "seed": cfg.seed}
+    made_from = {"settings": settings_of(cfg), "inputs": about["inputs"]}
     # of several processes that torchrun started, each has an equal part of every minibatch
     mb_size = cfg.minibatch // world()[1]
     n_kl = math.ceil(cfg.kl_samples / cfg.minibatch) * mb_size
-    final = None
 
     for step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
         # 1. Rollout: the policy writes a batch of completions.
@@ -209,7 +215,7 @@ if __name__ == "__main__":
 
         # 2. Score: how happy is each, in standard deviations of the base model's samples?
         score = chunked(reward_fn, mb_size, y)                               # (B,)
-        reward = (score - reward_mean) / reward_std                          # (B,)
+        reward = (score - run.reward_mean) / run.reward_std                  # (B,)
 
         # 3. Measure this policy before it changes: how far has it moved from the reference?
         y_kl, prompt_kl = y[:n_kl], prompt[:n_kl]                            # (n_kl, T), (n_kl, P)
@@ -226,23 +232,23 @@ if __name__ == "__main__":
 
         # 4. Keep a checkpoint at each crossing of the KL; stop at 10 nats.
         require(row["kl"] < run.kl_max + 5, f"diverged at iteration {step}: the KL jumped from "
-                f"{run.kl_max:.1f} to {row['kl']:.1f} nats; lower --lr")
+                f"{run.kl_max:.1f} to {row['kl']:.1f} nats; lower --lr. Saved before: {state}")
         if crossed := [c for c in CROSSINGS if run.kl_max < c <= row["kl"]]:
             path = cfg.out / "checkpoints" / f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
             save(path, policy, tokenizer, crossed=crossed, **row, **made_from)
         if row["kl"] <= cfg.kl_stop:
-            final = copy.deepcopy(policy.state_dict()), dict(row)
+            final, final_row = copy.deepcopy(policy.state_dict()), dict(row)
         if row["kl"] >= cfg.kl_stop:
             log(**row)
             break
         if step % cfg.save_every == 0:
             run.step = step
-            save(state, policy, tokenizer, (optimizer,), step=step, run=vars(run), **made_from)
+            save(state, policy, tokenizer, (optimizer,), run=vars(run), **row, **made_from)
         log.lap("s_save")
 
         # 5. Advantage: the reward of a completion, at each of its tokens.
         logp_ref = chunked(reference.logprob, mb_size, y, prompt) if cfg.kl_coef else logp_old
-        adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, reward_std)   # (B, T)
+        adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, run.reward_std)  # (B, T)
 
         # 6. PPO epochs: make the tokens of good completions likelier, within the clip range. The
         # first needs no shuffle: completions are independent as they come.
@@ -270,22 +276,24 @@ if __name__ == "__main__":
         tqdm.write(SHOWN.format(**row))
         require(math.isfinite(row["loss"] + row["grad_norm"]) and row["clip_fraction"] < 0.5,
                 f"diverged at iteration {step}: {row['clip_fraction']:.0%} of the ratios were "
-                f"clipped, the loss is {row['loss']:.3g}; lower --lr")
+                f"clipped, the loss is {row['loss']:.3g}; lower --lr. Saved before: {state}")
+        if row["clip_fraction"] > 0.2:
+            tqdm.write("warning: more than 20 % of the ratios are clipped: lower --lr")
         run.kl_max = max(row["kl"], run.kl_max)
         run.clip_fractions.append(row["clip_fraction"])
         batch = next_batch(run.clip_fractions, run.batch, cfg.max_batch)
         if batch > run.batch:
+            tqdm.write(f"batch rule: fewer than 1 % of the ratios clipped, batch is now {batch}")
             run.batch, run.clip_fractions = batch, []
 
-    require(final is not None, f"{state} is beyond --max-iterations or --kl-stop already")
-    weights, figures = final
-    policy.load_state_dict(weights)
-    save(cfg.out / f"policy-{cfg.target}.safetensors", policy, tokenizer, **figures, **made_from)
-    print(f"stopped at {row['kl']:.2f} nats after {step} iterations", end="; ")
+    policy.load_state_dict(final)
+    save(cfg.out / f"policy-{cfg.target}.safetensors", policy, tokenizer, **final_row, **made_from)
     if row["kl"] >= cfg.kl_stop:
+        print(f"stopped: {row['kl']:.2f} nats is at or above {cfg.kl_stop:g}")
         state.unlink(missing_ok=True)
     else:
-        print("--resume with more --max-iterations goes on", end="; ")
+        print(f"stopped after {cfg.max_iterations} iterations, below {cfg.kl_stop:g} nats: "
+              "--resume with more --max-iterations goes on")
     print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
-          "{entropy:.3f} nats per token".format(target=cfg.target, **figures))
+          "{entropy:.3f} nats per token".format(target=cfg.target, **final_row))
     finish("python 05_eval.py", cfg.out)

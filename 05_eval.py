@@ -26,10 +26,10 @@ import torch
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import (chunked, draw_prompts, fingerprint, load, load_base_and_reward, read_prompts,
-                   score_of)
-from running import UserError, finish, require, start
+from model import (GPT, chunked, decode_prompts, draw_prompts, fingerprint, load,
+                   load_base_and_reward, load_policies, read_prompts, score_of)
 from report import build_report
+from running import UserError, finish, require, start, write
 
 
 @dataclass
@@ -156,8 +156,7 @@ def measure(policy, reference, reward_fn, tokenizer, corpus: Corpus | None, prom
     vader = SentimentIntensityAnalyzer()
     gold = np.array([vader.polarity_scores(text)["compound"] for text in texts])           # (n,)
 
-    prompts = [[token for token in row if token >= 0] for row in prompt[:64].tolist()]
-    row = {"n": n, "samples": texts[:64], "prompts": tokenizer.decode_batch(prompts),
+    row = {"n": n, "samples": texts[:64], "prompts": decode_prompts(tokenizer, prompt[:64]),
            "words": Counter(word for text in texts for word in words(text)),
            "entropy": entropy.mean().item(), "base_perplexity": math.exp(-logp_ref.mean().item()),
            "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2),
@@ -188,6 +187,19 @@ def read_log(path: Path) -> list[dict]:
         raise UserError(f"{path} is damaged: run 04_ppo.py again") from error
 
 
+def read_ratings(out: Path, policies: dict[str, GPT]) -> list[dict]:
+    """What `python -m people` wrote of blind ratings, if they are of these policies."""
+    path = out / "ratings.json"
+    if not path.exists():
+        return []
+    ratings = json.loads(path.read_text())
+    current = {target: fingerprint(policy) for target, policy in policies.items()}
+    if not ratings["policies"].items() <= current.items():
+        print(f"{path} is of other policies: left out")
+        return []
+    return ratings["results"]
+
+
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__)
@@ -200,19 +212,11 @@ if __name__ == "__main__":
     corpus = Corpus(corpus_path.read_text(encoding="utf-8")) if corpus_path.exists() else None
 
     # -- what there is to measure: the base model, the checkpoints, the final policies
-    paths, policies = {}, {}
-    for target in ("happy", "sad"):
-        final = cfg.out / f"policy-{target}.safetensors"
-        if target == "sad" and not final.exists():
-            continue
-        policy, _, header = load(final, "04_ppo.py")
-        current = header["inputs"] == about["inputs"]
-        require(current or target == "sad", f"{final} was made from another base model or reward "
-                                            "model: run 04_ppo.py again")
-        if current:
-            checkpoints = (cfg.out / "checkpoints").glob(f"{target}-kl-*.safetensors")
-            paths[target] = [*sorted(checkpoints), final]
-            policies[target] = fingerprint(policy)
+    policies = load_policies(cfg.out, about["inputs"])
+    paths = {}
+    for target in policies:
+        checkpoints = sorted((cfg.out / "checkpoints").glob(f"{target}-kl-*.safetensors"))
+        paths[target] = [*checkpoints, cfg.out / f"policy-{target}.safetensors"]
     paths["happy"].insert(0, cfg.out / "base.safetensors")
 
     # -- measure
@@ -238,11 +242,14 @@ if __name__ == "__main__":
     bar.close()
 
     # -- hand over to the report
-    rated = cfg.out / "ratings.json"
-    ratings = json.loads(rated.read_text()) if rated.exists() else {"policies": None}
     results |= {
         "seed": cfg.seed, "base_metrics": base_header["metrics"], "reward_model": about["metrics"],
-        "calibration": about["calibration"], "ppo": ppo,
-        "ratings": ratings["results"] if ratings["policies"] == policies else []}
-    build_report(results, cfg.out, cfg.show)
+        "calibration": about["calibration"], "ppo": ppo, "ratings": read_ratings(cfg.out, policies)}
+    results = build_report(results, cfg.out, cfg.show)
+    write(cfg.out / "report.json", json.dumps(results, indent=1))
+    print("risen most, per 1,000 words:", ", ".join(
+        "{word} {before:.1f} -> {after:.1f}".format(**row) for row in results["risen_words"]))
+    print(results["summary"])
+    print("sqrt KL against iteration: slope {slope:.3f}, R^2 {r2:.4f}"
+          .format(**results["sqrt_kl_fit"]))
     finish(f"open {cfg.out / 'report.html'} in a browser", Path("out"))

@@ -286,6 +286,10 @@ def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tenso
     return prompts[torch.randint(len(prompts), (n,), generator=torch.Generator().manual_seed(seed))]
 
 
+def decode_prompts(tokenizer: Tokenizer, prompts: torch.Tensor) -> list[str]:
+    return tokenizer.decode_batch([[t for t in row if t >= 0] for row in prompts.tolist()])
+
+
 # ---- Files: safetensors with a JSON header -------------------------------------------------------
 def save(path, model: GPT, tokenizer: Tokenizer, optimizers=(), **header) -> None:
     """Weights, in the dtype they compute in (float32 with optimizers, to continue from), and all
@@ -322,10 +326,26 @@ def load_base_and_reward(out: Path, device, dtype) -> tuple[GPT, GPT, Tokenizer,
     name both. Raises UserError if one is missing, or the second stems from another base model."""
     base, tokenizer, _ = load(out / "base.safetensors", "01_pretrain.py", device, dtype)
     reward_model, _, about = load(out / "reward.safetensors", "03_reward_model.py", device, dtype)
-    require(about["inputs"]["base"] == fingerprint(base), f"{out}/reward.safetensors stems from "
-            "another base model: run 02_sample_label.py and 03_reward_model.py again")
-    about["inputs"] = {"base": fingerprint(base), "reward_model": fingerprint(reward_model)}
+    made_from = about.get("inputs", {}).get("base")
+    require(made_from == fingerprint(base), f"{out}/reward.safetensors stems from another base "
+            "model: run 02_sample_label.py and 03_reward_model.py again")
+    about["inputs"] = {"base": made_from, "reward_model": fingerprint(reward_model)}
     return base, reward_model, tokenizer, about
+
+
+def load_policies(out: Path, inputs: dict, device="cpu", dtype=torch.float32) -> dict[str, GPT]:
+    """-> "happy" and, if there is one, "sad" -> final policy, those that stem from `inputs` (of
+    `load_base_and_reward`). Raises UserError if the happy one is missing or does not."""
+    policies = {}
+    for target in ("happy", "sad"):
+        path = out / f"policy-{target}.safetensors"
+        if target == "happy" or path.exists():
+            policy, _, header = load(path, "04_ppo.py", device, dtype)
+            if header["inputs"] == inputs:
+                policies[target] = policy
+    require("happy" in policies, f"{out}/policy-happy.safetensors stems from another base model or "
+                                 "reward model: run 04_ppo.py again")
+    return policies
 
 
 def resume(path: Path, cfg, inputs: dict, model: GPT, optimizers) -> dict:

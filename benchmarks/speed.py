@@ -4,7 +4,7 @@
     pip install transformers               # optional, for the rollout of Hugging Face `generate`
 
 On a CPU the comparisons are made twice: with the allocator as it comes, and with freed pages kept, as
-all scripts do (`model.keep_freed_pages`), which helps the others as well.
+all scripts do (`running.keep_freed_pages`), which helps the others as well.
 
 Rollout by `GPT.generate`, by Hugging Face `generate` (the same weights in its Nemotron, which has the
 same squared ReLU, rotary positions and grouped-query heads; its log-probs are compared first), and by

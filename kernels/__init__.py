@@ -7,8 +7,8 @@
     squared_relu      max(x, 0)^2, PyTorch everywhere                     (the MLP)
 
 The first four take `backend="auto"`: on a GPU the Triton kernels (triton_attention.py,
-triton_head.py), else PyTorch. decoder.py captures a whole step of a rollout. Nothing here knows of
-the model or the scripts. `python -m benchmarks.kernels` measures all against what one would call
+triton_head.py), else PyTorch. decoder.py captures a whole step of a rollout, and alone knows of
+a model (what its loop calls). `python -m benchmarks.kernels` measures all against what one would call
 instead.
 """
 from kernels.attention import attention, decode_attention

@@ -21,6 +21,8 @@ def use_triton(backend: str, x: torch.Tensor) -> bool:
         return x.is_cuda and x.dtype in FLOATS and has_triton()
     if backend not in ("triton", "torch"):
         raise ValueError(f'backend {backend!r}: "auto", "triton" or "torch"')
-    if backend == "triton" and not (has_triton() and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
-        raise ValueError('backend "triton" needs Triton and tensors on a GPU, or TRITON_INTERPRET=1')
+    runs = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "triton" and not (has_triton() and runs):
+        raise ValueError(
+            'backend "triton" needs Triton and tensors on a GPU, or TRITON_INTERPRET=1')
     return backend == "triton"

@@ -28,7 +28,8 @@ decoders: dict = {}  # by shape: one serves all models of that shape
 
 def decoder_for(model, batch: int, longest_prompt: int, length: int) -> "Decoder":
     """A decoder of these shapes, with the weights that the model has now."""
-    shape = (*vars(model.config).values(), batch, longest_prompt, length, model.dtype, model.head.device)
+    shape = (*vars(model.config).values(), batch, longest_prompt, length, model.dtype,
+             model.head.device)
     if shape not in decoders:
         if len(decoders) == 2:  # each holds a cache
             decoders.pop(next(iter(decoders)))
@@ -86,7 +87,7 @@ class Decoder:
 
     def draw(self, numbers: torch.Tensor, prompt: torch.Tensor, length: int,
              seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `GPT.draw`, for at most `batch` rows: the buffers' other rows are drawn and dropped."""
+        """As `GPT.draw`, for at most `batch` rows: the other rows are drawn and dropped."""
         B, P = prompt.shape
         self.rows[:B] = numbers
         self.prompt[:P, :B] = prompt.T

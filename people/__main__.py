@@ -5,6 +5,7 @@
     python -m people merge friends.html a.jsonl b.jsonl  # what came back; also of a page to rate
     python -m people rate anna                           # after 04: 20 samples of each arm
     python -m people rate rate.html                      # the same on a page
+    python -m people unblind                             # what the finished ratings say, once more
 """
 import sys
 from pathlib import Path

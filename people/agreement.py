@@ -31,14 +31,12 @@ def kappas(people: dict[str, dict[str, str]]) -> dict[str, tuple[float, int]]:
 
 def agreement(people: dict[str, dict[str, str]]) -> dict:
     """people: name -> id -> label. -> "alpha" over all (Krippendorff 2004, nominal), and
-    "disputed": ids on which answers differ. A skipped item is no answer."""
-    answers = {name: {i: label for i, label in labels.items() if label != "skip"}
-               for name, labels in people.items()}
-    ids = sorted({i for labels in answers.values() for i in labels})
+    "disputed": ids on which answers differ."""
+    ids = sorted({i for labels in people.values() for i in labels})
     codes = {label: code for code, label in enumerate(
-        sorted({label for labels in answers.values() for label in labels.values()}))}
+        sorted({label for labels in people.values() for label in labels.values()}))}
     coded = np.array([[codes[labels[i]] if i in labels else np.nan for i in ids]
-                      for labels in answers.values()])                         # (people, items)
+                      for labels in people.values()])                          # (people, items)
     given = [column[~np.isnan(column)] for column in coded.T]
     shared = [column for column in given if len(column) > 1]
     varied = len(shared) > 0 and len(np.unique(np.concatenate(shared))) > 1
@@ -49,7 +47,9 @@ def agreement(people: dict[str, dict[str, str]]) -> dict:
 
 def print_agreement(people: dict[str, dict[str, str]], items: list[dict]) -> None:
     """Each pair's kappa, also with the machine; alpha over all people, and ten items on which their
-    answers differ."""
+    answers differ. A skipped item is no answer."""
+    people = {name: {i: label for i, label in labels.items() if label != "skip"}
+              for name, labels in people.items()}
     for pair, (kappa, n) in kappas(people).items():
         print(f"{pair}: Cohen's kappa {kappa:.2f} on {n} common items")
     people = {name: labels for name, labels in people.items() if name != "vader"}

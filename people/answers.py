@@ -48,8 +48,10 @@ def need_name(name: str) -> None:
 def read_items(out: Path, kind: str, seed: int) -> list[dict]:
     """The samples that 02 drew, or its pairs, in the random order of `seed`. Raises UserError if
     there are none."""
-    path = out / ("pairs.jsonl" if kind == "comparisons" else "samples.jsonl")
-    command = "02_sample_label.py" + " --compare" * (kind == "comparisons")
+    require(0 <= seed < 2**31, "--seed must be in [0, 2^31)")
+    pairs = kind == "comparisons"
+    path = out / ("pairs.jsonl" if pairs else "samples.jsonl")
+    command = "02_sample_label.py --compare" if pairs else "02_sample_label.py"
     require(path.exists(), f"{path} is missing: run {command} first")
     items = read_jsonl(path, "text")
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
@@ -102,7 +104,9 @@ def counts(labels: dict[str, str], kind: str) -> str:
 
 def answers_in(out: Path, kind: str) -> dict[str, dict[str, str]]:
     """All answers of a kind -> labeller -> id -> label."""
-    paths = sorted(out.glob(f"{kind}-*.jsonl"))
-    found = {path.stem.removeprefix(f"{kind}-"): read_answers(path) for path in paths}
-    found.pop("vader-pieces", None)
+    found = {}
+    for path in sorted(out.glob(f"{kind}-*.jsonl")):
+        name = path.stem.removeprefix(f"{kind}-")
+        if name != "vader-pieces":
+            found[name] = read_answers(path)
     return found

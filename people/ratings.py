@@ -10,49 +10,41 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
-from model import GPT, draw_prompts, fingerprint, load, load_base_and_reward, read_prompts
+from model import (GPT, decode_prompts, draw_prompts, fingerprint, load_base_and_reward,
+                   load_policies, read_prompts)
 from people.agreement import print_agreement
 from people.answers import read_answers
 from running import fast_dtype, require, write
 
 
 # ---- What is rated -------------------------------------------------------------------------------
-def load_arms(out: Path) -> tuple[dict[str, GPT], object, dict]:
-    """-> "base", "happy" and, if there is one, "sad" -> model; tokenizer; the reward model's
-    header. Raises UserError if the happy policy is missing or stems from other models."""
+def load_arms(out: Path) -> tuple[dict[str, GPT], dict[str, str], Tokenizer, dict]:
+    """-> "base", "happy" and, if there is one, "sad" -> model; target -> fingerprint of the policy;
+    tokenizer; the reward model's header."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base, _, tokenizer, about = load_base_and_reward(out, device, fast_dtype(device))
-    arms = {"base": base}
-    for target in ("happy", "sad"):
-        path = out / f"policy-{target}.safetensors"
-        if target == "sad" and not path.exists():
-            continue
-        policy, _, header = load(path, "04_ppo.py", device, fast_dtype(device))
-        if target == "happy":
-            require(header["inputs"] == about["inputs"], f"{path} stems from another base model or "
-                                                         "reward model: run 04_ppo.py again")
-        if header["inputs"] == about["inputs"]:
-            arms[target] = policy
-    return arms, tokenizer, about
+    dtype = fast_dtype(device)
+    base, _, tokenizer, about = load_base_and_reward(out, device, dtype)
+    policies = load_policies(out, about["inputs"], device, dtype)
+    fingerprints = {target: fingerprint(policy) for target, policy in policies.items()}
+    return {"base": base, **policies}, fingerprints, tokenizer, about
 
 
 def items_to_rate(out: Path, n: int, seed: int) -> tuple[list[dict], Path]:
     """n samples of each arm, after the same prompts if there are prompts, shuffled -> the items,
     and the key to them, which is written."""
-    arms, tokenizer, about = load_arms(out)
+    require(0 <= seed < 2**31, "--seed must be in [0, 2^31)")
+    arms, policies, tokenizer, about = load_arms(out)
     prompts = read_prompts(out / "prompts.json", "held_out") if about["prompted"] else None
     stream = seed << 32 | 5 << 24
     prompt = draw_prompts(prompts, n, stream)                                   # (n, P)
     mixed = []
     for k, (arm, model) in enumerate(arms.items()):
         y, _ = model.generate(n, about["length"], stream + 1 + k, prompts=prompt)
-        for tokens, start in zip(y.tolist(), prompt.tolist()):
-            shown = {"text": tokenizer.decode(tokens)}
-            if prompts is not None:
-                shown["prompt"] = tokenizer.decode([token for token in start if token >= 0])
-            mixed.append((arm, shown))
-    policies = {arm: fingerprint(model) for arm, model in arms.items() if arm != "base"}
+        texts = tokenizer.decode_batch(y.tolist())
+        for text, given in zip(texts, decode_prompts(tokenizer, prompt)):
+            mixed.append((arm, {"text": text, "prompt": given} if given else {"text": text}))
     # seeded by the policy too: one key tells nothing of another
     g = torch.Generator().manual_seed(int(policies["happy"][:15], 16) ^ stream)
     mixed = [mixed[i] for i in torch.randperm(len(mixed), generator=g).tolist()]
@@ -106,15 +98,14 @@ def compare_arms(arm_of: dict[str, str], given: dict[str, dict[str, str]]) -> li
 
 def unblind(out: Path) -> None:
     """Print the result of every finished rating of the present policies, and write
-    out/ratings.json, which 05 puts into the report."""
-    arms, _, _ = load_arms(out)
-    policies = {arm: fingerprint(model) for arm, model in arms.items() if arm != "base"}
+    out/ratings.json, which 05 puts into the report. Raises UserError if no key fits them."""
+    _, policies, _, _ = load_arms(out)
+    keys = [json.loads(path.read_text()) for path in sorted(out.glob("key-*.json"))]
+    keys = [key for key in keys if key["policies"].items() <= policies.items()]
+    require(len(keys) > 0, f"{out}/key-*.json is missing, or belongs to other policies: it is "
+                           "written by `python -m people rate`, together with what is rated")
     results = []
-    for key_path in sorted(out.glob("key-*.json")):
-        key = json.loads(key_path.read_text())
-        if not key["policies"].items() <= policies.items():
-            print(f"{key_path} belongs to other policies: left out")
-            continue
+    for key in keys:
         given = {}
         for path in sorted(out.glob("ratings-*.jsonl")):
             answers = {i: label for i, label in read_answers(path).items() if i in key["arms"]}
@@ -134,4 +125,5 @@ def unblind(out: Path) -> None:
         powers = (f"{fisher_power(p, q, n):.2f} for {p:.0%} and {q:.0%}"
                   for p, q in ((0.2, 0.6), (0.3, 0.6), (0.57, 0.93)))
         print(f"power of {n} against {n} if the true shares are otherwise: {', '.join(powers)}")
-        write(out / "ratings.json", json.dumps({"policies": policies, "results": results}))
+        rated = {target: policies[target] for target in keys[-1]["policies"]}
+        write(out / "ratings.json", json.dumps({"policies": rated, "results": results}))

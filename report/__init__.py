@@ -1,4 +1,4 @@
-"""The page that a run ends in: out/report.html, the plots in it, and all its figures as JSON.
+"""The page that a run ends in: out/report.html, and the plots in it.
 
     findings.py   what the measured rows say
     plots.py      the figures
@@ -21,20 +21,16 @@ def render(results: dict, figures: str, show: int) -> str:
         report=results, figures=figures, show=show)
 
 
-def build_report(results: dict, out: Path, show: int) -> None:
-    """results: what 05_eval.py measured. Writes out/report.html, out/report.json, out/plots/*.png,
-    and prints what they say."""
+def build_report(results: dict, out: Path, show: int) -> dict:
+    """results: what 05_eval.py measured. Writes out/report.html and out/plots/*.png -> the results
+    and what they say, without the counts of every word."""
     results = results | conclusions(results)
     for target in ("happy", "sad"):
-        for row in results.get(target, []):
-            del row["words"]  # counts of every word: the risen ones are enough
+        if target in results:
+            results[target] = [{k: v for k, v in row.items() if k != "words"}
+                               for row in results[target]]
     curve = out / "curve.json"  # of benchmarks/learning_curve.py
     learning_curve = json.loads(curve.read_text()) if curve.exists() else []
     figures = draw_plots(results, learning_curve, out / "plots")
-    write(out / "report.json", json.dumps(results, indent=1))
     write(out / "report.html", render(results, figures, show))
-    print("risen most, per 1,000 words:", ", ".join(
-        "{word} {before:.1f} -> {after:.1f}".format(**row) for row in results["risen_words"]))
-    print(results["summary"])
-    print("sqrt KL against iteration: slope {slope:.3f}, R^2 {r2:.4f}"
-          .format(**results["sqrt_kl_fit"]))
+    return results

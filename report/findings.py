@@ -56,7 +56,8 @@ def conclusions(results: dict) -> dict:
         if target in results:
             by_kl = sorted(results[target], key=lambda row: row["kl"])
             best, over = over_optimisation(by_kl, sign)
-            found |= {f"best_{target}": best["name"], f"over_{target}": over and over["name"]}
+            found[f"best_{target}"] = best["name"]
+            found[f"over_{target}"] = over["name"] if over else None
             if target == "happy":
                 found["summary"] = summary(results["happy"], best, over)
     first, *_, last = results["happy"]

@@ -32,12 +32,14 @@ def one_line(kind, error, trace) -> None:
         line = "interrupted: run the same command again (01 and 04: --resume goes on)"
     elif issubclass(kind, UserError):
         line = str(error)
+    elif dist.is_initialized() and re.search("(?i)connection|peer|nccl", str(error)):
+        line = "another process has ended; the same command with --resume goes on, also with fewer"
     elif issubclass(kind, OSError) and error.errno is not None:
         line = f"{error.filename or 'writing'}: {error.strerror}; make room or choose another --out"
     else:
         sys.stderr = sys.__stderr__
         return sys.__excepthook__(kind, error, trace)
-    if world()[0] > 0:
+    if world()[0] > 0 and issubclass(kind, (KeyboardInterrupt, UserError)):
         time.sleep(1)  # the first process says it, and torchrun ends all when one has ended
     else:
         sys.stdout.flush()

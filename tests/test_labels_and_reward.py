@@ -191,3 +191,16 @@ def test_naive_bayes_separates_what_words_separate():
     train = [row(i, "", text=t) | {"target": y} for i, (t, y) in enumerate([("joy joy", 1), ("woe", 0), ("day joy", 1)])]
     odds = rm.naive_bayes(train, [{"text": "joy"}, {"text": "woe"}, {"text": "unseen"}])
     assert odds[0] > odds[2] > odds[1]
+
+
+def test_a_text_may_end_in_a_zero_byte(tmp_path):
+    """Guards against arrays of strings, which strip it: a good file would be refused as another tokenizer's."""
+    class Tokenizer:
+        def decode_batch(self, tokens):
+            return ["".join(map(chr, x)) for x in tokens]
+
+    class Base:
+        n_text = 200
+    rows = [row(i, "positive", text=t) | {"tokens": [ord(c) for c in t]} for i, t in enumerate(["joy\x00", "a\x00\x00"])]
+    write_rows(tmp_path / "labels-anna.jsonl", rows)
+    assert [r["text"] for r in rm.read_all_labels(rm.Config(out=tmp_path), Base, Tokenizer())] == ["joy\x00", "a\x00\x00"]

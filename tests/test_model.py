@@ -140,13 +140,13 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
         return tokenizer.decode_batch([[t for t in row if t >= 0] for row in rows.tolist()])
     assert texts("train") == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"] and texts("held_out") == ["JULIET:\nNot to be\n"]
     gutenberg = "WITCH.\nWhen shall we\n\nTHIRD, A.\nThere\n\nThus:\nSo\n\n" * 99  # as Project Gutenberg prints it
-    assert tokenizer.decode_batch(label.find_prompts(gutenberg, tokenizer)) == ["WITCH.\nWhen shall we\n", "THIRD, A.\nThere\n"]
+    assert tokenizer.decode_batch(label.find_prompts("training", gutenberg, tokenizer)) == ["WITCH.\nWhen shall we\n", "THIRD, A.\nThere\n"]
     with pytest.raises(UserError, match="missing"):
         label.write_prompts(tmp_path / "none.txt", tokenizer, tmp_path / "prompts.json")
     with pytest.raises(UserError, match="missing: run 02_sample_label.py --prompts"):
         m.read_prompts(tmp_path / "none.json", "train")
-    with pytest.raises(UserError, match="has no prompts"):
-        label.find_prompts("no speakers here\n" * 99, tokenizer)
+    with pytest.raises(UserError, match="held-out text has no prompts"):
+        label.find_prompts("held-out", "no speakers here\n" * 99, tokenizer)
 
 
 def test_settings_of_a_gpu(monkeypatch, capsys):

@@ -171,6 +171,46 @@ def test_resuming_a_run_that_has_no_iterations_left(pipeline, tmp_path):
     for more in ([], ["--resume"]):
         done = run("04_ppo.py", out, "--max-iterations", "2", *more)
         assert done.returncode == 0 and "--resume with more --max-iterations goes on" in done.stdout, done.stderr
+    log = (out / "04-happy.jsonl").read_text()
+    for flags in (["--max-iterations", "1"], ["--kl-stop", "0.0001"]):  # already beyond: refused before anything is lost
+        done = run("04_ppo.py", out, "--resume", *flags)
+        assert done.returncode == 2 and "beyond --max-iterations or --kl-stop" in done.stderr, done.stderr
+        assert (out / "04-happy.jsonl").read_text() == log
+
+
+def test_pretraining_killed_after_its_last_step_still_ends(pipeline, corpus, tmp_path):
+    """Guards against a resumed run with no step left: the state is saved at the last step, and held-out figures,
+    samples and two files come after it."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(command("01_pretrain.py", out, "--corpus", str(corpus)),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = out / "01.jsonl"
+    wait_for(process, lambda: log.exists() and len(log.read_text().splitlines()) >= 200)
+    process.kill()
+    process.wait()
+    if (out / "01-state.safetensors").exists() and not (out / "base.safetensors").exists():  # else it was too quick
+        done = run("01_pretrain.py", out, "--corpus", str(corpus), "--resume")
+        assert done.returncode == 0, done.stderr
+    assert fingerprint(load(out / "base.safetensors", "")[0]) == fingerprint(load(pipeline[0] / "base.safetensors", "")[0])
+
+
+def test_a_resumed_run_keeps_its_reward_and_drops_what_it_makes_again(pipeline, tmp_path):
+    """Guards against constants that move, another reward under the same state, and checkpoints of lost iterations."""
+    from model import save
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    assert run("04_ppo.py", out, "--max-iterations", "3").returncode == 0
+    model, tokenizer, header = load(out / "04-happy-state.safetensors", "")
+    orphan = out / "checkpoints" / "happy-kl-08.00.safetensors"
+    save(orphan, model, tokenizer, **{k: header[k] for k in ("kl", "settings", "inputs")}, step=header["step"] + 1)
+    done = run("04_ppo.py", out, "--max-iterations", "4", "--resume")
+    assert done.returncode == 0 and not orphan.exists(), done.stderr
+    assert run("04_ppo.py", out, "--max-iterations", "3").returncode == 0
+    other = tmp_path / "04_ppo.py"
+    other.write_text((ROOT / "04_ppo.py").read_text().replace("return score_of(", "return -7 * score_of("))
+    done = subprocess.run([sys.executable, str(other), *STAGES["04_ppo.py"], "--out", str(out), "--resume"], timeout=200,
+                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and "written with another reward" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("prompts", [False, True])
@@ -353,8 +393,13 @@ CASES = [
     ("03_reward_model.py", edit("labels-vader.jsonl", lambda d: d.replace(b'{"id"', b'{"prompt": "x", "id"', 1)), [],
      "samples with and without prompts"),
     ("people rate", None, ["majority"], "not a labeller"),
-    ("04_ppo.py", None, ["--batch", "100"], "multiples of --minibatch"),
+    ("04_ppo.py", None, ["--batch", "100"], "--batch must be a multiple of --minibatch"),
     ("04_ppo.py", None, ["--epochs", "0"], "--epochs must be positive"),
+    ("04_ppo.py", None, ["--kl-samples", "0"], "--kl-samples must be positive"),
+    ("04_ppo.py", None, ["--reward-samples", "1"], "--reward-samples must be at least 2"),
+    ("people label", None, ["anna", "--seed", "-1"], "--seed must be in"),
+    ("people unblind", None, [], "key.*is missing"),
+    ("03_reward_model.py", None, ["--lr", "1e30", "--head-lr", "1e30", "--embed-lr", "1e30"], "lower --lr"),
     ("04_ppo.py", None, ["--no-such-option"], "no-such-option"),
     ("04_ppo.py", None, ["--lr", "0.5", "--warmup", "1"], "diverged at iteration.*lower --lr"),
     ("01_pretrain.py", None, ["--corpus", "CORPUS", "--out", "/dev/null/out"], "Not a directory"),
@@ -416,7 +461,7 @@ def test_a_second_ppo_run_leaves_no_checkpoint_of_the_first(pipeline, tmp_path):
     shutil.copytree(pipeline[0], out)
     done = run("04_ppo.py", out, "--kl-stop", "0.1", "--seed", "5")
     assert done.returncode == 0, done.stderr
-    assert {load(p, "")[2]["seed"] for p in out.glob("checkpoints/*")} <= {5}
+    assert {load(p, "")[2]["settings"]["seed"] for p in out.glob("checkpoints/*")} <= {5}
     done = run("05_eval.py", out)
     assert done.returncode == 0, done.stderr
 

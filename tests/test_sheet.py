@@ -53,7 +53,7 @@ def test_what_came_back_is_checked_line_by_line(tmp_path, capsys):
         assert re.search(why, line), (why, line)
 
 
-def test_agreement_equals_a_worked_example():
+def test_agreement_equals_a_worked_example(capsys):
     """Krippendorff 2011, "Computing Krippendorff's alpha-reliability", example C: nominal data, four observers,
     missing values, alpha = 0.743; and kappa of two raters by hand."""
     observers = {"A": "1 2 3 3 2 1 4 1 2 . . .", "B": "1 2 3 3 2 2 4 1 2 5 . 3",
@@ -67,6 +67,8 @@ def test_agreement_equals_a_worked_example():
     assert n == 4 and abs(kappa - 0.5) < 1e-12  # observed .75, expected .5
     same = agreement.agreement({"a": a, "b": a})
     assert same["alpha"] == 1 and same["disputed"] == []
+    agreement.print_agreement({"a": a, "b": b | {"x": "skip"}}, [])      # a skip is no answer, for kappa either
+    assert "a and b: Cohen's kappa 0.00 on 3 common items" in capsys.readouterr().out
     assert np.isnan(agreement.agreement({"a": {"x": "p"}, "b": {"x": "p"}})["alpha"])  # nothing varies
 
 
@@ -227,4 +229,4 @@ def test_ratings_by_mail_stay_blind_until_they_are_back(pipeline, tmp_path):
     path = next(out.glob("key-*.json"))
     path.write_text(json.dumps(key | {"policies": key["policies"] | {"sad": "of an earlier run"}}))
     done = run("people unblind", out)
-    assert done.returncode == 0 and "belongs to other policies" in done.stdout and not (out / "ratings.json").exists()
+    assert done.returncode == 2 and "belongs to other policies" in done.stderr and not (out / "ratings.json").exists()
