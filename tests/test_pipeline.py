@@ -389,7 +389,7 @@ CASES = [
     ("people sheet", None, ["CORPUS"], "is not a sheet"),
     ("people sheet", None, ["OUT/s.html", "--skip", "9999"], "no items are left after --skip 9999"),
     ("people merge", None, ["CORPUS", "a.jsonl"], "is not a sheet"),
-    ("02_sample_label.py", None, ["--compare", "--n", "1"], "--n 2 to --compare"),
+    ("02_sample_label.py", None, ["--compare", "--n", "1"], "--compare needs --n 2 or more"),
     ("03_reward_model.py", edit("labels-vader.jsonl", lambda d: d.replace(b'{"id"', b'{"prompt": "x", "id"', 1)), [],
      "samples with and without prompts"),
     ("people rate", None, ["majority"], "not a labeller"),
