@@ -1,6 +1,6 @@
 """Stage 2: draw samples from the base model and have them labelled positive, negative or neutral.
 
-    python 02_sample_label.py                       # 32 s: 58.7 % of the samples positive
+    python 02_sample_label.py                       # 38 s: 58.7 % of the samples positive
     python 02_sample_label.py --labeller anna       # by you: one key per sample, in the terminal
     python 02_sample_label.py --compare             # pairs instead: which of two is the happier
 
@@ -191,6 +191,9 @@ if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__, ON_GPU)
     check(cfg)
     model, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py", device, dtype)
+    require(cfg.length <= model.config.context,
+            f"--length {cfg.length} is more than the {model.config.context} tokens the model has "
+            "learned to read: lower it, or train with a larger --context")
     corpus = cfg.out / "corpus.txt"
     if cfg.prompts:
         write_prompts(corpus, tokenizer, cfg.out / "prompts.json")

@@ -1,6 +1,6 @@
 """Stage 4: PPO against the reward model, from the base model to 10 nats away from it.
 
-    python 04_ppo.py                     # 135 s: p(happy) .63 -> .94, 9.1 nats away
+    python 04_ppo.py                     # 157 s: p(happy) .63 -> .94, 9.1 nats away
     python 04_ppo.py --target sad        # the negative twin, by its own target
 
 Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each batch, where
@@ -61,7 +61,7 @@ class Config:
     warmup: int = 10          # optimizer steps of linear warm-up: Adam's first steps are full-size
     adam_eps: float = 1e-5
     clip: float = 0.2         # ratios are clipped to [1 - clip, 1 + clip]
-    kl_coef: float = 0.0      # of a penalty on each token's own k1, in units of log p(target)
+    kl_coef: float = 0.0      # of a KL penalty (k1), in units of log p(target)
     kl_stop: float = 10.0     # nats per completion
     max_iterations: int = 60
     reward_samples: int = 4096  # samples of the base model behind reward_mean and reward_std
@@ -85,9 +85,11 @@ def check(cfg: Config) -> None:
 
 # ---- The mathematics -----------------------------------------------------------------------------
 def advantage(reward, logp, logp_ref, kl_coef: float, reward_std: float) -> torch.Tensor:
-    """reward (B,), logp and logp_ref (B, T) -> advantage (B, T): the reward at every token, less a
-    k1 penalty if kl_coef is not 0, which is divided by reward_std as the reward was."""
-    return reward[:, None] - kl_coef / reward_std * (logp - logp_ref)
+    """reward (B,), logp, logp_ref (B, T) -> advantage (B, T): the reward at every token; less, if
+    kl_coef is not 0, the log-ratios from that token to the end, so that the gradient is that of
+    E[score] - kl_coef KL(policy || reference), divided by reward_std as the reward was."""
+    log_ratio_to_go = (logp - logp_ref).flip(1).cumsum(1).flip(1)            # (B, T)
+    return reward[:, None] - kl_coef / reward_std * log_ratio_to_go
 
 
 def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

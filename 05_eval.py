@@ -1,6 +1,6 @@
 """Stage 5: measure every checkpoint on fresh samples, and write the report.
 
-    python 05_eval.py                    # 51 s: VADER positive 58.3 -> 96.8 %
+    python 05_eval.py                    # 62 s: VADER positive 58.3 -> 96.8 %
 
 Reads   out/*.safetensors, out/checkpoints/*.safetensors, the logs of the other stages, and
         out/ratings.json if people have rated blind (`python -m people rate anna`)

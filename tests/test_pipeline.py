@@ -384,6 +384,7 @@ CASES = [
     ("05_eval.py", remove("04-happy.jsonl"), [], "04-happy.jsonl is missing: run 04_ppo.py"),
     ("02_sample_label.py", None, ["--corpus-fraction", "7"], "corpus-fraction must be in"),
     ("02_sample_label.py", None, ["--seed", "-1"], "--seed must be in"),
+    ("02_sample_label.py", None, ["--length", "33"], "--length 33 is more than the 32 tokens"),
     ("02_sample_label.py", None, ["--prompts"], "--prompts needs --corpus-fraction 0"),
     ("02_sample_label.py", None, ["--labeller", "Vader-pieces"], "not the machine's name"),
     ("people sheet", None, ["CORPUS"], "is not a sheet"),

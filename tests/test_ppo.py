@@ -33,12 +33,36 @@ def test_ratio_one_gives_the_policy_gradient():
     assert stats["ratio_off"] == stats["clip_fraction"] == stats["clip_binding"] == 0
 
 
-def test_reward_is_the_advantage_of_every_token_and_the_penalty_is_rescaled():
+def test_reward_is_the_advantage_of_every_token():
     reward, logp, ref = torch.tensor([1.0, -2.0]), torch.randn(2, 3), torch.randn(2, 3)
     assert torch.equal(ppo.advantage(reward, logp, ref, 0.0, 2.0), reward[:, None].expand(2, 3))
-    penalised = ppo.advantage(reward, logp, ref, 0.5, 2.0)
-    # in units of log p the summed objective is score - 0.5 * (logp - ref), and std is 2
-    torch.testing.assert_close(2.0 * penalised, 2.0 * reward[:, None] - 0.5 * (logp - ref))
+
+
+def test_the_penalty_maximises_score_less_kl():
+    """The gradient of PPO's surrogate at ratio 1, in expectation over all 36 completions of two tokens, against
+    autograd of E[score] - beta KL(policy || reference) itself. Guards against a token that is charged its own
+    log-ratio alone, as it once was: that gradient is another one."""
+    from tests.test_model import tiny
+    policy, reference = tiny(vocab=9, seed=1, noise=0.4), tiny(vocab=9, seed=2, noise=0.4)
+    y = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    score, beta, std = torch.randn(36, generator=torch.Generator().manual_seed(0)), 0.7, 2.0
+
+    def gradient(objective):
+        policy.zero_grad()
+        objective.backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters()])
+    logp, logp_ref = policy.logprob(y), reference.logprob(y).detach()
+    p = logp.sum(1).exp()
+    exact = gradient((p * (score - beta * (logp - logp_ref).sum(1))).sum())
+
+    def surrogate(adv):
+        logp = policy.logprob(y)
+        loss = [ppo.ppo_loss(logp[i:i + 1], logp[i:i + 1].detach(), adv[i:i + 1], 0.2)[0] for i in range(36)]
+        return -2 * std * (p.detach() * torch.stack(loss)).sum()  # the loss is a mean over two tokens, of reward / std
+    adv = ppo.advantage(score / std, logp.detach(), logp_ref, beta, std)
+    own = score[:, None] / std - beta / std * (logp.detach() - logp_ref)
+    torch.testing.assert_close(gradient(surrogate(adv)), exact, rtol=1e-4, atol=1e-6)
+    assert (gradient(surrogate(own)) - exact).norm() > 0.05 * exact.norm()
 
 
 def test_both_kl_estimators_against_an_enumerated_model():
