@@ -158,6 +158,7 @@ def measure(policy, reference, reward_fn, tokenizer, corpus: Corpus | None, prom
 
     row = {"n": n, "samples": texts[:64], "prompts": decode_prompts(tokenizer, prompt[:64]),
            "words": Counter(word for text in texts for word in words(text)),
+           "gold_each": gold.tolist(),
            "entropy": entropy.mean().item(), "base_perplexity": math.exp(-logp_ref.mean().item()),
            "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2),
            "self_similarity": self_similarity(texts), "duplicates": n - len(set(texts))}

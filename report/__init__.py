@@ -23,11 +23,11 @@ def render(results: dict, figures: str, show: int) -> str:
 
 def build_report(results: dict, out: Path, show: int) -> dict:
     """results: what 05_eval.py measured. Writes out/report.html and out/plots/*.png -> the results
-    and what they say, without the counts of every word."""
+    and what they say, without the counts of every word and the gold of every sample."""
     results = results | conclusions(results)
     for target in ("happy", "sad"):
         if target in results:
-            results[target] = [{k: v for k, v in row.items() if k != "words"}
+            results[target] = [{k: v for k, v in row.items() if k not in ("words", "gold_each")}
                                for row in results[target]]
     curve = out / "curve.json"  # of benchmarks/learning_curve.py
     learning_curve = json.loads(curve.read_text()) if curve.exists() else []
