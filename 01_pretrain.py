@@ -5,20 +5,22 @@
 
 Times and figures here and in 02 to 05: seed 0, two cores of an AMD EPYC (Zen 5), no GPU.
 
-Reads   data/shakespeare.txt, or ../shared/data/shakespeare.txt, or downloads the complete works.
+Reads   data/shakespeare.txt, or ../shared/data/shakespeare.txt, or downloads the complete works, or
+        tinyshakespeare; without a network it installs the model that it once trained.
 Writes  out/base.safetensors (weights, tokenizer, settings, metrics), out/corpus.txt, out/01.jsonl
 
 Decisions a reader may question:
 1. Byte-level BPE, trained on the training part only. Three ids are reserved (start or end of text,
    happy, sad); they never occur in the corpus and are never sampled.
-2. The held-out text is the last 5 %, in one piece: random windows would leak whole scenes.
+2. The held-out text is the last 5 %, in one piece: of random windows the training text would hold
+   the neighbours.
 3. Sequences do not overlap within an epoch. Every epoch cuts the text at another offset, so that a
    model which sees it several times does not meet the same windows again.
 4. Each sequence starts with the start token wherever the text was cut, so an unconditional sample
    is a random window of Shakespeare, not always an opening line.
-5. Muon for the matrices, AdamW for embedding and head, each with a rate of its own. Vocabulary and
-   weight decay by measurement (seed 0): in the same time --vocab-size 2048 --steps 1150
-   --weight-decay 0 --embed-lr 0.15 --head-lr 0.012 reached 1.954 bits per byte.
+5. Muon for the matrices, AdamW for embedding and head, each with a rate of its own. What was tried
+   (seed 0, in the same time): --vocab-size 2048 --steps 1150 --weight-decay 0 --embed-lr 0.15
+   --head-lr 0.012 reached only 1.954 bits per byte.
 6. Bits per byte, because nats per token cannot be compared between tokenizers.
 """
 import hashlib
@@ -61,12 +63,12 @@ class Config:
     embed_lr: float = 0.05   # its rows have unit variance and are normalised when read
     head_lr: float = 8e-3
     warmup: int = 20         # steps of linear warm-up
-    cooldown: float = 0.7    # last share of the steps, in which both rates fall linearly to 0
+    cooldown: float = 0.7    # last share of the steps, in which all rates fall linearly to 0
     save_every: int = 225    # steps between checkpoints and held-out measurements
     n_samples: int = 512     # samples drawn at the end to count real words
 
 
-# 12 M parameters; 450 steps would be too many epochs
+# 12 M parameters
 ON_GPU = dict(n_layer=6, n_head=6, d_model=384, batch=128, steps=320, muon_lr=0.03,
               weight_decay=0.3, embed_lr=0.07, head_lr=0.01, save_every=80, n_samples=4096)
 
@@ -125,7 +127,7 @@ def words(text: str) -> list[str]:
 
 
 def real_word_share(samples: list[str], vocabulary: set[str]) -> float:
-    """Share of sampled words that occur in the corpus. The first and the last word of each sample
+    """Share of sampled words that are in the vocabulary. The first and the last word of each sample
     are left out: the sample's edge may have cut them."""
     sampled = [w for text in samples for w in words(text)[1:-1]]
     return sum(w in vocabulary for w in sampled) / max(len(sampled), 1)
@@ -222,8 +224,9 @@ if __name__ == "__main__":
     train_ids = torch.tensor(tokenizer.encode(text[:cut]).ids)                       # (N,)
     test_ids = torch.tensor(tokenizer.encode(text[cut:]).ids)
     vocab_size = tokenizer.get_vocab_size()
+    # a byte-level token is written with one character a byte
     token_bytes = torch.tensor([len(tokenizer.id_to_token(i)) for i in range(vocab_size)])
-    per_epoch = (len(train_ids) // cfg.context - 1) // cfg.batch
+    per_epoch = (len(train_ids) // cfg.context - 1) // cfg.batch  # the offset may cost a window
     require(per_epoch > 0 and len(test_ids) >= cfg.context,
             f"the corpus has {len(train_ids)} training tokens: too few for one batch of "
             f"{cfg.batch} x {cfg.context}; lower --batch or --context")

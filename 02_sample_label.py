@@ -6,20 +6,20 @@
 
 `python -m people` has more for people: pages to mail to friends, and what comes back.
 
-Reads   out/base.safetensors
+Reads   out/base.safetensors; out/corpus.txt for --prompts and --corpus-fraction
 Writes  out/samples.jsonl (id, source, text, tokens), out/labels-NAME.jsonl (the same and a label),
         out/labels-vader-pieces.jsonl; with --compare out/pairs.jsonl and out/comparisons-*.jsonl;
         with --prompts out/prompts.json
 
 Decisions a reader may question:
-1. Samples are unconditional, 64 tokens, temperature 1, nothing cut off: the distribution that PPO
-   starts from and that every KL in this project is measured against.
+1. Samples are unconditional, 64 tokens, temperature 1, without top-k or top-p: the distribution
+   that PPO starts from and that every KL in this project is measured against.
 2. The default labeller is VADER, a sentiment lexicon, so that the whole pipeline runs unattended.
    It stands in for a person, no more.
-3. A person never sees where an item comes from, and its order is shuffled with the seed.
-4. The machine also labels every sample cut into four pieces. A label of 64 tokens says little
-   about which word it is due to; a label of 16 tokens says more, and the machine's cost nothing.
-   03 trains on them first. People are never asked to do this.
+3. A person never sees where an item comes from, and gets them in a random order.
+4. The machine also labels every sample cut into four pieces. One label for 64 tokens hardly shows
+   which word it is due to, one for 16 tokens does, and the machine's labels are free. 03 trains on
+   them first. People are never asked to do this.
 5. The tokens are stored, not only the text: a sampled text need not encode to the same tokens.
 6. With --prompts the prompt is context: what is labelled, rewarded and counted in the KL is the
    completion. Two samples share a prompt, so that --compare compares completions of one prompt.
@@ -44,7 +44,7 @@ from running import finish, require, start, write
 @dataclass
 class Config:
     labeller: str = "vader"       # "vader", or your name: then you label in the terminal
-    n: int = 24_576               # items
+    n: int = 24_576               # samples; --compare makes half as many pairs
     length: int = 64              # tokens of an item
     compare: bool = False         # label pairs of items: which of two is the happier
     prompts: bool = False         # each sample continues a speaker's first line in the corpus
@@ -63,7 +63,7 @@ def check(cfg: Config) -> None:
     require(0 <= cfg.corpus_fraction <= 1, "--corpus-fraction must be in [0, 1]")
     require(0 <= cfg.pieces <= cfg.length, "--pieces must be in [0, --length]")
     require(not (cfg.prompts and cfg.corpus_fraction),
-            "--prompts needs --corpus-fraction 0: only samples have prompts, and people would see")
+            "--prompts needs --corpus-fraction 0: without a prompt a snippet would be known")
     if cfg.labeller != "vader":
         people.need_name(cfg.labeller)
         people.need_terminal()
@@ -74,8 +74,8 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[
     """n samples of the model, with --prompts each with its prompt."""
     train_prompts = read_prompts(cfg.out / "prompts.json", "train") if cfg.prompts else None
     prompts = draw_prompts(train_prompts, -(-n // 2), cfg.seed).repeat_interleave(2, 0)[:n]
-    kind = "p" if cfg.prompts else ""
-    name = f"{fingerprint(model)[:8]}-{cfg.seed}-{cfg.length}{kind}"
+    prompted = "p" if cfg.prompts else ""
+    name = f"{fingerprint(model)[:8]}-{cfg.seed}-{cfg.length}{prompted}"
     items = []
     for numbers in tqdm(torch.arange(n).split(1024), desc="sample"):
         y, _ = model.generate(numbers, cfg.length, cfg.seed, prompts=prompts[numbers])  # (1024, T)
@@ -110,15 +110,15 @@ def find_prompts(part: str, text: str, tokenizer: Tokenizer, longest: int = 24) 
     """
     names = (r"[A-Z][^\n:]{0,30}:", r"[A-Z][A-Z ,'’]{0,30}\.")
     found = [dict.fromkeys(re.findall(rf"^{name}\n[^\n]+\n", text, re.M)) for name in names]
-    more = max(found, key=len)
-    prompts = [e.ids for e in tokenizer.encode_batch(list(more)) if len(e.ids) <= longest]
+    candidates = list(max(found, key=len))
+    prompts = [e.ids for e in tokenizer.encode_batch(candidates) if len(e.ids) <= longest]
     require(len(prompts) > 0, f"the {part} text has no prompts: a speaker's name and a colon on a "
                               "line, and the line after it")
     return prompts
 
 
 def write_prompts(corpus: Path, tokenizer: Tokenizer, path: Path) -> None:
-    """Those of the training text, and those of the held-out last 5 % (as in 01), for 05."""
+    """Of the training text, and for 05 of the held-out last 5 % (as in 01)."""
     need_corpus(corpus, "--prompts")
     text = corpus.read_text(encoding="utf-8")
     cut = int(len(text) * 0.95)
@@ -128,8 +128,8 @@ def write_prompts(corpus: Path, tokenizer: Tokenizer, path: Path) -> None:
 
 
 def pair_up(items: list[dict], seed: int) -> list[dict]:
-    """Each item with the one drawn after it, of the same prompt if there are prompts; a seeded coin
-    decides who stands on the left. -> ids "ID ID", text and tokens of both in lists."""
+    """Items 0 and 1, 2 and 3, ..., of one prompt if there are prompts; a seeded coin decides who
+    stands on the left. -> ids "ID ID", text and tokens of both in lists."""
     g = torch.Generator().manual_seed(seed)
     flips = torch.randint(2, (len(items) // 2,), generator=g).tolist()
     pairs = []
@@ -144,12 +144,12 @@ def pair_up(items: list[dict], seed: int) -> list[dict]:
 
 # ---- Labelling by the machine --------------------------------------------------------------------
 def feeling(compound: float) -> str:
-    """Of a text, by VADER's own thresholds (Hutto & Gilbert 2014): |compound| < 0.05 is neutral."""
+    """The label of a text from its score, by VADER's own thresholds (Hutto & Gilbert 2014)."""
     return "positive" if compound >= 0.05 else "negative" if compound <= -0.05 else "neutral"
 
 
 def happier(left: float, right: float) -> str:
-    """Of two texts, by their compound scores."""
+    """The label of two texts from their scores."""
     return "left" if left > right else "right" if right > left else "tie"
 
 

@@ -2,17 +2,16 @@
 
     python 05_eval.py                    # 62 s: VADER positive 58.3 -> 96.8 %
 
-Reads   out/*.safetensors, out/checkpoints/*.safetensors, the logs of the other stages, and
-        out/ratings.json if people have rated blind (`python -m people rate anna`)
+Reads   out/*.safetensors, out/checkpoints/*.safetensors, out/04-happy.jsonl; if they are there,
+        out/corpus.txt, prompts.json, curve.json, ratings.json (`python -m people rate anna`)
 Writes  out/report.html (one self-contained page), out/report.json, out/plots/*.png
 
 Decisions a reader may question:
 1. All policies draw with the same noise: sample 7 of each starts from the same random numbers, so
    side by side one sees a text change as the KL grows.
-2. The gold score is VADER's compound score. Neither training nor the stop rule reads it; but in the
+2. The gold score is VADER's compound score. Neither 04 nor its stop rule reads it; but in the
    default run the labels came from VADER too, so gold and proxy share their blind spots.
-3. Best-of-n from the base model stands on the same axes: it needs no training, and for the same
-   reward it spends far less KL.
+3. Best-of-n from the base model stands on the same axes, because it needs no training.
 """
 import json
 import math
@@ -171,7 +170,7 @@ def measure(policy, reference, reward_fn, tokenizer, corpus: Corpus | None, prom
         row["copied_run_99"] = float(np.percentile(runs, 99))
         row["copied_run_max"] = int(runs.max())
     if policy is reference:
-        row["kl"] = row["kl_se"] = 0.0
+        row["kl"] = row["kl_se"] = 0.0  # not what rounding leaves of it
         row["best_of_n"] = [{"n": k, "kl": best_of_n_kl(k), "proxy": best_of_n(proxy, proxy, k),
                              "gold": best_of_n(proxy, gold, k),
                              "positive": best_of_n(proxy, gold >= 0.05, k)}
@@ -180,7 +179,7 @@ def measure(policy, reference, reward_fn, tokenizer, corpus: Corpus | None, prom
 
 
 def read_log(path: Path) -> list[dict]:
-    """Raises UserError if it is missing or damaged."""
+    """The rows of a JSON-lines log. Raises UserError if it is missing or damaged."""
     require(path.exists(), f"{path} is missing: run 04_ppo.py again")
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -231,7 +230,7 @@ if __name__ == "__main__":
         for path in paths[target]:
             policy = reference if path.stem == "base" else load(path, "04_ppo.py", device, dtype)[0]
             n = cfg.n if path.parent.name == "checkpoints" else cfg.n_ends
-            stream = cfg.seed << 32 | 5 << 24
+            stream = cfg.seed << 32 | 5 << 24  # 04's rollouts have 4
             prompt = draw_prompts(prompts, n, stream).to(device)                           # (n, P)
             row = measure(policy, reference, reward_fn, tokenizer, corpus, prompt, about["length"],
                           stream)
