@@ -1,6 +1,6 @@
 """Stage 3: fine-tune a copy of the base model into a reward model for sentiment.
 
-    python 03_reward_model.py               # 97 s: AUC .886 on held-out samples
+    python 03_reward_model.py               # 97 s: AUC .886 against VADER on held-out samples
     python 03_reward_model.py --labels out/labels-anna.jsonl out/labels-vader.jsonl
     python 03_reward_model.py --comparisons # from pairs: which is the happier
 
@@ -12,14 +12,15 @@ Decisions a reader may question:
    <|sad|>, logits restricted to the two. Loss on that position alone; a neutral label is the soft
    target (.5, .5), whose cross-entropy has its minimum at ln 2.
 2. A few hundred labels leave a small model near chance on its own samples. So a person's labels
-   fine-tune a model that was first trained on the machine's: on its pieces of 16 tokens, from which
-   it learns what words mean, then on its samples (--no-machine-first: all samples at once).
+   fine-tune a model that was first trained on the machine's (VADER's): on its pieces of 16 tokens,
+   from which it learns what words mean, then on its samples (--no-machine-first: all samples at
+   once, and no pieces).
 3. The embedding learns a hundred times faster than the matrices: sentiment is a property of words,
-   and its rows are long. One rate of 5e-4 for everything ends below the bag of words.
-4. Train, validation and test parts are split by text: a duplicate never sits on both sides, and
-   pieces of a sample stay on its side. Comparisons are split by pair: a sample is in one pair only.
-5. Accuracy and AUC compare positive with negative items; neutral ones have no right answer. NLL,
-   Brier score and calibration count them as one half.
+   and its rows have a large norm. One rate of 5e-4 for everything ends below the bag of words.
+4. Train, validation and test parts are split by text: no sample has a duplicate on the other side,
+   and its pieces stay on its side. Comparisons are split by pair: a sample is in one pair only.
+5. Accuracy and AUC leave neutral items out, which have no right answer. NLL, Brier score and
+   calibration count them as one half.
 """
 import copy
 import hashlib
@@ -43,10 +44,10 @@ TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a l
 
 @dataclass
 class Config:
-    labels: tuple[Path, ...] = ()  # label files; empty: every labels-*.jsonl in --out
+    labels: tuple[Path, ...] = ()  # label files; empty: every labels- or comparisons-*.jsonl
     comparisons: bool = False      # learn from pairs instead: every comparisons-*.jsonl
     machine_first: bool = True     # train on machine labels, then on people's; else on all at once
-    machine_weight: float = 0.2    # of a machine's label where a person has labelled too, or pooled
+    machine_weight: float = 0.2    # of a machine's label; a person's has 1
     out: Path = Path("out")        # where all stages write
     seed: int = 0
     batch_tokens: int = 1024       # tokens of an optimizer step
@@ -55,7 +56,7 @@ class Config:
     person_epochs: float = 12.0    # over a person's, of which there are few
     person_rate: float = 0.03      # of lr and head_lr then: few labels should move words alone
     lr: float = 1e-3               # matrices
-    embed_lr: float = 0.1          # rows of the embedding are long: a smaller rate moves no word
+    embed_lr: float = 0.1          # its rows have a large norm: a smaller rate moves no word
     head_lr: float = 0.01
     warmup: int = 50               # steps
     patience: int = 12             # early stopping: evaluations (4 an epoch) without improvement
@@ -152,7 +153,7 @@ def split(items: list[dict], seed: int, test: float, val: float) -> list[str]:
     for texts in (sorted(of_people), sorted(of_machine)):
         order = torch.randperm(len(texts), generator=g).tolist()
         n_test, n_val = math.ceil(test * len(texts)), math.ceil(val * len(texts))
-        parts = ["test"] * n_test + ["val"] * n_val + ["train"] * len(texts)
+        parts = ["test"] * n_test + ["val"] * n_val + ["train"] * len(texts)  # more than needed
         part |= {texts[i]: name for i, name in zip(order, parts)}
     return [part.get(text_of.get(item["id"].split("#")[0]), "train") for item in items]
 
@@ -163,14 +164,14 @@ class Phase:
     name: str
     items: list[dict]
     epochs: float
-    rate: float = 1.0         # times the rates of matrices and head
+    rate: float = 1.0         # times the rates of matrices and head, not of the embedding
     cooldown: bool = True     # rates fall linearly to 0
     early_stop: bool = True   # keep the weights of the best validation loss; else the last ones
 
 
 def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
     """The machine's pieces, its samples, and then what people labelled. The pieces do not cool
-    down: the samples follow. A person's few labels are no judge of when to stop: the schedule is.
+    down: the samples follow. A person's labels are too few to choose a step by.
     Raises UserError where labels are too few, all the same, or of several lengths."""
     pieces = [item for item in items if item["source"] == "piece"]
     whole = [item for item in items if item["source"] != "piece"]
@@ -333,7 +334,7 @@ def train(model: GPT, phase: Phase, cfg: Config, log=None, first: int = 0) -> in
             log(**row)
         if phase.early_stop and waited > cfg.patience:
             break
-    require(best < math.inf, "the loss on the validation part is not a number: lower --lr")
+    require(best < math.inf, "the validation loss is not a number: lower --lr and --embed-lr")
     if phase.early_stop:
         model.load_state_dict(best_weights)
     return steps
@@ -366,7 +367,7 @@ if __name__ == "__main__":
     for phase in phases:
         steps += train(model, phase, cfg, log, first=steps)
 
-    # -- held-out figures, all and per source, against the bag of words
+    # -- held-out figures of the last phase, all and per source, against the bag of words
     test = [item for item in phases[-1].items if item["part"] == "test"]
     test_tokens, _, _ = tensors(test, device)
     target = np.array([item["target"] for item in test])

@@ -3,8 +3,8 @@
 A decoder-only transformer (pre-norm, rotary positions, squared-ReLU MLP, no biases) of a size that
 a laptop trains in minutes. Attention, log-probs and sampling come from kernels/.
 
-The last three token ids are reserved: start or end of text, happy, sad. The policy is a
-distribution over the others, so no sample can ever contain one of them.
+The last three token ids are reserved: start or end of text, happy, sad. What is sampled is one of
+the others, so no sample can ever contain one of them.
 
 Shapes: B sequences, T tokens, D = d_model, H query heads, Hkv key and value heads, Dh = D / H.
 """
@@ -71,8 +71,9 @@ class Attention(nn.Module):
         self.proj = Linear(c.d_model, c.d_model, zero=True)  # a block adds nothing at the start
 
     def forward(self, x, cos, sin, cache=None, pos=0, last_only=False):
-        """x (B, T, D) -> (B, T, D), each row attending to itself and the rows before it; or one
-        new token x (B, D) at position `pos`, attending to and appended to the cache of (k, v)."""
+        """x (B, T, D) -> (B, T, D), each row attending to itself and the rows before it; or one new
+        token x (B, D) at position `pos`, whose key and value are written into the cache of (k, v),
+        attending to all there."""
         H, Hkv = self.n_head, self.n_kv_head
         qkv = self.qkv(x).unflatten(-1, (H + 2 * Hkv, -1))           # (B, T, H + 2 Hkv, Dh)
         qk, v = qkv.split((H + Hkv, Hkv), dim=-2)
@@ -131,7 +132,8 @@ class GPT(nn.Module):
 
     def forward(self, x: torch.Tensor, last_only: bool = False) -> torch.Tensor:
         """Token ids x (B, T) -> hidden states (B, T, D); row t depends on x[:, :t+1] alone.
-        last_only: of the last position, (B, 1, D), and the last block computes no other."""
+        last_only: of the last position, (B, 1, D); projection and MLP of the last block run on it
+        alone."""
         cos, sin = self.angles(x.size(1))
         h = norm(self.embed(x).to(self.dtype))                       # (B, T, D)
         for block in self.blocks[:-1]:
@@ -169,7 +171,7 @@ class GPT(nn.Module):
         soft-max restricted to the two. Only a reward model has learned to predict them."""
         x, _ = lay_out(y, y[:, :0], self.bos)
         last = self(x, last_only=True)[:, 0]                         # (B, D)
-        head = self.head[[self.happy, self.sad]].to(self.dtype)      # (2, D), as `save` rounds it
+        head = self.head[[self.happy, self.sad]].to(self.dtype)      # (2, D), rounded as on disk
         return (last.float() @ head.float().T).log_softmax(-1)
 
     # ---- Sampling --------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ class GPT(nn.Module):
         those whose numbers are listed in n; unconditional, or each after its row of prompts (n, P).
 
         -> tokens (n, length) int64, the sampler's log-probs (n, length) float32, nats. A completion
-        is determined by seed, number and prompt alone, not by `batch`, which bounds the cache.
+        depends on weights, seed, number and prompt, not on `batch`, which bounds the cache.
         """
         device = self.head.device
         numbers = n.to(device) if torch.is_tensor(n) else torch.arange(n, device=device)
@@ -200,7 +202,8 @@ class GPT(nn.Module):
 
     def draw(self, numbers, prompt, length, seed):
         """One batch of `generate`, token by token -> all tokens after the start token and their
-        log-probs, (B, P + length). While a row's prompt lasts, it replaces what is drawn."""
+        log-probs, (B, P + length). While a row's prompt lasts, it replaces what is drawn, and the
+        log-probs mean nothing."""
         B, P = prompt.shape
         cos, sin = self.angles(P + length)
         cache = self.empty_cache(B, P + length)
@@ -232,8 +235,8 @@ class GPT(nn.Module):
 
 
 def places_of(prompt: torch.Tensor, length: int) -> torch.Tensor:
-    """prompt (B, P), padded with -1 at its end -> (B, length): how many tokens stand between the
-    start token and each token of its completion."""
+    """prompt (B, P), padded with -1 at its end -> (B, length): for each token of its completion the
+    column of what is read (start token, prompt, completion) from which it is predicted."""
     return (prompt >= 0).sum(1, keepdim=True) + torch.arange(length, device=prompt.device)
 
 
@@ -243,8 +246,8 @@ def lay_out(y: torch.Tensor, prompt: torch.Tensor, bos: int) -> tuple[torch.Tens
 
         prompt   p   p  -1                 a row whose prompt has two tokens, P = 3
         y        y0  y1  y2
-        x        bos p   p   y0  y1  y2  0     padding goes to the end, where a causal model
-        places           2   3   4             cannot see it
+        x        bos p   p   y0  y1  y2  y2    what is left over goes to the end, where a causal
+        places           2   3   4             model cannot see it
     """
     start = torch.full_like(y[:, :1], bos)
     places = places_of(prompt, y.size(1))
@@ -254,7 +257,8 @@ def lay_out(y: torch.Tensor, prompt: torch.Tensor, bos: int) -> tuple[torch.Tens
 
 @torch.no_grad()
 def chunked(f, size: int, *tensors: torch.Tensor):
-    """f, of `size` rows of the tensors at a time; its results, or each of several, concatenated."""
+    """Apply f to `size` rows of the tensors at a time, without gradients, and concatenate its
+    results, or each of several."""
     rows = zip(*[x.split(size) for x in tensors])
     results = [f(*row) for row in rows]
     if torch.is_tensor(results[0]):
@@ -272,7 +276,7 @@ def score_of(log_p: torch.Tensor, kind: str, target: str) -> torch.Tensor:
 
 # ---- Prompts, found in the corpus by 02 --prompts ------------------------------------------------
 def read_prompts(path: Path, part: str) -> torch.Tensor:
-    """Of the "train" or "held_out" part of the corpus -> (n, P), padded with -1 at their end."""
+    """Prompts of the "train" or "held_out" part of the corpus -> (n, P), padded with -1."""
     require(path.exists(), f"{path} is missing: run 02_sample_label.py --prompts first")
     rows = json.loads(path.read_text())[part]
     longest = max(map(len, rows))
@@ -280,7 +284,7 @@ def read_prompts(path: Path, part: str) -> torch.Tensor:
 
 
 def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tensor:
-    """n rows of prompts at random, or (n, 0) if there are none."""
+    """n rows of prompts at random, with replacement; (n, 0) if there are none."""
     if prompts is None:
         return torch.empty(n, 0, dtype=torch.long)
     return prompts[torch.randint(len(prompts), (n,), generator=torch.Generator().manual_seed(seed))]
@@ -341,7 +345,7 @@ def load_policies(out: Path, inputs: dict, device="cpu", dtype=torch.float32) ->
         path = out / f"policy-{target}.safetensors"
         if target == "happy" or path.exists():
             policy, _, header = load(path, "04_ppo.py", device, dtype)
-            if header["inputs"] == inputs:
+            if header.get("inputs") == inputs:
                 policies[target] = policy
     require("happy" in policies, f"{out}/policy-happy.safetensors stems from another base model or "
                                  "reward model: run 04_ppo.py again")
@@ -354,7 +358,7 @@ def resume(path: Path, cfg, inputs: dict, model: GPT, optimizers) -> dict:
     if not cfg.resume or not path.exists():
         return {}
     saved, _, header = load(path, "the same command without --resume")
-    if header["inputs"] != inputs:
+    if header.get("inputs") != inputs:
         print(f"{path} stems from other inputs: starting from the beginning")
         return {}
     differ = [k for k, v in settings_of(cfg).items() if header["settings"].get(k) != v]
@@ -373,13 +377,14 @@ def resume(path: Path, cfg, inputs: dict, model: GPT, optimizers) -> dict:
 
 
 def settings_of(cfg) -> dict:
-    """What has to be the same for a run to be the same."""
+    """Those that a resumed run may not change: all but where files lie, how often states are saved,
+    and where the run ends."""
     free = ("corpus", "labels", "out", "resume", "save_every", "kl_stop", "max_iterations")
     return {k: v for k, v in asdict(cfg).items() if k not in free}
 
 
 def fingerprint(model: GPT) -> str:
-    """Which weights these are: 16 hex digits of a SHA-256, the same before and after `save`."""
+    """Which weights these are: 16 hex digits of a SHA-256. Of a loaded model: `save` rounds."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.float().numpy(force=True).tobytes())
