@@ -188,25 +188,26 @@ if __name__ == "__main__":
                                   weight_decay=0)
     reward_mean, reward_std = reward_constants(
         reward_fn, reference, prompts, length, cfg.reward_samples, cfg.seed)
-    new = {"step": 0, "batch": cfg.batch, "updates": 0, "kl_max": 0.0, "clip_fractions": [],
+    new = {"batch": cfg.batch, "updates": 0, "kl_max": 0.0, "clip_fractions": [],
            "reward_mean": reward_mean, "reward_std": reward_std}
     state = cfg.out / f"04-{cfg.target}-state.safetensors"
     saved = resume(state, cfg, about["inputs"], policy, (optimizer,))    # {} without --resume
     run = SimpleNamespace(**saved.get("run", new))
+    first = saved.get("step", 0)
     require(abs(run.reward_mean - reward_mean) < 0.01 * run.reward_std,
             f"{state} was written with another reward: delete it to start anew")
-    require(run.step < cfg.max_iterations and saved.get("kl", 0) < cfg.kl_stop,
+    require(first < cfg.max_iterations and saved.get("kl", 0) < cfg.kl_stop,
             f"{state} is beyond --max-iterations or --kl-stop already")
     for path in (cfg.out / "checkpoints").glob(f"{cfg.target}-kl-*.safetensors"):
-        if world()[0] == 0 and (run.step == 0 or load(path, "04_ppo.py")[2]["step"] >= run.step):
+        if world()[0] == 0 and (first == 0 or load(path, "04_ppo.py")[2]["step"] >= first):
             path.unlink()  # of an earlier run, or of iterations that are now made again
-    log = Log(cfg.out / f"04-{cfg.target}.jsonl", run.step)
+    log = Log(cfg.out / f"04-{cfg.target}.jsonl", first)
     made_from = {"settings": settings_of(cfg), "inputs": about["inputs"]}
     # of several processes that torchrun started, each has an equal part of every minibatch
     mb_size = cfg.minibatch // world()[1]
     n_kl = math.ceil(cfg.kl_samples / cfg.minibatch) * mb_size
 
-    for step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
+    for step in tqdm(range(first, cfg.max_iterations), desc="ppo"):
         # 1. Rollout: the policy writes a batch of completions.
         seed = cfg.seed << 32 | 4 << 24 | step
         mine = share(torch.arange(run.batch), cfg.minibatch)                 # (B,), their numbers
@@ -244,7 +245,6 @@ if __name__ == "__main__":
             log(**row)
             break
         if step % cfg.save_every == 0:
-            run.step = step
             save(state, policy, tokenizer, (optimizer,), run=vars(run), **row, **made_from)
         log.lap("s_save")
 

@@ -41,7 +41,8 @@ class Config:
 
 
 def check(cfg: Config) -> None:
-    require(min(cfg.n, cfg.n_ends) >= 2, "--n and --n-ends must be at least 2")
+    # over-optimisation is tested on every second sample, which needs two for a standard deviation
+    require(min(cfg.n, cfg.n_ends) >= 4, "--n and --n-ends must be at least 4")
     require(0 < cfg.show <= 64, "--show must be 1 to 64")
 
 
@@ -205,7 +206,6 @@ if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__)
     check(cfg)
     reference, reward_model, tokenizer, about = load_base_and_reward(cfg.out, device, dtype)
-    _, _, base_header = load(cfg.out / "base.safetensors", "01_pretrain.py")
     ppo = read_log(cfg.out / "04-happy.jsonl")
     prompts = read_prompts(cfg.out / "prompts.json", "held_out") if about["prompted"] else None
     corpus_path = cfg.out / "corpus.txt"
@@ -243,7 +243,7 @@ if __name__ == "__main__":
 
     # -- hand over to the report
     results |= {
-        "seed": cfg.seed, "base_metrics": base_header["metrics"], "reward_model": about["metrics"],
+        "seed": cfg.seed, "base_metrics": about["base_metrics"], "reward_model": about["metrics"],
         "calibration": about["calibration"], "ppo": ppo, "ratings": read_ratings(cfg.out, policies)}
     results = build_report(results, cfg.out, cfg.show)
     write(cfg.out / "report.json", json.dumps(results, indent=1))
@@ -252,4 +252,4 @@ if __name__ == "__main__":
     print(results["summary"])
     print("sqrt KL against iteration: slope {slope:.3f}, R^2 {r2:.4f}"
           .format(**results["sqrt_kl_fit"]))
-    finish(f"open {cfg.out / 'report.html'} in a browser", Path("out"))
+    finish(f"open {cfg.out / 'report.html'} in a browser", Path("out"))  # names --out already

@@ -327,13 +327,15 @@ def load(path, made_by: str, device="cpu", dtype=torch.float32) -> tuple[GPT, To
 
 def load_base_and_reward(out: Path, device, dtype) -> tuple[GPT, GPT, Tokenizer, dict]:
     """-> base model, reward model, tokenizer, and the reward model's header, whose "inputs" now
-    name both. Raises UserError if one is missing, or the second stems from another base model."""
-    base, tokenizer, _ = load(out / "base.safetensors", "01_pretrain.py", device, dtype)
+    name both, with "base_metrics". Raises UserError if one is missing, or the second stems from
+    another base model."""
+    base, tokenizer, base_header = load(out / "base.safetensors", "01_pretrain.py", device, dtype)
     reward_model, _, about = load(out / "reward.safetensors", "03_reward_model.py", device, dtype)
     made_from = about.get("inputs", {}).get("base")
     require(made_from == fingerprint(base), f"{out}/reward.safetensors stems from another base "
             "model: run 02_sample_label.py and 03_reward_model.py again")
     about["inputs"] = {"base": made_from, "reward_model": fingerprint(reward_model)}
+    about["base_metrics"] = base_header.get("metrics", {})
     return base, reward_model, tokenizer, about
 
 

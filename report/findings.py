@@ -38,13 +38,14 @@ def holm(p_values: list[float], level: float = 0.05) -> list[bool]:
 
 def over_optimisation(rows: list[dict], sign: int = 1) -> tuple[dict, dict | None]:
     """rows by rising KL, each with "gold_each", the gold score of every sample (sample i of all
-    policies has the same noise), and "proxy", the mean reward -> the row of highest sign * gold,
-    and the first later one that is lower in gold though not in reward, or None.
+    policies has the same noise; at least 4), and "proxy", the mean reward -> the best row, and the
+    first later one that is lower in gold though not in reward, or None.
 
-    The best is chosen on the samples of even number, and the later rows are tested on those of odd
-    number, by paired differences, one-sided, with Holm's correction. So a false alarm comes in at
-    most 5 % of runs; of 1,000 simulated in tests/test_eval.py (12 checkpoints, 1,024 samples,
-    standard deviation .5, correlation .3) in 2.9 % where gold is flat; falls by .05, .075 and .1 at
+    The best is the one of highest sign * gold on the samples of even number; the later rows are
+    tested on those of odd number, by paired differences, one-sided, with Holm's correction. So a
+    false alarm comes in at most 5 % of runs; of 1,000 simulated in tests/test_eval.py (12
+    checkpoints, 1,024 samples, standard deviation .5, correlation .3)
+    in 2.9 % where gold is flat; falls by .05, .075 and .1 at
     the last checkpoint are found in 36, 70 and 92 %.
     """
     n = min(len(row["gold_each"]) for row in rows)

@@ -178,19 +178,17 @@ def test_resuming_a_run_that_has_no_iterations_left(pipeline, tmp_path):
         assert (out / "04-happy.jsonl").read_text() == log
 
 
-def test_pretraining_killed_after_its_last_step_still_ends(pipeline, corpus, tmp_path):
+def test_pretraining_stopped_after_its_last_step_still_ends(pipeline, corpus, tmp_path):
     """Guards against a resumed run with no step left: the state is saved at the last step, and held-out figures,
-    samples and two files come after it."""
+    samples and two files come after it. A folder where the first of them should be stops the run there."""
     out = tmp_path / "out"
-    process = subprocess.Popen(command("01_pretrain.py", out, "--corpus", str(corpus)),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = out / "01.jsonl"
-    wait_for(process, lambda: log.exists() and len(log.read_text().splitlines()) >= 200)
-    process.kill()
-    process.wait()
-    if (out / "01-state.safetensors").exists() and not (out / "base.safetensors").exists():  # else it was too quick
-        done = run("01_pretrain.py", out, "--corpus", str(corpus), "--resume")
-        assert done.returncode == 0, done.stderr
+    (out / "corpus.txt").mkdir(parents=True)
+    done = run("01_pretrain.py", out, "--corpus", str(corpus))
+    assert done.returncode == 2 and "corpus.txt: Is a directory" in done.stderr, done.stderr
+    assert load(out / "01-state.safetensors", "")[2]["step"] == 200 and not (out / "base.safetensors").exists()
+    (out / "corpus.txt").rmdir()
+    done = run("01_pretrain.py", out, "--corpus", str(corpus), "--resume")
+    assert done.returncode == 0 and "resuming at step 200" in done.stdout, done.stderr
     assert fingerprint(load(out / "base.safetensors", "")[0]) == fingerprint(load(pipeline[0] / "base.safetensors", "")[0])
 
 
@@ -381,6 +379,7 @@ CASES = [
     ("people rate", remove("policy-happy.safetensors"), ["s.html"], "run 04_ppo.py first"),
     ("people rate", other_base, ["s.html"], "another base model"),
     ("05_eval.py", edit("04-happy.jsonl", lambda d: d[:-20]), [], "04-happy.jsonl is damaged: run 04_ppo.py again"),
+    ("05_eval.py", None, ["--n", "3"], "--n and --n-ends must be at least 4"),
     ("05_eval.py", remove("04-happy.jsonl"), [], "04-happy.jsonl is missing: run 04_ppo.py"),
     ("02_sample_label.py", None, ["--corpus-fraction", "7"], "corpus-fraction must be in"),
     ("02_sample_label.py", None, ["--seed", "-1"], "--seed must be in"),
