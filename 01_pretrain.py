@@ -35,9 +35,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from model import GPT, RESERVED, GPTConfig, load, resume, save, settings_of
-from running import (Log, UserError, average_gradients, finish, means, require, share, start,
-                     world, write)
+from model import GPT, RESERVED, GPTConfig, load, save
+from running import (Log, State, UserError, average_gradients, finish, means, require, settings_of,
+                     share, start, world, write)
 
 HERE = Path(__file__).parent
 URLS = ("https://www.gutenberg.org/cache/epub/100/pg100.txt",
@@ -246,9 +246,8 @@ if __name__ == "__main__":
     adam = torch.optim.AdamW([embedding, head], betas=(0.9, 0.95), weight_decay=0)
 
     inputs = {"corpus_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    made_from = {"settings": settings_of(cfg), "inputs": inputs}
-    state = cfg.out / "01-state.safetensors"
-    first = resume(state, cfg, inputs, model, (muon, adam)).get("step", 0)
+    state = State(cfg, "01", inputs, model, (muon, adam), step=0)
+    first = state.memory.step
     log = Log(cfg.out / "01.jsonl", first)
 
     # -- training
@@ -280,7 +279,7 @@ if __name__ == "__main__":
             tqdm.write(f"step {step + 1}: held out {bits:.3f} bits per byte")
         log(**row, tokens_per_s=tokens_per_s)
         if save_now:
-            save(state, model, tokenizer, (muon, adam), step=step + 1, **made_from)
+            state.save(step=step + 1)
 
     # -- what came of it
     nats, bits = held_out(model, test_ids, token_bytes)
@@ -291,8 +290,8 @@ if __name__ == "__main__":
                "real_word_share": real_word_share(samples, set(words(text[:cut])))}
     write(cfg.out / "corpus.txt", text)
     save(cfg.out / "base.safetensors", model, tokenizer, step=cfg.steps, metrics=metrics,
-         **made_from)
-    state.unlink(missing_ok=True)
+         settings=settings_of(cfg), inputs=inputs)
+    state.delete()
     for sample in samples[:3]:
         print(f"--- sample\n{sample}")
     print("---\nheld out:", ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))

@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import GPT, chunked, fingerprint, load, save, settings_of
-from running import Log, UserError, finish, require, start
+from model import GPT, chunked, fingerprint, load, save
+from running import Log, UserError, finish, require, settings_of, start
 
 TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label asks for
           "left": 1.0, "tie": 0.5, "right": 0.0}             # p(left is happier), of a comparison

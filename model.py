@@ -16,13 +16,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from tokenizers import Tokenizer
 
 from kernels import attention, decode_attention, linear_logprob, sample, squared_relu
 from kernels.decoder import can_capture, decoder_for
-from running import UserError, require, write
+from running import read_tensors, readable, require, write_tensors
 
 RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
 
@@ -266,6 +264,29 @@ def chunked(f, size: int, *tensors: torch.Tensor):
     return [torch.cat(parts) for parts in zip(*results)]
 
 
+def kl_nats(policy: GPT, reference: GPT, y: torch.Tensor, prompt: torch.Tensor):
+    """KL(policy || reference) of completions, nats, by two estimators of the same expectation.
+
+    y (B, T), drawn from the policy, after prompt (B, P) ->
+    exact (B,): sum_t sum_v p_t(v) log(p_t(v) / q_t(v)), v over the whole vocabulary, where p_t and
+    q_t are the two models' next-token distributions before y_t;
+    k1 (B,): sum_t log(p_t(y_t) / q_t(y_t)); log p_t(y_t) (B, T); entropy (B, T) of p_t.
+    """
+    def of_rows(y, hidden_p, hidden_q):
+        log_p = torch.log_softmax(hidden_p @ weight_p.T, -1, dtype=torch.float32)    # (8, T, V)
+        log_q = torch.log_softmax(hidden_q @ weight_q.T, -1, dtype=torch.float32)    # (8, T, V)
+        p = log_p.exp()
+        logp = log_p.gather(2, y[..., None])[..., 0]                                 # (8, T)
+        logq = log_q.gather(2, y[..., None])[..., 0]                                 # (8, T)
+        exact = torch.linalg.vecdot(p, log_p - log_q).double().sum(-1)               # (8,)
+        k1 = (logp - logq).double().sum(-1)                                          # (8,)
+        return exact, k1, logp, -torch.linalg.vecdot(p, log_p)
+    weight_p, weight_q = policy.unembed(), reference.unembed()
+    hidden_p = chunked(policy.hidden_before, 256, y, prompt)                         # (B, T, D)
+    hidden_q = chunked(reference.hidden_before, 256, y, prompt)
+    return chunked(of_rows, 8, y, hidden_p, hidden_q)  # 8: their logits stay in a CPU's cache
+
+
 def score_of(log_p: torch.Tensor, kind: str, target: str) -> torch.Tensor:
     """log_p (B, 2) of `GPT.sentiment` -> score (B,): log p(target) if the reward model learned from
     "labels"; if from "comparisons", log p(happy) - log p(sad), negated for sad, of which only
@@ -295,32 +316,22 @@ def decode_prompts(tokenizer: Tokenizer, prompts: torch.Tensor) -> list[str]:
 
 
 # ---- Files: safetensors with a JSON header -------------------------------------------------------
-def save(path, model: GPT, tokenizer: Tokenizer, optimizers=(), **header) -> None:
-    """Weights, in the dtype they compute in (float32 with optimizers, to continue from), and all
-    that a later stage needs: model config, tokenizer, and whatever JSON-able `header` adds."""
-    dtype = torch.float32 if optimizers else model.dtype
-    data = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
-    for i, optimizer in enumerate(optimizers):
-        for j, state in optimizer.state_dict()["state"].items():
-            data |= {f"optimizer.{i}.{j}.{k}": v.contiguous() for k, v in state.items()}
-    header |= {"model": asdict(model.config), "tokenizer": tokenizer.to_str()}
-    write(path, safetensors_bytes(data, metadata={"rlhf-shakespeare": json.dumps(header)}))
+def save(path, model: GPT, tokenizer: Tokenizer, **header) -> None:
+    """Weights, in the dtype they compute in, and all that a later stage needs: model config,
+    tokenizer, and whatever JSON-able `header` adds."""
+    weights = {k: v.to(model.dtype) for k, v in model.state_dict().items()}
+    write_tensors(path, weights, **header, model=asdict(model.config),
+                  tokenizer=tokenizer.to_str())
 
 
 def load(path, made_by: str, device="cpu", dtype=torch.float32) -> tuple[GPT, Tokenizer, dict]:
-    """-> model (float32 weights, activations in dtype), tokenizer, header; header["tensors"] holds
-    the state of optimizers. Raises UserError if the file is missing, truncated, or not ours."""
-    require(Path(path).exists(), f"{path} is missing: run {made_by} first")
-    try:
-        with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {})["rlhf-shakespeare"])
-            header["tensors"] = {k: f.get_tensor(k) for k in f.keys()}
+    """-> model (float32 weights, activations in dtype), tokenizer, header. Raises UserError if the
+    file is missing, truncated, or not ours."""
+    with readable(path, made_by):
+        weights, header = read_tensors(path)
         model = GPT(GPTConfig(**header["model"]))
-        model.load_state_dict({k: header["tensors"].pop(k) for k in model.state_dict()})
+        model.load_state_dict(weights)
         tokenizer = Tokenizer.from_str(header["tokenizer"])
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is truncated or damaged, or was not written by this version of "
-                        f"the project: delete it and run {made_by} again") from error
     model.to(device).dtype = dtype
     return model, tokenizer, header
 
@@ -352,37 +363,6 @@ def load_policies(out: Path, inputs: dict, device="cpu", dtype=torch.float32) ->
     require("happy" in policies, f"{out}/policy-happy.safetensors stems from another base model or "
                                  "reward model: run 04_ppo.py again")
     return policies
-
-
-def resume(path: Path, cfg, inputs: dict, model: GPT, optimizers) -> dict:
-    """--resume: fill model and optimizers with what `save` wrote to path -> its header; or {} if
-    there is nothing, or it stems from other inputs. Raises UserError if settings have changed."""
-    if not cfg.resume or not path.exists():
-        return {}
-    saved, _, header = load(path, "the same command without --resume")
-    if header.get("inputs") != inputs:
-        print(f"{path} stems from other inputs: starting from the beginning")
-        return {}
-    differ = [k for k, v in settings_of(cfg).items() if header["settings"].get(k) != v]
-    require(not differ, f"{path} was written with another {', '.join(differ)}: use the same "
-                        "settings, or delete it to start anew")
-    model.load_state_dict(saved.state_dict())
-    for i, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        for name, tensor in header["tensors"].items():
-            _, number, parameter, key = name.split(".")
-            if int(number) == i:
-                state["state"].setdefault(int(parameter), {})[key] = tensor
-        optimizer.load_state_dict(state)
-    print(f"resuming at step {header['step']}")
-    return header
-
-
-def settings_of(cfg) -> dict:
-    """Those that a resumed run may not change: all but where files lie, how often states are saved,
-    and where the run ends."""
-    free = ("corpus", "labels", "out", "resume", "save_every", "kl_stop", "max_iterations")
-    return {k: v for k, v in asdict(cfg).items() if k not in free}
 
 
 def fingerprint(model: GPT) -> str:

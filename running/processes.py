@@ -36,6 +36,12 @@ def means(**figures: torch.Tensor) -> dict[str, float]:
     return {name: gather(x).mean().item() for name, x in figures.items()}
 
 
+def errors(**figures: torch.Tensor) -> dict[str, float]:
+    """The standard error of each tensor's mean over all processes, as name_se."""
+    every = {name: gather(x) for name, x in figures.items()}
+    return {f"{name}_se": (x.std() / len(x) ** 0.5).item() for name, x in every.items()}
+
+
 def average_gradients(model: nn.Module) -> None:
     """Mean over the processes, in place."""
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""How a script starts, logs, writes, ends, and fails in one line instead of a traceback."""
+"""How a script starts, logs, ends, and fails in one line instead of a traceback."""
 import ctypes
 import json
 import os
@@ -13,19 +13,11 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from running.files import UserError, require, write
 from running.processes import world
 
 
 # ---- Failing -------------------------------------------------------------------------------------
-class UserError(Exception):
-    """Something the user can put right; shown as one line, exit code 2."""
-
-
-def require(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise UserError(otherwise)
-
-
 def one_line(kind, error, trace) -> None:
     """sys.excepthook: what a user can mend is one line and exit code 2; a bug has its traceback."""
     if issubclass(kind, KeyboardInterrupt):
@@ -89,27 +81,6 @@ def keep_freed_pages() -> None:
         libc.mallopt(-4, 0)           # M_MMAP_MAX
 
 
-def write(path: Path, data: bytes | str) -> None:
-    """To a temporary name, then rename: `path` holds the old or the new content, whole. Of several
-    processes the first writes, and the others return when it has."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    if world()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as f:
-                f.write(data.encode() if isinstance(data, str) else data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            error.filename = str(path)
-            raise
-    if dist.is_initialized():
-        dist.barrier()
-
-
 class Log:
     """One JSON line a step. Resuming at step n first drops what a killed run wrote from n on."""
 
@@ -122,6 +93,8 @@ class Log:
 
     def lap(self, name: str) -> None:
         """The seconds since the last lap go into the next line, under this name."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         now = time.time()
         self.laps[name], self.since = now - self.since, now
 

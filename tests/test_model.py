@@ -1,6 +1,7 @@
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import model as m
 from kernels import squared_relu
 from kernels.decoder import Decoder
 import running
-from model import GPT, GPTConfig, load, resume, save, settings_of
-from running import UserError
+from model import GPT, GPTConfig, load, save
+from running import State, UserError
 
 
 def tiny(vocab=20, context=12, kv=1, seed=0, noise=0.3, dtype=torch.float32):
@@ -241,21 +242,26 @@ def test_optimizers_continue_exactly(tmp_path, tokenizer):
         step(gpt, optimizers, s)
     @dataclass
     class Config:
+        out: Path = tmp_path
         resume: bool = True
         lr: float = 0.01
-    cfg, made_from = Config(), {"inputs": {"corpus": "x"}}
-    path = tmp_path / "s.safetensors"
-    save(path, gpt, tokenizer, optimizers, step=3, settings=settings_of(cfg), **made_from)
+    State(Config(), "s", {"corpus": "x"}, gpt, optimizers, step=0, seen=[1]).save(step=3)
     again = tiny(vocab=tokenizer.get_vocab_size(), seed=9)
     more = make(again)
-    assert resume(path, cfg, made_from["inputs"], again, more)["step"] == 3
+    resumed = State(Config(), "s", {"corpus": "x"}, again, more, step=0, seen=[])
+    assert vars(resumed.memory) == {"step": 3, "seen": [1]}
     for s in range(3, 6):
         step(gpt, optimizers, s), step(again, more, s)
     assert m.fingerprint(gpt) == m.fingerprint(again)
-    assert resume(path, cfg, {"corpus": "y"}, again, more) == {}            # of other inputs
-    assert resume(path, Config(resume=False), made_from["inputs"], again, more) == {}
+    assert State(Config(), "s", {"corpus": "y"}, again, more, step=0).memory.step == 0  # of other inputs
+    assert State(Config(resume=False), "s", {"corpus": "x"}, again, more, step=0).memory.step == 0
     with pytest.raises(UserError, match="another lr"):
-        resume(path, Config(lr=0.1), made_from["inputs"], again, more)
+        State(Config(lr=0.1), "s", {"corpus": "x"}, again, more, step=0)
+    resumed.path.write_bytes(resumed.path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        State(Config(), "s", {"corpus": "x"}, again, more, step=0)
+    resumed.delete()
+    assert State(Config(), "s", {"corpus": "x"}, again, more, step=0).memory.step == 0
 
 
 def test_load_refuses_what_it_cannot_use(tmp_path, tokenizer):

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from running import UserError
+from running import UserError, errors
 
 ppo = importlib.import_module("04_ppo")
 
@@ -69,6 +69,7 @@ def test_both_kl_estimators_against_an_enumerated_model():
     """All 6^3 completions of a tiny vocabulary: the exact KL(policy || reference) by summation; k1
     and the full-vocabulary estimate on samples lie within four of their own standard errors, and
     the second has the smaller one. Guards against a per-token mean called KL, and a swapped sign."""
+    from model import kl_nats
     from tests.test_model import tiny
     policy, ref = tiny(vocab=9, seed=1, noise=0.4), tiny(vocab=9, seed=2, noise=0.4)
     every = torch.cartesian_prod(*[torch.arange(6)] * 3)
@@ -76,23 +77,23 @@ def test_both_kl_estimators_against_an_enumerated_model():
         lp, lq = (x.logprob(every).double().sum(1) for x in (policy, ref))
         exact = float((lp.exp() * (lp - lq)).sum())
         y, _ = policy.generate(8000, 3, seed=0)
-        hidden = (policy.hidden_before(y), ref.hidden_before(y))
-        full, k1, logp, entropy = ppo.kl_nats(y, hidden[0], policy.unembed(), hidden[1], ref.unembed())
-        full, full_se, k1, k1_se = full.mean(), ppo.standard_error(full), k1.mean(), ppo.standard_error(k1)
+        full, k1, logp, entropy = kl_nats(policy, ref, y, y[:, :0])
+        se = errors(full=full, k1=k1)
+        full, full_se, k1, k1_se = full.mean(), se["full_se"], k1.mean(), se["k1_se"]
         torch.testing.assert_close((logp, entropy), policy.logprob_and_entropy(y), rtol=1e-5, atol=1e-5)
     assert exact > 0.05
     assert abs(k1 - exact) < 4 * k1_se and abs(full - exact) < 4 * full_se and full_se < k1_se / 2
-    same, same_k1, *_ = ppo.kl_nats(y, hidden[0], policy.unembed(), hidden[0], policy.unembed())
+    same, same_k1, *_ = kl_nats(policy, policy, y, y[:, :0])
     assert same.abs().max() == same_k1.abs().max() == 0
 
 
 def test_batch_rule():
     rule = ppo.next_batch
-    assert rule([0.0, 0.0], 2048, 8192) == 2048                 # two iterations say nothing yet
-    assert rule([0.001, 0.002, 0.003], 2048, 8192) == 4096
-    assert rule([0.001, 0.002, 0.03], 2048, 8192) == 2048       # mean above 1 %
-    assert rule([0.5, 0.0, 0.0, 0.0], 2048, 8192) == 4096       # only the last three count
-    assert rule([0.0] * 3, 8192, 8192) == 8192 and rule([0.0] * 3, 6000, 8192) == 8192
+    assert rule([0.0, 0.0], 2048, 8192) == (2048, [0.0, 0.0])            # two iterations say nothing yet
+    assert rule([0.001, 0.002, 0.003], 2048, 8192) == (4096, [])         # doubled: counted anew
+    assert rule([0.001, 0.002, 0.03], 2048, 8192)[0] == 2048             # mean above 1 %
+    assert rule([0.5, 0.0, 0.0, 0.0], 2048, 8192)[0] == 4096             # only the last three count
+    assert rule([0.0] * 3, 8192, 8192) == (8192, [0.0] * 3) and rule([0.0] * 3, 6000, 8192)[0] == 8192
 
 
 def test_the_constants_are_those_of_the_reward_on_the_base_model(capsys):
@@ -107,9 +108,9 @@ def test_the_constants_are_those_of_the_reward_on_the_base_model(capsys):
 
 
 def test_figures_of_an_update():
-    """Means over all minibatches of both epochs, the clip fraction of the last one, and the very first ratio."""
+    """Means over all minibatches, and the very first ratio."""
     stats = [{"clip_fraction": torch.tensor(c), "ratio_off": torch.tensor(r)}
              for c, r in ((0.0, 0.0), (0.2, 0.1), (0.4, 0.2), (0.6, 0.3))]
-    row = ppo.update_figures(stats, epochs=2)
-    assert row["clip_fraction"] == pytest.approx(0.3) and row["clip_fraction_last_epoch"] == pytest.approx(0.5)
+    row = ppo.update_figures(stats)
+    assert row["clip_fraction"] == pytest.approx(0.3)
     assert row["ratio_off_first"] == 0 and "ratio_off" not in row
