@@ -41,7 +41,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}")
-    if use_triton(backend if Dh <= 128 else "torch", q):  # wider heads were never tried
+    if use_triton(backend if Dh <= 128 else "torch", q, "attention"):  # wider heads were never tried
         from kernels.triton_attention import Attention
         return Attention.apply(q, k, v)
     Hkv, G = k.size(2), H // k.size(2)
@@ -77,7 +77,7 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache:
             k.shape != v.shape or k.shape != (B, Hkv, Dh) or H % Hkv:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, caches "
                          f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)} do not fit")
-    if use_triton(backend if Dh <= 128 else "torch", q):
+    if use_triton(backend if Dh <= 128 else "torch", q, "attention"):
         from kernels.triton_attention import decode_attention as decode
         return decode(q, k, v, k_cache, v_cache, torch.as_tensor(pos, device=q.device))
     pos = int(pos)

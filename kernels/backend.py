@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FAMILIES = ("attention", "logprob", "sample", "decoder")
 
 
 @lru_cache(maxsize=1)
@@ -13,12 +14,34 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def use_triton(backend: str, x: torch.Tensor) -> bool:
-    """backend "auto": Triton for 16 and 32-bit floats on a GPU where Triton is installed, PyTorch
-    elsewhere. "triton" and "torch" insist. TRITON_INTERPRET=1, set before Triton is imported, makes
-    "triton" work on CPU tensors, slowly: for tests. Raises ValueError if that cannot be."""
+def sent_to_torch() -> set[str]:
+    """The families that the environment variable TORCH_KERNELS ("attention,sample", or "all") sends
+    to PyTorch on a GPU: the way round a kernel that fails there. Raises ValueError if it names
+    another."""
+    named = {name for name in os.environ.get("TORCH_KERNELS", "").split(",") if name}
+    named = {*FAMILIES} if "all" in named else named
+    if not named <= {*FAMILIES}:
+        raise ValueError(f"TORCH_KERNELS={os.environ['TORCH_KERNELS']}: a list of "
+                         f"{', '.join(FAMILIES)}, or all")
+    return named
+
+
+def live_path(device: torch.device) -> str:
+    """In words, which implementation calls get on this device."""
+    if device.type != "cuda" or not has_triton():
+        return "PyTorch"
+    on_torch = ", ".join(sorted(sent_to_torch()))
+    return "Triton" + (f", PyTorch for {on_torch}" if on_torch else "")
+
+
+def use_triton(backend: str, x: torch.Tensor, family: str) -> bool:
+    """backend "auto": Triton for 16 and 32-bit floats on a GPU where Triton is installed, unless
+    the family is sent to PyTorch; PyTorch elsewhere. "triton" and "torch" insist. TRITON_INTERPRET
+    =1, set before Triton is imported, makes "triton" work on CPU tensors, slowly: for tests. Raises
+    ValueError if that cannot be."""
     if backend == "auto":
-        return x.is_cuda and x.dtype in FLOATS and has_triton()
+        on_gpu = x.is_cuda and x.dtype in FLOATS and has_triton()
+        return on_gpu and family not in sent_to_torch()
     if backend not in ("triton", "torch"):
         raise ValueError(f'backend {backend!r}: "auto", "triton" or "torch"')
     runs = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"

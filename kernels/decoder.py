@@ -20,7 +20,9 @@ from kernels.sample import sample
 
 def can_capture(model) -> bool:
     """Whether a step of `model` can be captured: PyTorch's paths read the position on the host."""
-    return use_triton("auto", model.head) and model.config.d_model // model.config.n_head <= 128
+    on_triton = all(use_triton("auto", model.head, family)
+                    for family in ("attention", "sample", "decoder"))
+    return on_triton and model.config.d_model // model.config.n_head <= 128
 
 
 decoders: dict = {}  # by shape: one serves all models of that shape

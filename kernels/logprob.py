@@ -101,7 +101,7 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
         wide = torch.promote_types(hidden.dtype, torch.float32)
         empty = (hidden.sum(-1) + weight.sum() * 0).to(wide)
         return empty, empty if entropy else None
-    if use_triton(backend, hidden):
+    if use_triton(backend, hidden, "logprob"):
         from kernels.triton_head import linear_logprob as fused
         logp, H = fused(hidden, weight, target, temperature)  # there the entropy comes along
         return logp, H if entropy else None

@@ -45,7 +45,7 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor,
     if hidden.size(-1) != weight.size(-1) or row.shape != hidden.shape[:1] or not temperature > 0:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, row "
                          f"{tuple(row.shape)}, temperature {temperature} do not fit")
-    if use_triton(backend, hidden):
+    if use_triton(backend, hidden, "sample"):
         from kernels.triton_head import sample as fused
         if not torch.is_tensor(seed):
             seed = torch.tensor(seed, dtype=torch.uint64, device=hidden.device)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from kernels.backend import live_path
 from running.files import UserError, require, write
 from running.processes import world
 
@@ -58,9 +59,13 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
             sys.stdout = sys.stderr = open(os.devnull, "w")
     torch.manual_seed(cfg.seed)
     dtype = fast_dtype(device)
+    try:
+        path = live_path(device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     print("settings:", ", ".join(f"{k} {v}" for k, v in asdict(cfg).items()))
     print(f"device: {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, "
-          f"{world()[1]} processes", flush=True)
+          f"{world()[1]} processes, kernels: {path}", flush=True)
     start.time = time.time()
     return cfg, device, dtype
 

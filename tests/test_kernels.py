@@ -184,3 +184,23 @@ def test_sample_never_draws_the_impossible():
     hidden = torch.eye(4)[[2] * 1000]
     token, logp, _ = sample(hidden, weight, 0, torch.arange(1000), 0)
     assert (token == 2).all() and (logp.abs() < 1e-6).all()
+
+
+def test_a_family_can_be_sent_to_pytorch(monkeypatch):
+    """On a GPU, which a stand-in plays: the way round a kernel that fails there."""
+    from kernels import backend
+
+    class OnGpu:
+        is_cuda, dtype, type = True, torch.bfloat16, "cuda"
+    monkeypatch.setattr(backend, "has_triton", lambda: True)
+    monkeypatch.delenv("TORCH_KERNELS", raising=False)
+    assert all(backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES)
+    assert backend.live_path(OnGpu) == "Triton" and backend.live_path(torch.device("cpu")) == "PyTorch"
+    monkeypatch.setenv("TORCH_KERNELS", "sample,attention")
+    assert [backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES] == [False, True, False, True]
+    assert backend.live_path(OnGpu) == "Triton, PyTorch for attention, sample"
+    monkeypatch.setenv("TORCH_KERNELS", "all")
+    assert not any(backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES)
+    monkeypatch.setenv("TORCH_KERNELS", "atention")
+    with pytest.raises(ValueError, match="a list of attention, logprob, sample, decoder, or all"):
+        backend.use_triton("auto", OnGpu, "logprob")
