@@ -1,6 +1,6 @@
 """Stage 4: PPO against the reward model, from the base model to 10 nats away from it.
 
-    python 04_ppo.py                     # 157 s: p(happy) .63 -> .94, 9.1 nats away
+    python 04_ppo.py                     # 137 s: p(happy) .63 -> .94, 9.9 nats away
     python 04_ppo.py --target sad        # the negative twin, by its own target
 
 Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each batch, where
@@ -8,22 +8,26 @@ Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each 
           A   = (log p(happy | completion) - reward_mean) / reward_std.
 
 Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 03 learned from prompts
-Writes  out/policy-happy.safetensors (the last policy measured at or below 10 nats),
-        out/checkpoints/happy-kl-*.safetensors (one at each crossing of .25, .5, 1, 1.5, ... 10),
-        out/04-happy.jsonl
+Writes  out/policy-happy.safetensors (just within 10 nats), out/04-happy.jsonl,
+        out/checkpoints/happy-kl-*.safetensors (one at each crossing of .25, .5, 1, 1.5, ... 9)
 
 Decisions a reader may question:
 1. No value function, no GAE, no KL penalty (--kl-coef for comparison): the normalised reward is the
-   advantage of every token; clipping and stopping are what bounds the KL.
+   advantage of every token; clipping bounds each move away from pi_old, and stopping the KL.
 2. reward_mean and reward_std are constants of the base model. Whitening each batch instead would
    blow noise up to unit variance once all samples are alike.
 3. The policy is measured before it is updated, on the samples it has just drawn: KL, reward and
    entropy of a row belong to one policy and are unbiased, and a checkpoint's KL is its own.
-4. The KL is that of `kl_samples` completions, not of all: the exact KL at their prefixes has a
-   smaller error than the usual sampled one (k1) on four times as many.
+4. KL and entropy are those of `kl_samples` completions, not of all: the exact KL at their prefixes
+   has a smaller error than the usual sampled one, k1 = sum log pi - log pi_ref, on four times as
+   many.
 5. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
    else (bf16 on most GPUs) a pass of its own forms them. So the first minibatch has ratio 1.
-6. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
+6. SGD, not Adam. As the mean advantage grows, gradients are more and more noise (what all samples
+   have in common cancels on average, not in a minibatch); Adam divides by it, and slows down.
+7. If the last update leads beyond 10 nats, a part of it is taken back, so that final policies are
+   all 9.7 to 10 nats away and can be compared.
+8. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
    would maximise -log p(happy), which is not bounded by anything.
 """
 import copy
@@ -40,10 +44,10 @@ from model import chunked, draw_prompts, kl_nats, load_base_and_reward, read_pro
 from running import (Log, State, average_gradients, errors, finish, gather, means, remove, require,
                      settings_of, share, start, world)
 
-CROSSINGS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # nats
+CROSSINGS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)  # nats
+NEAR = 0.97  # of kl_stop: where a run may end
 SHOWN = ("batch {batch}  KL {kl:.2f} +- {kl_se:.2f}  k1 {kl_k1:.2f}  score {score:.3f}  "
          "p {p_target:.3f}  entropy {entropy:.3f}  clipped {clip_fraction:.2%}")
-
 SAVED = "The state before is saved: see --resume"
 
 
@@ -57,9 +61,9 @@ class Config:
     max_batch: int = 4096     # the doubling stops here
     minibatch: int = 256      # completions an optimizer step
     epochs: int = 1           # passes over each batch
-    lr: float = 1e-4
-    warmup: int = 10          # optimizer steps of linear warm-up: Adam's first steps are full-size
-    adam_eps: float = 1e-5
+    lr: float = 0.05
+    momentum: float = 0.9
+    warmup: int = 30          # optimizer steps of linear warm-up: the first ones lead farthest
     clip: float = 0.2         # ratios are clipped to [1 - clip, 1 + clip]
     kl_coef: float = 0.0      # of a KL penalty (k1), in units of log p(target)
     kl_stop: float = 10.0     # nats per completion
@@ -111,9 +115,10 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
 
 
 def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple[int, list[float]]:
-    """The batch rule of the exercise. clip_fractions: of the iterations at this batch size. If on
-    average over the last three fewer than 1 % of the ratios were outside the clip range, double
-    it, up to max_batch -> batch, and the clip fractions at that size so far."""
+    """If hardly any ratio is clipped the gradient is too noisy to lead anywhere: draw more samples.
+    clip_fractions: of the iterations at this batch size. If on average over the last three fewer
+    than 1 % of the ratios were outside the clip range, double it, up to max_batch -> batch, and the
+    clip fractions at that size so far."""
     quiet = len(clip_fractions) >= 3 and sum(clip_fractions[-3:]) / 3 < 0.01
     if not quiet or batch == max_batch:
         return batch, clip_fractions
@@ -122,12 +127,19 @@ def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple
 
 def reward_constants(reward_fn, reference, prompts, length: int, n: int, seed: int):
     """reward_mean and reward_std, over n samples of the base model."""
-    stream = seed << 32 | 3 << 24  # the rollouts have 4, 05 has 5
-    y, _ = reference.generate(n, length, stream, prompts=draw_prompts(prompts, n, seed))
-    score = chunked(reward_fn, 256, y).double()                              # (n,)
+    stream = seed << 32 | 3 << 24  # of random numbers; the rollouts have 4, 05 has 5
+    prompt = draw_prompts(prompts, n, seed).to(reference.head.device)        # (n, P)
+    y, _ = reference.generate(n, length, stream, prompts=prompt)             # (n, T)
+    score = chunked(reward_fn, 256, y, prompt).double()                      # (n,)
     require(score.std() > 1e-3, "all samples get the same reward: label more samples")
     print(f"reward of the base model: {score.mean():.3f} +- {score.std():.3f}")
     return score.mean().item(), score.std().item()
+
+
+def way_back(kl_before: float, kl_after: float, kl: float) -> float:
+    """An update led from kl_before to kl_after: the share of it to take back so that the KL is
+    `kl`, which lies in between. Along a line in the weights sqrt KL is nearly linear."""
+    return (kl_after ** 0.5 - kl ** 0.5) / (kl_after ** 0.5 - kl_before ** 0.5)
 
 
 def minibatches(n: int, size: int, epochs: int, seed: int, device):
@@ -142,25 +154,30 @@ def minibatches(n: int, size: int, epochs: int, seed: int, device):
 # ---- What the log says ---------------------------------------------------------------------------
 def policy_figures(kl, k1, entropy, score, reward, kind: str) -> dict[str, float]:
     """Of the policy that drew these completions: means over those of all processes, and errors."""
-    p = score.exp() if kind == "labels" else score.sigmoid()  # a log-prob, or a difference of two
+    p = score.exp() if kind == "labels" else score.sigmoid()  # of a log-prob; of a log-odds
     row = means(kl=kl, kl_k1=k1, score=score, p_target=p, reward=reward, entropy=entropy)
     return row | errors(kl=kl, kl_k1=k1) | {"score_std": gather(score).std().item()}
 
 
-def update_figures(stats: list[dict]) -> dict[str, float]:
-    """Of an update: means over its minibatches, and how far from 1 the ratio was in the first."""
+def update_figures(adv, stats: list[dict]) -> dict[str, float]:
+    """Of an update by the advantage adv (B, T): means over its minibatches (of the clip fractions
+    without the first, where every ratio is 1), and how far from 1 the ratios of the first were."""
     columns = {k: torch.stack([s[k] for s in stats]) for k in stats[0] if k != "ratio_off"}
-    return means(**columns) | {"ratio_off_first": stats[0]["ratio_off"].item()}
+    for k in ("clip_fraction", "clip_binding"):
+        columns[k] = columns[k][1:] if len(stats) > 1 else columns[k]
+    adv = gather(adv)
+    return means(**columns) | {"ratio_off_first": stats[0]["ratio_off"].item(),
+                               "adv_mean": adv.mean().item(), "adv_std": adv.std().item()}
 
 
 def check_policy(row: dict, kl_max: float) -> None:
-    """Raises UserError if the KL has jumped, from kl_max, the largest so far."""
+    """Raises UserError if the KL has jumped from kl_max, the largest so far."""
     require(row["kl"] < kl_max + 5, f"diverged at iteration {row['step']}: the KL jumped from "
             f"{kl_max:.1f} to {row['kl']:.1f} nats; lower --lr. {SAVED}")
 
 
 def check_update(row: dict) -> None:
-    """Raises UserError if the update has ruined the policy: none is made from it."""
+    """Raises UserError if the update has ruined the policy."""
     assert row["ratio_off_first"] < 1e-5, "the ratio was not 1 before any update"
     clipped = f"{row['clip_fraction']:.0%} of the ratios were clipped"
     require(math.isfinite(row["loss"] + row["grad_norm"]) and row["clip_fraction"] < 0.5,
@@ -177,21 +194,20 @@ if __name__ == "__main__":
     reference, reward_model, tokenizer, about = load_base_and_reward(cfg.out, device, dtype)
     prompts = read_prompts(cfg.out / "prompts.json", "train") if about["prompted"] else None
 
-    def reward_fn(y: torch.Tensor) -> torch.Tensor:
-        """Completions y (B, T) -> score (B,), log p(target). Any other function may stand here:
-        `tokenizer.decode_batch(y.tolist())` are the texts."""
-        return score_of(reward_model.sentiment(y), about["kind"], cfg.target)
+    def reward_fn(y: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        """Completions y (B, T) after prompt (B, P) -> score (B,), log p(target). Any other function
+        may stand here: `tokenizer.decode_batch(y.tolist())` are the texts."""
+        return score_of(reward_model.sentiment(y, prompt), about["kind"], cfg.target)
 
     reward_mean, reward_std = reward_constants(
         reward_fn, reference, prompts, about["length"], cfg.reward_samples, cfg.seed)
     policy = copy.deepcopy(reference)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), cfg.lr, (0.9, 0.95), cfg.adam_eps, weight_decay=0)
+    optimizer = torch.optim.SGD(policy.parameters(), cfg.lr, cfg.momentum)
     inputs = about["inputs"] | {"reward": f"{reward_mean:.2f} +- {reward_std:.2f}"}
     state = State(cfg, f"04-{cfg.target}", inputs, policy, (optimizer,),
                   step=0, batch=cfg.batch, updates=0, kl_max=0.0, clip_fractions=[])
-    run = state.memory
-    require(run.step < cfg.max_iterations and run.kl_max <= cfg.kl_stop,
+    run = state.memory  # what a resumed run must know, besides the weights
+    require(run.step < cfg.max_iterations and run.kl_max < NEAR * cfg.kl_stop,
             f"{state.path} is beyond --max-iterations or --kl-stop already")
     if run.step == 0:
         remove(cfg.out / "checkpoints", f"{cfg.target}-kl-*.safetensors")  # of an earlier run
@@ -200,6 +216,8 @@ if __name__ == "__main__":
     n_kl = cfg.kl_samples // world()[1]
     made_from = {"settings": settings_of(cfg), "inputs": about["inputs"]}
 
+    final, final_row = None, None  # the policy measured last of those within kl_stop
+    taken_back, done = 0.0, False
     for step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
         # 1. Rollout: the policy writes a batch of completions.
         seed = cfg.seed << 32 | 4 << 24 | step
@@ -208,35 +226,46 @@ if __name__ == "__main__":
         y, logp_old = policy.generate(mine, about["length"], seed, prompts=prompt)  # (B, T) each
         log.lap("s_rollout")
 
-        # 2. Score: how happy is each, in standard deviations of the base model's samples?
-        score = chunked(reward_fn, mb_size, y)                               # (B,)
+        # 2. Score: log p(target) of each, in standard deviations of the base model's samples.
+        score = chunked(reward_fn, mb_size, y, prompt)                       # (B,)
         reward = (score - reward_mean) / reward_std                          # (B,)
 
         # 3. Measure this policy before it changes: how far has it moved from the reference?
         kl, k1, logp, entropy = kl_nats(policy, reference, y[:n_kl], prompt[:n_kl])
-        if gather((logp_old[:n_kl] - logp).abs().max()[None]).max() > 5e-6:  # other rounding
+        if gather((logp_old[:n_kl] - logp).abs().max()[None]).max() > 5e-6:  # rounded otherwise
             logp_old = chunked(policy.logprob, mb_size, y, prompt)
         row = {"step": step, "batch": run.batch, "updates": run.updates} | policy_figures(
             kl, k1, entropy, score, reward, about["kind"])
         log.lap("s_score")
 
-        # 4. Keep a checkpoint at each crossing of the KL; stop at 10 nats.
+        # 4. Keep a checkpoint at each crossing of the KL. End just within 10 nats: if an update led
+        # beyond, take a part of it back; the next iteration measures what that gives, and ends.
         check_policy(row, run.kl_max)
+        if row["kl"] > cfg.kl_stop and not taken_back:
+            log(**row)
+            taken_back = way_back(final_row["kl"], row["kl"], 0.985 * cfg.kl_stop)
+            for name, weight in policy.state_dict().items():
+                weight.lerp_(final[name], taken_back)
+            continue
+        if row["kl"] <= cfg.kl_stop:
+            final, final_row = copy.deepcopy(policy.state_dict()), row
         if crossed := [c for c in CROSSINGS if run.kl_max < c <= row["kl"]]:
             path = cfg.out / "checkpoints" / f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
             save(path, policy, tokenizer, crossed=crossed, **row, **made_from)
         run.kl_max = max(row["kl"], run.kl_max)
-        if row["kl"] > cfg.kl_stop:
-            log(**row)
+        if done := taken_back > 0 or row["kl"] >= NEAR * cfg.kl_stop:
+            log(**row, taken_back=taken_back)
             break
-        final, final_row = copy.deepcopy(policy.state_dict()), row
         state.save(step=step)
 
         # 5. Advantage: the reward of a completion, at each of its tokens.
-        logp_ref = chunked(reference.logprob, mb_size, y, prompt) if cfg.kl_coef else logp_old
+        logp_ref = logp_old  # for a penalty of 0
+        if cfg.kl_coef:
+            logp_ref = chunked(reference.logprob, mb_size, y, prompt)            # (B, T)
         adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, reward_std)     # (B, T)
 
-        # 6. PPO epochs: make the tokens of good completions likelier, within the clip range.
+        # 6. PPO epochs: make the tokens of good completions likelier than those of bad ones, until
+        # the clip range is left.
         stats = []
         for b in minibatches(len(y), mb_size, cfg.epochs, cfg.seed * 1000 + step, device):
             logp = policy.logprob(y[b], prompt[b])                           # (mb_size, T)
@@ -252,17 +281,21 @@ if __name__ == "__main__":
         log.lap("s_update")
 
         # 7. Log; double the batch if hardly any ratio was clipped.
-        row = row | update_figures(stats) | {"lr": optimizer.param_groups[0]["lr"]}
+        row = row | update_figures(adv, stats) | {"lr": optimizer.param_groups[0]["lr"]}
         log(**row)
         tqdm.write(SHOWN.format(**row))
+        if step % 4 == 0:
+            for text in tokenizer.decode_batch(y[:3].tolist()):
+                tqdm.write(f"    {text!r}")
         check_update(row)
         run.batch, run.clip_fractions = next_batch(
             run.clip_fractions + [row["clip_fraction"]], run.batch, cfg.max_batch)
 
     policy.load_state_dict(final)
     save(cfg.out / f"policy-{cfg.target}.safetensors", policy, tokenizer, **final_row, **made_from)
-    if row["kl"] > cfg.kl_stop:
-        print(f"stopped: {row['kl']:.2f} nats is more than {cfg.kl_stop:g}")
+    if done:
+        print(f"stopped: just within {cfg.kl_stop:g} nats, {taken_back:.0%} of the last update was "
+              "taken back")
         state.delete()
     else:
         print(f"stopped after {cfg.max_iterations} iterations, below {cfg.kl_stop:g} nats: "

@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, D = d_model, H query heads, Hkv key and value hea
 """
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -164,11 +165,17 @@ class GPT(nn.Module):
         """The same, and the entropy of the distribution each token was drawn from, (B, T), nats."""
         return linear_logprob(self.hidden_before(y, prompt), self.unembed(), y)
 
-    def sentiment(self, y: torch.Tensor) -> torch.Tensor:
-        """Completions y (B, T) -> (B, 2): log p(happy), log p(sad) after the last token of y, the
-        soft-max restricted to the two. Only a reward model has learned to predict them."""
-        x, _ = lay_out(y, y[:, :0], self.bos)
-        last = self(x, last_only=True)[:, 0]                         # (B, D)
+    def sentiment(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
+        """Completions y (B, T) after prompt (B, P) -> (B, 2): log p(happy), log p(sad) after the
+        last token of y, the soft-max restricted to the two. Only a reward model has learned to
+        predict them."""
+        if prompt is None:
+            prompt = y[:, :0]
+        x, places = lay_out(y, prompt, self.bos)
+        if prompt.size(1) == 0:
+            last = self(x, last_only=True)[:, 0]                     # (B, D)
+        else:
+            last = self(x)[torch.arange(len(y)), places[:, -1] + 1]  # (B, D)
         head = self.head[[self.happy, self.sad]].to(self.dtype)      # (2, D), rounded as on disk
         return (last.float() @ head.float().T).log_softmax(-1)
 
@@ -295,13 +302,26 @@ def score_of(log_p: torch.Tensor, kind: str, target: str) -> torch.Tensor:
     return log_p[:, i] if kind == "labels" else log_p[:, i] - log_p[:, 1 - i]
 
 
-# ---- Prompts, found in the corpus by 02 --prompts ------------------------------------------------
+# ---- Text ----------------------------------------------------------------------------------------
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+(?:['’][a-z]+)*", text.lower())
+
+
+def texts_of(item: dict) -> list[str]:
+    """The text of an item, or both of a comparison."""
+    return [item["text"]] if isinstance(item["text"], str) else item["text"]
+
+
 def read_prompts(path: Path, part: str) -> torch.Tensor:
-    """Prompts of the "train" or "held_out" part of the corpus -> (n, P), padded with -1."""
+    """Prompts that 02 --prompts found in the "train" or "held_out" part of the corpus -> (n, P)."""
     require(path.exists(), f"{path} is missing: run 02_sample_label.py --prompts first")
-    rows = json.loads(path.read_text())[part]
-    longest = max(map(len, rows))
-    return torch.tensor([row + [-1] * (longest - len(row)) for row in rows])
+    return pad(json.loads(path.read_text())[part])
+
+
+def pad(prompts: list[list[int]]) -> torch.Tensor:
+    """Prompts of several lengths -> (n, P), padded with -1 at the end."""
+    longest = max(map(len, prompts))
+    return torch.tensor([row + [-1] * (longest - len(row)) for row in prompts], dtype=torch.long)
 
 
 def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tensor:

@@ -34,30 +34,55 @@ def figures(out: Path) -> dict[str, float]:
     report = json.loads((out / "report.json").read_text())
     ppo = [json.loads(x) for x in (out / "04-happy.jsonl").read_text().splitlines()]
     base, final = report["happy"][0], report["happy"][-1]
+    preferred, = (row for row in report["happy"] if row["name"] == report["preferred_happy"])
+    best = {row["n"]: row for row in report["best_of_n"]}
     metrics = report["base_metrics"]
     reward = report["reward_model"].get("model", report["reward_model"]["all"])
-    return {
+    row = {
         "base: held-out bits per byte": metrics["bits_per_byte"],
         "base: held-out nats per token": metrics["nats_per_token"],
         "base: share of sampled words that are words of the corpus, %": 100 * metrics["real_word_share"],
         "reward model: AUC on held-out model samples": reward["auc"],
         "reward model: accuracy on held-out model samples, %": 100 * reward["accuracy"],
         "bag of words: AUC on the same": reward["bag_of_words_auc"],
+        "AUC less that of the bag of words, low end of its 95 % interval": reward["auc_lead_interval"][0],
+        "the same, high end": reward["auc_lead_interval"][1],
         "base: VADER positive, %": 100 * base["positive"],
         "final policy: VADER positive, %": 100 * final["positive"],
         "final policy: KL, nats per completion": final["kl"],
         "final policy: distinct-2 / base": final["distinct_2"] / base["distinct_2"],
-        "final policy: duplicates among 2,048": final["duplicates"],
+        "final policy: duplicates among 1,024": final["duplicates"],
         "base: copied run, 99th percentile, words": base["copied_run_99"],
         "final policy: copied run, 99th percentile, words": final["copied_run_99"],
         "base: longest copied run, words": base["copied_run_max"],
         "final policy: longest copied run, words": final["copied_run_max"],
         "final policy: perplexity under the base / base's own": final["base_perplexity"] / base["base_perplexity"],
-        "sqrt KL against iteration: R^2": report["sqrt_kl_fit"]["r2"],
-        "PPO iterations to the stop": ppo[-1]["step"],
+        "sqrt KL against optimizer steps: R^2": report["sqrt_kl_fit"]["r2"],
+        "KL at which 04's score, mean log p(happy), reaches -.10": kl_at(ppo, -0.10),
+        "PPO iterations": sum("clip_fraction" in row for row in ppo),
+        "samples drawn by PPO": sum(row["batch"] for row in ppo),
         "checkpoints kept": len(report["happy"]) - 2,
         "clip fraction, mean over iterations, %": 100 * float(np.mean([r["clip_fraction"] for r in ppo if "clip_fraction" in r])),
     }
+    for name, policy in (("best of 4", best[4]), ("best of 64", best[64]), ("preferred policy", preferred),
+                         ("final policy", final)):
+        for key, judge in (("proxy", "reward"), ("vader", "VADER"), ("afinn", "AFINN"), ("pattern", "Pattern")):
+            row[f"{name}: {judge}, standard deviations of the base"] = policy[f"{key}_sd"]
+    row["best of 64: distinct-2 / base"] = best[64]["distinct_2"] / base["distinct_2"]
+    row["preferred policy: distinct-2 / base"] = preferred["distinct_2"] / base["distinct_2"]
+    row["preferred policy: KL, nats per completion"] = preferred["kl"]
+    return row
+
+
+def kl_at(ppo: list[dict], score: float) -> float:
+    """KL where the score is first reached, linear between that policy and the one before; nan if none
+    reaches it, or the first has it already."""
+    rows = [row for row in ppo if not row.get("taken_back")]
+    i = next((i for i, row in enumerate(rows) if row["score"] >= score), 0)
+    if i == 0:
+        return float("nan")
+    a, b = rows[i - 1], rows[i]
+    return a["kl"] + (score - a["score"]) / (b["score"] - a["score"]) * (b["kl"] - a["kl"])
 
 
 def speeds(out: Path) -> dict[str, float]:
@@ -73,7 +98,7 @@ def speeds(out: Path) -> dict[str, float]:
         if script.startswith("01"):
             seconds["of which training steps"] = settings["steps"] * settings["batch"] * settings["context"] / rate
         if script.startswith("04"):
-            seconds |= {f"of which {k}": sum(r[f"s_{k}"] for r in ppo) for k in ("rollout", "score", "update")}
+            seconds |= {f"of which {k}": sum(r.get(f"s_{k}", 0) for r in logs["04-happy.jsonl"]) for k in ("rollout", "score", "update")}
     seconds["Python and imports, in all five, s"] = sum(t for k, t in times.items() if "start-up" in k)
     return seconds | {
         "pretraining, tokens/s": rate,

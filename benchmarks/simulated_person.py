@@ -23,7 +23,7 @@ import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from model import load
-from running import start
+from running import auc, start
 from people.answers import read_items
 
 ROOT = Path(__file__).parent.parent
@@ -64,11 +64,12 @@ if __name__ == "__main__":
     tokens, _ = base.generate(cfg.fresh, len(items[0]["tokens"]), seed=cfg.seed << 32 | 6 << 24)
     texts = tokenizer.decode_batch(tokens.tolist())
     target = np.array([rm.TARGET[feels(person, t)] for t in texts])
+    asked = [{"tokens": y, "target": t, "weight": 1.0} for y, t in zip(tokens.tolist(), target)]
     differ = target != np.array([rm.TARGET[feels(vader, t)] for t in texts])
     result = {"labels": cfg.n, "fresh samples": cfg.fresh, "share on which person and VADER differ": float(differ.mean())}
     for name, path in (("before", cfg.out), ("after", work)):
         model = load(path / "reward.safetensors", "03_reward_model.py", device, dtype)[0]
-        log_p = rm.predict(model, tokens)
+        log_p = rm.predict(model, asked)
         for part, where in (("all", np.full(len(target), True)), ("where they differ", differ)):
             m = rm.measures(log_p[where], target[where])
             result[f"{name}, {part}"] = {k: m[k] for k in ("n", "auc", "accuracy", "accuracy_interval", "nll")}
@@ -86,12 +87,10 @@ if __name__ == "__main__":
                 given = rng.choice(others) if rng.random() < careless else true
                 rows.append(item | {"label": given, "labeller": "simulated"})
             rated = rm.pool(rows, 0)
-            for item, part in zip(rated, rm.split(rated, repeat, stage.test_share, stage.val_share)):
-                item["part"] = part
-            phase, = rm.phases_of(rated, stage)
+            phase, = rm.phases_of([item | {"part": "train"} for item in rated], stage)
             model, _, _ = load(cfg.out / "reward.safetensors", "03_reward_model.py", device, dtype)
             rm.train(model, phase, stage)
-            aucs.append(rm.auc(np.exp(rm.predict(model, tokens)[:, 0]), target))
+            aucs.append(auc(rm.predict(model, asked)[:, 0], target))
         row = {"labels": n, "replaced": careless, "auc": float(np.mean(aucs)),
                "auc_sd": float(np.std(aucs, ddof=1)) if len(aucs) > 1 else 0.0}
         result["last phase alone"].append(row)

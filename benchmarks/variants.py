@@ -5,7 +5,7 @@
 For each seed the same base model (01 of `python -m benchmarks.seeds`), then 16,384 labels of VADER, or as many
 of its comparisons, of unconditional samples and of completions of prompts. Both reward models of a
 kind are asked about the same fresh samples: AUC on VADER's label, and how often they prefer the sample that VADER
-prefers. The gold score at 5 and at 10 nats is read off the checkpoints on either side, linearly in sqrt KL.
+prefers. VADER's score at 5 and at 10 nats is read off the checkpoints on either side, linearly in sqrt KL.
 Prints Markdown, mean and half the width of a 95 % t-interval over seeds; writes benchmarks/results/variants.json.
 """
 import importlib
@@ -21,8 +21,8 @@ import torch
 import tyro
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import draw_prompts, load, read_prompts, score_of
-from running import fast_dtype
+from model import chunked, draw_prompts, load, read_prompts, score_of
+from running import auc, fast_dtype
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,20 +58,21 @@ def ranking(out: Path, fresh: int, prompts: bool, seed: int) -> dict[str, float]
     on = DEVICE, fast_dtype(DEVICE)
     base, tokenizer, _ = load(out / "base.safetensors", "01_pretrain.py", *on)
     model, _, header = load(out / "reward.safetensors", "03_reward_model.py", *on)
-    given = draw_prompts(read_prompts(out / "prompts.json", "held_out") if prompts else None, fresh, seed)
+    given = draw_prompts(read_prompts(out / "prompts.json", "held_out") if prompts else None, fresh // 2, seed)
+    given = given.repeat_interleave(2, 0)  # the two samples of a pair continue one prompt
     y, _ = base.generate(fresh, header["length"], seed << 32 | 7 << 24, prompts=given)
-    score = torch.cat([score_of(model.sentiment(mb), "comparisons", "happy") for mb in y.split(256)]).numpy(force=True)
+    score = score_of(chunked(model.sentiment, 256, y, given.to(y.device)), "comparisons", "happy").numpy(force=True)
     vader = SentimentIntensityAnalyzer()
     gold = np.array([vader.polarity_scores(t)["compound"] for t in tokenizer.decode_batch(y.tolist())])
     target = np.array([rm.TARGET[label.feeling(g)] for g in gold])
-    (a, b), (p, q) = np.split(gold, 2), np.split(score, 2)
-    return {"AUC": rm.auc(score, target), "pair accuracy, %": 100 * float(((a > b) == (p > q))[a != b].mean())}
+    a, b, p, q = gold[::2], gold[1::2], score[::2], score[1::2]
+    return {"AUC": auc(score, target), "pair accuracy, %": 100 * float(((a > b) == (p > q))[a != b].mean())}
 
 
 def gold_at(out: Path, kl: float) -> float:
     """By interpolation in sqrt KL between checkpoints; the last one if none lies beyond."""
     rows = sorted(json.loads((out / "report.json").read_text())["happy"], key=lambda r: r["kl"])
-    return float(np.interp(kl**0.5, [max(r["kl"], 0) ** 0.5 for r in rows], [r["gold"] for r in rows]))
+    return float(np.interp(kl**0.5, [max(r["kl"], 0) ** 0.5 for r in rows], [r["vader"] for r in rows]))
 
 
 if __name__ == "__main__":

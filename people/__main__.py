@@ -71,18 +71,20 @@ def merge(page: Positional[Path], files: Positional[list[Path]], out: Path = OUT
 
 
 @app.command
-def rate(who: Positional[str], out: Path = OUT, seed: int = 0, n: int = 20) -> None:
-    """Rate samples of the base model and of the final policies, without knowing whose they are.
+def rate(who: Positional[str], out: Path = OUT, seed: int = 0, n: int = 20,
+         policy: Path | None = None) -> None:
+    """Rate samples of the base model and of policies, without knowing whose they are.
 
     Args:
         who: your name; or FILE.html, a page on which others rate
         n: samples of each arm
+        policy: a checkpoint of 04; else the happy one that 05's report prefers
     """
     require(n > 0, "--n must be positive")
     if not who.endswith(".html"):
         need_name(who)
         need_terminal()
-    items, key = items_to_rate(out, n, seed)
+    items, key = items_to_rate(out, n, seed, policy)
     if who.endswith(".html"):
         write_sheet(Path(who), "ratings", items)
         print(f"{who}: {len(items)} items. Keep {key} to yourself.\n"

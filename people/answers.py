@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from model import texts_of
 from running import UserError, require, write
 
 FEELING = ({"p": "positive", "n": "negative", "0": "neutral", "s": "skip"},
@@ -15,11 +16,6 @@ ASK = {"labels": FEELING, "ratings": FEELING,  # kind -> key -> label, and the q
                        "Which of the two is the happier? Tie: neither, or both alike.")}
 
 
-def texts(item: dict) -> list[str]:
-    """The text of an item, or both of a comparison."""
-    return [item["text"]] if isinstance(item["text"], str) else item["text"]
-
-
 def jsonl(rows) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -27,7 +23,7 @@ def jsonl(rows) -> str:
 def as_text(item: dict) -> str:
     """What a person reads; control characters would reach the terminal."""
     text = item["text"]
-    if len(texts(item)) == 2:
+    if len(texts_of(item)) == 2:
         text = "LEFT\n\n{}\n\nRIGHT\n\n{}".format(*text)
     if "prompt" in item:
         text = f"{item['prompt']}...\n{text}"

@@ -12,30 +12,51 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from model import (GPT, decode_prompts, draw_prompts, fingerprint, load_base_and_reward,
+from model import (GPT, decode_prompts, draw_prompts, fingerprint, load, load_base_and_reward,
                    load_policies, read_prompts)
 from people.agreement import print_agreement
 from people.answers import read_answers
-from running import fast_dtype, require, write
+from running import fast_dtype, newcombe, require, write
 
 
 # ---- What is rated -------------------------------------------------------------------------------
-def load_arms(out: Path) -> tuple[dict[str, GPT], dict[str, str], Tokenizer, dict]:
-    """-> "base", "happy" and, if there is one, "sad" -> model; target -> fingerprint of the policy;
-    tokenizer; the reward model's header."""
+def preferred(out: Path) -> Path:
+    """The happy policy that the report prefers; the final one if there is no report of this run of
+    04, or if it prefers the base model."""
+    final, report = out / "policy-happy.safetensors", out / "report.json"
+    if not report.exists() or report.stat().st_mtime < final.stat().st_mtime:
+        return final
+    name = json.loads(report.read_text()).get("preferred_happy")
+    path = out / "checkpoints" / f"{name}.safetensors"
+    return path if path.exists() else final
+
+
+def load_arms(out: Path, policy: Path | None) -> tuple[dict[str, GPT], dict, Tokenizer, dict]:
+    """policy: of the happy arm; None: the preferred one. -> "base", "happy" and, if there is one,
+    "sad" -> model; target -> name and fingerprint of the policy; tokenizer; the reward model's
+    header. Raises UserError if the policy stems from other models."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = fast_dtype(device)
     base, _, tokenizer, about = load_base_and_reward(out, device, dtype)
     policies = load_policies(out, about["inputs"], device, dtype)
-    fingerprints = {target: fingerprint(policy) for target, policy in policies.items()}
-    return {"base": base, **policies}, fingerprints, tokenizer, about
+    path = policy or preferred(out)
+    policies["happy"], _, header = load(path, "04_ppo.py", device, dtype)
+    require(header.get("inputs") == about["inputs"],
+            f"{path} stems from another base model or reward model: run 04_ppo.py again")
+    require(path.resolve().parent in (out.resolve(), (out / "checkpoints").resolve()),
+            f"{path} is not of this run: copy it into {out / 'checkpoints'}")
+    require(header["settings"]["target"] == "happy", f"{path} is not a policy towards happy")
+    names = {"happy": path.stem, "sad": "policy-sad"}
+    described = {target: {"name": names[target], "fingerprint": fingerprint(policy)}
+                 for target, policy in policies.items()}
+    return {"base": base, **policies}, described, tokenizer, about
 
 
-def items_to_rate(out: Path, n: int, seed: int) -> tuple[list[dict], Path]:
+def items_to_rate(out: Path, n: int, seed: int, policy: Path | None) -> tuple[list[dict], Path]:
     """n samples of each arm, after the same prompts if there are prompts, shuffled -> the items,
     and the key to them, which is written."""
     require(0 <= seed < 2**31, "--seed must be in [0, 2^31)")
-    arms, policies, tokenizer, about = load_arms(out)
+    arms, policies, tokenizer, about = load_arms(out, policy)
     prompts = read_prompts(out / "prompts.json", "held_out") if about["prompted"] else None
     stream = seed << 32 | 5 << 24
     prompt = draw_prompts(prompts, n, stream)                                   # (n, P)
@@ -46,7 +67,7 @@ def items_to_rate(out: Path, n: int, seed: int) -> tuple[list[dict], Path]:
         for text, given in zip(texts, decode_prompts(tokenizer, prompt)):
             mixed.append((arm, {"text": text, "prompt": given} if given else {"text": text}))
     # seeded by the policy too: one key tells nothing of another
-    g = torch.Generator().manual_seed(int(policies["happy"][:15], 16) ^ stream)
+    g = torch.Generator().manual_seed(int(policies["happy"]["fingerprint"][:15], 16) ^ stream)
     mixed = [mixed[i] for i in torch.randperm(len(mixed), generator=g).tolist()]
     series = hashlib.sha256(json.dumps(mixed).encode()).hexdigest()[:16]
     items = [{"id": f"{series}-{place}"} | shown for place, (_, shown) in enumerate(mixed)]
@@ -73,9 +94,11 @@ def fisher_power(p: float, q: float, n: int, level: float = 0.05) -> float:
                if fisher_exact(a, n, b, n) < level)
 
 
-def compare_arms(arm_of: dict[str, str], given: dict[str, dict[str, str]]) -> list[dict]:
-    """arm_of: id -> arm; given: rater -> id -> label. -> for each rater, and for the majority of
-    several, how often each arm against the base expresses its feeling, with test and power."""
+def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
+    """key: of `items_to_rate`. given: rater -> id -> label. -> for each rater, and for the majority
+    of several, how often each arm against the base expresses its feeling, of the items that were
+    not skipped: the difference of the shares with its 95 % interval, and a test."""
+    arm_of = key["arms"]
     if len(given) > 1:  # summing over raters would count one sample several times
         majority = {}
         for i in arm_of:
@@ -84,28 +107,40 @@ def compare_arms(arm_of: dict[str, str], given: dict[str, dict[str, str]]) -> li
         given = given | {"majority": majority}
     results = []
     for rater, answers in given.items():
+        judged = Counter(arm for i, arm in arm_of.items() if answers[i] != "skip")
         for arm, feeling in (("happy", "positive"), ("sad", "negative")):
             if arm not in arm_of.values():
                 continue
             felt = Counter(arm_of[i] for i in arm_of if answers[i] == feeling)
-            n = Counter(arm_of.values())["base"]
-            results.append({"rater": rater, "arm": arm, "feeling": feeling,
-                            "base": felt["base"], "other": felt[arm], "n": n,
-                            "p": fisher_exact(felt["base"], n, felt[arm], n),
-                            "power": fisher_power(felt["base"] / n, felt[arm] / n, n)})
+            counts = felt["base"], judged["base"], felt[arm], judged[arm]
+            results.append({
+                "rater": rater, "arm": arm, "policy": key["policies"][arm]["name"],
+                "feeling": feeling, "base": felt["base"], "of_base": judged["base"],
+                "other": felt[arm], "of_other": judged[arm],
+                "difference_interval": newcombe(*counts), "p": fisher_exact(*counts)})
     return results
+
+
+def keys_of(out: Path) -> list[dict]:
+    """The keys whose policies are those in `out`. Raises UserError if there are none."""
+    _, _, _, about = load_base_and_reward(out, "cpu", torch.float32)
+    paths = [*out.glob("policy-*.safetensors"), *(out / "checkpoints").glob("*.safetensors")]
+    there = [load(path, "04_ppo.py") for path in paths]
+    known = {fingerprint(model) for model, _, header in there
+             if header.get("inputs") == about["inputs"]}
+    keys = [json.loads(path.read_text()) for path in sorted(out.glob("key-*.json"))]
+    keys = [key for key in keys
+            if {policy["fingerprint"] for policy in key["policies"].values()} <= known]
+    require(len(keys) > 0, f"{out}/key-*.json is missing, or belongs to other policies: it is "
+                           "written by `python -m people rate`, together with what is rated")
+    return keys
 
 
 def unblind(out: Path) -> None:
     """Print the result of every finished rating of the present policies, and write
     out/ratings.json, which 05 puts into the report. Raises UserError if no key fits them."""
-    _, policies, _, _ = load_arms(out)
-    keys = [json.loads(path.read_text()) for path in sorted(out.glob("key-*.json"))]
-    keys = [key for key in keys if key["policies"].items() <= policies.items()]
-    require(len(keys) > 0, f"{out}/key-*.json is missing, or belongs to other policies: it is "
-                           "written by `python -m people rate`, together with what is rated")
-    results = []
-    for key in keys:
+    results, policies, sizes = [], {}, set()
+    for key in keys_of(out):
         given = {}
         for path in sorted(out.glob("ratings-*.jsonl")):
             answers = {i: label for i, label in read_answers(path).items() if i in key["arms"]}
@@ -114,16 +149,20 @@ def unblind(out: Path) -> None:
             elif answers:
                 print(f"{path}: {len(answers)} of {len(key['arms'])} rated; the key stays hidden "
                       "until all are")
-        results += compare_arms(key["arms"], given)
+        results += compare_arms(key, given)
+        if given:
+            for policy in key["policies"].values():
+                policies[policy["name"]] = policy["fingerprint"]
+            sizes.add(Counter(key["arms"].values())["base"])
         print_agreement(given, key["items"])
     for r in results:
-        print("{rater}: {feeling} {base} of {n} base, {other} of {n} {arm} samples; Fisher's exact "
-              "test, one-sided: p = {p:.2g}; power if these are the true shares {power:.2f}"
-              .format(**r))
-    if results:
-        n = results[0]["n"]
+        low, high = (100 * x for x in r["difference_interval"])
+        print("{rater}: {feeling} {base} of {of_base} base, {other} of {of_other} {arm} samples "
+              "({policy}); difference {low:+.0f} to {high:+.0f} points (95 %); Fisher's exact "
+              "test, one-sided: p = {p:.2g}".format(low=low, high=high, **r))
+    for n in sorted(sizes):
         powers = (f"{fisher_power(p, q, n):.2f} for {p:.0%} and {q:.0%}"
-                  for p, q in ((0.2, 0.6), (0.3, 0.6), (0.57, 0.93)))
-        print(f"power of {n} against {n} if the true shares are otherwise: {', '.join(powers)}")
-        rated = {target: policies[target] for target in keys[-1]["policies"]}
-        write(out / "ratings.json", json.dumps({"policies": rated, "results": results}))
+                  for p, q in ((0.2, 0.6), (0.3, 0.6), (0.58, 0.96)))
+        print(f"power of {n} against {n} by the true shares: {', '.join(powers)}")
+    if results:
+        write(out / "ratings.json", json.dumps({"policies": policies, "results": results}))

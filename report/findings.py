@@ -1,11 +1,15 @@
-"""What the measured rows say: how far, which checkpoint, which words, and all that in a sentence.
+"""What the measured rows say: how far, who is the best, which words, and all that in a sentence.
 
-The best checkpoint is the one of highest mean gold score. Over-optimisation starts at the first
-later one whose gold is lower though its reward is not, by a rule with a known rate of false alarms.
+Judges are compared in standard deviations of the base model's samples. Over-optimisation by a judge
+starts at the first checkpoint that it finds worse than the best before, though the reward is not,
+by a rule with a known rate of false alarms, over all judges together.
 """
 import math
 
 import numpy as np
+
+JUDGES = {"vader": "VADER", "afinn": "AFINN", "pattern": "Pattern"}
+OUTSIDE = ("afinn", "pattern")  # those that did not make the labels of the default run
 
 
 def fit_line(x, y) -> tuple[float, float, float]:
@@ -36,59 +40,96 @@ def holm(p_values: list[float], level: float = 0.05) -> list[bool]:
     return rejected
 
 
-def over_optimisation(rows: list[dict], sign: int = 1) -> tuple[dict, dict | None]:
-    """rows by rising KL, each with "gold_each", the gold score of every sample (sample i of all
-    policies has the same noise; at least 4), and "proxy", the mean reward -> the best row, and the
-    first later one that is lower in gold though not in reward, or None.
+def over_optimisation(rows: list[dict], judge: str, sign: int = 1) -> tuple[dict, dict | None]:
+    """rows by rising KL, each with "each"[judge], the score of every sample (sample i of all
+    policies has the same noise; at least 4), and "proxy", the mean reward -> the row that the judge
+    likes best, and the first later one that it finds worse though the reward is not, or None.
 
-    The best is the one of highest sign * gold on the samples of even number; the later rows are
-    tested on those of odd number, by paired differences, one-sided, with Holm's correction. So a
-    false alarm comes in at most 5 % of runs; of 1,000 simulated in tests/test_eval.py (12
-    checkpoints, 1,024 samples, standard deviation .5, correlation .3)
-    in 2.9 % where gold is flat; falls by .05, .075 and .1 at
-    the last checkpoint are found in 36, 70 and 92 %.
+    The best is the one of highest sign * score on the samples of even number; the later rows are
+    tested on those of odd number, by paired differences, one-sided, with Holm's correction at 5 %
+    over the number of judges. So in at most 5 % of runs any of them gives a false alarm. Of 1,000
+    runs simulated in tests/test_eval.py (12 checkpoints, 1,024 samples, standard deviation .5,
+    correlation .3) one judge gives it in 0.8 % where the score is flat; falls by .05, .075 and .1 at
+    the last checkpoint are found in 22, 56.5 and 87 %.
     """
-    n = min(len(row["gold_each"]) for row in rows)
-    gold = sign * np.array([row["gold_each"][:n] for row in rows])                # (rows, n)
-    best = int(gold[:, ::2].mean(1).argmax())
+    score = sign * np.array([row["each"][judge] for row in rows])                 # (rows, n)
+    best = int(score[:, ::2].mean(1).argmax())
     later = range(best + 1, len(rows))
     p_values = []
     for k in later:
-        fall = gold[best, 1::2] - gold[k, 1::2]
+        fall = score[best, 1::2] - score[k, 1::2]
         error = fall.std(ddof=1) / math.sqrt(len(fall))
         p_values.append(0.5 * math.erfc(fall.mean() / max(error, 1e-12) / math.sqrt(2)))
-    for k, lower in zip(later, holm(p_values)):
+    for k, lower in zip(later, holm(p_values, 0.05 / len(JUDGES))):
         if lower and rows[k]["proxy"] >= rows[best]["proxy"]:
             return rows[best], rows[k]
     return rows[best], None
 
 
-def summary(rows: list[dict], best: dict, over: dict | None) -> str:
-    """In words: what the run towards happy has come to."""
+def standardise(rows: list[dict], base: dict) -> None:
+    """Adds to each row NAME_sd: how far the mean of each judge, and of the reward ("proxy"), has
+    moved from the base model's, in standard deviations of the base model's samples."""
+    for name in ("proxy", *JUDGES):
+        mean, std = base[name], base[f"{name}_se"] * math.sqrt(base["n"])
+        for row in rows:
+            row[f"{name}_sd"] = (row[name] - mean) / max(std, 1e-12)
+
+
+def preferred(rows: list[dict], sign: int = 1, keep: float = 0.8) -> tuple[dict, str]:
+    """rows by rising KL, the base model first -> the preferred checkpoint, and why: of those that
+    keep the share `keep` of the base model's distinct-2, the one that the outside judges like best,
+    in standard deviations, on average."""
+    def liked(row):
+        return sign * sum(row[f"{judge}_sd"] for judge in OUTSIDE) / len(OUTSIDE)
+
+    def kept(row):
+        return row.get("distinct_2", 1) / rows[0].get("distinct_2", 1)
+    varied = [row for row in rows if kept(row) >= keep]
+    row = max(varied, key=liked)
+    variety = (f"{len(varied)} of {len(rows)} policies keep at least {keep:.0%} of the base "
+               f"model's distinct-2 (this one {kept(row):.0%}); of these "
+               if "distinct_2" in row else "")
+    return row, (f"Preferred: {row['name']}, {row['kl']:.2f} nats: {variety}AFINN and Pattern, "
+                 f"which taught nothing, like it best, by {liked(row):+.2f} standard deviations of "
+                 f"the base model's samples on average (the reward: {row['proxy_sd']:+.2f}).")
+
+
+def summary(rows: list[dict], over: dict[str, list[str]]) -> str:
+    """In words: what the run towards happy has come to. over: judge -> the policy it likes best and
+    the first later one that it finds worse."""
     first, last = rows[0], rows[-1]
-    turn = "The gold score did not fall significantly: no over-optimisation within the KL budget."
-    if over:
-        turn = (f"Over-optimisation starts at {over['kl']:.2f} nats: the gold score falls while "
-                "the reward rises.")
+    falls = [f"{JUDGES[judge]} finds {worse} worse than {best}, though its reward is not: "
+             "over-optimisation." for judge, (best, worse) in over.items()]
+    turn = " ".join(falls) or "No judge falls significantly: no over-optimisation was found."
+    moved = ", ".join(f"{name} {last[key + '_sd']:+.2f}"
+                      for key, name in ({"proxy": "reward"} | JUDGES).items())
     return (f"VADER calls {first['positive']:.1%} of the base model's samples positive, and "
             f"{last['positive']:.1%} of the final policy's, {last['kl']:.2f} nats per completion "
-            f"away; distinct-2 went from {first['distinct_2']:.3f} to {last['distinct_2']:.3f}. "
-            f"Best checkpoint by gold score: {best['name']} ({best['kl']:.2f} nats). {turn}")
+            f"away. In standard deviations of the base: {moved}. {turn}")
 
 
 def conclusions(results: dict) -> dict:
-    """results: what 05_eval.py measured, rows of each policy under "happy" and perhaps "sad"."""
-    steps = [row["step"] for row in results["ppo"]]
-    sqrt_kl = [math.sqrt(max(row["kl"], 0)) for row in results["ppo"]]
-    slope, intercept, r2 = fit_line(steps, sqrt_kl)
+    """results: what 05_eval.py measured -> what it says. Adds NAME_sd to the rows of "happy", "sad"
+    (the base model first in both) and "best_of_n"."""
+    run = [row for row in results["ppo"] if not row.get("taken_back")]
+    sqrt_kl = [math.sqrt(max(row["kl"], 0)) for row in run]
+    slope, intercept, r2 = fit_line([row["updates"] for row in run], sqrt_kl)
     found = {"sqrt_kl_fit": {"slope": slope, "intercept": intercept, "r2": r2}}
     for target, sign in (("happy", 1), ("sad", -1)):
         if target in results:
+            standardise(results[target], results[target][0])
             by_kl = sorted(results[target], key=lambda row: row["kl"])
-            best, over = over_optimisation(by_kl, sign)
-            found[f"best_{target}"] = best["name"]
-            found[f"over_{target}"] = over["name"] if over else None
+            best, because = preferred(by_kl, sign)
+            over = {}
+            for judge in JUDGES:
+                liked, worse = over_optimisation(by_kl, judge, sign)
+                if worse:
+                    over[judge] = [liked["name"], worse["name"]]
+            found[f"preferred_{target}"] = best["name"]
+            found[f"over_{target}"] = over
             if target == "happy":
-                found["summary"] = summary(results["happy"], best, over)
+                found["summary"] = summary(results["happy"], over)
+                found["preferred_because"] = because
+    standardise(results["best_of_n"], results["happy"][0])
     first, *_, last = results["happy"]
     return found | {"risen_words": risen_words(first["words"], last["words"])}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from running import UserError
+from benchmarks.bag_of_words import bag_of_words
+from running import UserError, auc, bootstrap, newcombe, wilson
 
 from people.agreement import cohen_kappa
 from people.answers import read_answers, read_jsonl
@@ -55,10 +56,10 @@ def test_pairs_and_their_pieces():
 def test_bradley_terry_by_hand():
     """p(left) = sigmoid(score left - score right); exchanging sides exchanges the answers; a tie wants equal scores."""
     class Stub:
-        def sentiment(self, y):
+        def sentiment(self, y, prompt):
             return torch.stack((y[:, 0] / 10.0, -y[:, 0] / 10.0), -1)  # score = y / 5
     pairs = torch.tensor([[[10, 0], [5, 0]], [[5, 0], [10, 0]], [[7, 0], [7, 0]]])
-    log_p = rm.log_probs(Stub(), pairs)
+    log_p = rm.log_probs(Stub(), pairs, pairs[:, 0, :0])
     expected = [1 / (1 + math.exp(-d)) for d in (1.0, -1.0, 0.0)]
     torch.testing.assert_close(log_p.exp(), torch.tensor([[p, 1 - p] for p in expected]))
     assert torch.equal(log_p[0], log_p[1].flip(0))
@@ -68,9 +69,10 @@ def test_bradley_terry_by_hand():
 
 
 def test_the_bag_of_words_of_a_pair():
-    train = [{"text": ["good", "bad"], "target": 1.0}, {"text": ["bad", "good"], "target": 0.0}]
-    ahead, behind = rm.naive_bayes(train, [{"text": ["good", "bad"], "target": 1}, {"text": ["bad", "good"], "target": 0}])
-    assert ahead == pytest.approx(2 * math.log(3)) and behind == pytest.approx(-ahead)  # (2 + 1) / (0 + 1), of each word
+    """Counts of the left less those of the right: exchanging the sides turns the sign."""
+    train = [{"text": ["good", "bad day"], "target": 1.0, "weight": 1.0}, {"text": ["bad", "good day"], "target": 0.0, "weight": 1.0}] * 5000
+    ahead, behind = bag_of_words(train, [{"text": ["good", "bad"]}, {"text": ["bad", "good"]}])
+    assert ahead > 1 and ahead + behind == pytest.approx(0, abs=0.05)
 
 
 def test_the_last_line_about_an_item_counts(tmp_path):
@@ -128,22 +130,26 @@ def test_cohen_kappa_of_a_worked_example():
 
 def test_a_duplicate_never_crosses_the_split():
     items = [row(i, "positive", text=f"t{i % 40}") | {"person": i % 40 < 20} for i in range(200)]
-    parts = rm.split(items, 0, 0.2, 0.1)
-    assert [parts.count(p) for p in ("test", "val", "train")] == [40, 20, 140]
+    parts = rm.split(items, 0, 0.2)
+    assert [parts.count(p) for p in ("test", "train")] == [40, 160]
     by_text = {}
     for item, part in zip(items, parts):
         assert by_text.setdefault(item["text"], part) == part
     pieces = [row(f"{i}#1", "positive", text="x") | {"source": "piece", "person": False} for i in range(200)]
-    assert rm.split(items + pieces, 0, 0.2, 0.1) == parts + parts  # a piece goes where its sample goes
-    assert parts == rm.split(items, 0, 0.2, 0.1) != rm.split(items, 1, 0.2, 0.1)
+    with_pieces = rm.split(items + pieces, 0, 0.2)
+    assert with_pieces[:200] == parts == rm.split(items, 0, 0.2) != rm.split(items, 1, 0.2)
+    for item, part, its in zip(items, parts, with_pieces[200:]):  # a piece goes where its sample goes
+        assert its == ("unused" if item["person"] else part)
+    again = [item | {"id": f"{item['id']}-again", "person": False} for item in items if item["person"]]
+    assert set(rm.split(items + again, 0, 0.2)[200:]) == {"unused"}  # a text that a person labelled under another id
 
 
 def test_auc_by_counting_pairs():
     g = np.random.default_rng(0)
     score, target = g.integers(0, 5, 60), g.choice([0, 0.5, 1], 60)
     pairs = [(p > n) + 0.5 * (p == n) for p in score[target == 1] for n in score[target == 0]]
-    assert math.isclose(rm.auc(score, target), np.mean(pairs))
-    assert math.isnan(rm.auc(score[target == 1], target[target == 1]))
+    assert math.isclose(auc(score, target), np.mean(pairs))
+    assert math.isnan(auc(score[target == 1], target[target == 1]))
 
 
 def test_loss_and_measures_in_closed_form():
@@ -161,8 +167,25 @@ def test_loss_and_measures_in_closed_form():
 
 
 def test_wilson_interval_of_a_known_case():
-    low, high = rm.wilson(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
+    low, high = wilson(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
     assert abs(low - 0.2553) < 5e-4 and abs(high - 0.3662) < 5e-4
+
+
+def test_newcombe_interval_of_known_cases():
+    """Newcombe 1998, Statistics in Medicine 17:873, table II, method 10: 56/70 - 48/80 and 10/10 - 0/20."""
+    for counts, expected in (((48, 80, 56, 70), (0.0524, 0.3339)), ((0, 20, 10, 10), (0.6791, 1.0))):
+        assert newcombe(*counts) == pytest.approx(expected, abs=2e-4)
+    assert math.isnan(newcombe(0, 0, 1, 2)[0])
+
+
+def test_bootstrap_of_a_mean():
+    """Of a mean: the normal interval; of arrays, elementwise; and it covers the truth as often as it says."""
+    x = np.random.default_rng(0).normal(size=(200, 400))
+    low, high = bootstrap(lambda rows: x[0][rows].mean(), 400)
+    assert low == pytest.approx(x[0].mean() - 1.96 / 20, abs=0.02) and high == pytest.approx(x[0].mean() + 1.96 / 20, abs=0.02)
+    low, high = bootstrap(lambda rows: x[:, rows].mean(1), 400, resamples=300)
+    assert 0.9 < np.mean((np.array(low) < 0) & (0 < np.array(high))) < 0.99
+    assert math.isnan(bootstrap(lambda rows: float("nan"), 4, 10)[0])
 
 
 def test_calibration_bins():
@@ -187,10 +210,36 @@ def test_the_loss_reads_the_last_position_alone():
     assert gpt.head.grad.abs().sum(1).nonzero()[:, 0].tolist() == [gpt.happy, gpt.sad]
 
 
-def test_naive_bayes_separates_what_words_separate():
-    train = [row(i, "", text=t) | {"target": y} for i, (t, y) in enumerate([("joy joy", 1), ("woe", 0), ("day joy", 1)])]
-    odds = rm.naive_bayes(train, [{"text": "joy"}, {"text": "woe"}, {"text": "unseen"}])
-    assert odds[0] > odds[2] > odds[1]
+def test_the_bag_of_words_is_logistic_regression():
+    """One word a text, a share of .9 and of .2 positive: its log-odds; unseen words add nothing; a weight counts."""
+    def item(word, target, weight=1.0):
+        return {"text": word, "target": target, "weight": weight}
+    train = ([item("Joy!", 1.0)] * 9 + [item("joy", 0.0)] + [item("woe", 1.0, 0.5)] * 4 + [item("woe", 0.0)] * 8) * 400
+    joy, woe, unseen = bag_of_words(train, [item("joy", 1), item("WOE", 1), item("unseen", 1)], epochs=150, l2=0)
+    assert joy == pytest.approx(math.log(9), abs=0.1) and woe == pytest.approx(math.log(0.2 / 0.8), abs=0.1) and woe < unseen < joy
+
+
+def test_cross_validation_never_predicts_what_it_was_fitted_to():
+    items = [{"text": f"text {i % 30}", "i": i} for i in range(47)]
+    seen = []
+
+    def fit(train, test):
+        assert not {x["text"] for x in train} & {x["text"] for x in test} and len(train) + len(test) == 47
+        seen.append(len(test))
+        return np.array([x["i"] for x in test])
+    assert rm.cross_validate(fit, items, seed=0).tolist() == list(range(47)) and len(seen) == 5
+
+
+def test_a_sample_is_read_with_its_prompt():
+    """The sentiment after a prompt is that of prompt and sample in one, whatever the others' prompts are."""
+    from tests.test_model import tiny
+    gpt, y, prompt = tiny(), torch.randint(17, (3, 5)), torch.tensor([[4, 5, 6], [7, -1, -1], [-1, -1, -1]])
+    for i, length in enumerate((3, 1, 0)):
+        whole = torch.cat((prompt[i, :length], y[i]))[None]
+        torch.testing.assert_close(gpt.sentiment(y, prompt)[i:i + 1], gpt.sentiment(whole))
+    items = [{"tokens": t, "prompt_tokens": [p for p in q if p >= 0], "target": 1.0, "weight": 1.0}
+             for t, q in zip(y.tolist(), prompt.tolist())]
+    assert torch.equal(rm.tensors(items, "cpu")[1], prompt)
 
 
 def test_a_text_may_end_in_a_zero_byte(tmp_path):

@@ -87,6 +87,12 @@ def test_both_kl_estimators_against_an_enumerated_model():
     assert same.abs().max() == same_k1.abs().max() == 0
 
 
+def test_the_way_back_of_a_quadratic_kl():
+    """KL = 4 a^2 along a line: from a = 1 to 2, three quarters of the way back are at a = 1.25."""
+    assert ppo.way_back(4.0, 16.0, 4 * 1.25**2) == pytest.approx(0.75)
+    assert ppo.way_back(4.0, 16.0, 16.0) == 0 and ppo.way_back(4.0, 16.0, 4.0) == 1
+
+
 def test_batch_rule():
     rule = ppo.next_batch
     assert rule([0.0, 0.0], 2048, 8192) == (2048, [0.0, 0.0])            # two iterations say nothing yet
@@ -100,17 +106,19 @@ def test_the_constants_are_those_of_the_reward_on_the_base_model(capsys):
     """Mean and sample standard deviation of the reward function itself, whatever it is."""
     from tests.test_model import tiny
     base = tiny(vocab=9)
-    mean, std = ppo.reward_constants(lambda y: y[:, 0].float(), base, None, 3, n=300, seed=2)
+    mean, std = ppo.reward_constants(lambda y, prompt: y[:, 0].float(), base, None, 3, n=300, seed=2)
     first = base.generate(300, 3, seed=2 << 32 | 3 << 24)[0][:, 0].double()
     assert math.isclose(mean, first.mean()) and math.isclose(std, first.std()) and 0.5 < std < 3
     with pytest.raises(UserError, match="all samples get the same reward"):
-        ppo.reward_constants(lambda y: torch.zeros(len(y)), base, None, 3, n=300, seed=2)
+        ppo.reward_constants(lambda y, prompt: torch.zeros(len(y)), base, None, 3, n=300, seed=2)
 
 
 def test_figures_of_an_update():
-    """Means over all minibatches, and the very first ratio."""
-    stats = [{"clip_fraction": torch.tensor(c), "ratio_off": torch.tensor(r)}
+    """Means over the minibatches in which a ratio can differ from 1, the very first ratio, and the advantage."""
+    stats = [{"clip_fraction": torch.tensor(c), "clip_binding": torch.tensor(c), "ratio_off": torch.tensor(r)}
              for c, r in ((0.0, 0.0), (0.2, 0.1), (0.4, 0.2), (0.6, 0.3))]
-    row = ppo.update_figures(stats)
-    assert row["clip_fraction"] == pytest.approx(0.3)
+    row = ppo.update_figures(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), stats)
+    assert row["clip_fraction"] == pytest.approx(0.4)  # of the last three
+    assert row["adv_mean"] == 3 and row["adv_std"] == pytest.approx(math.sqrt(14 / 3))
+    assert ppo.update_figures(torch.zeros(2, 2), stats[:1])["clip_fraction"] == 0
     assert row["ratio_off_first"] == 0 and "ratio_off" not in row

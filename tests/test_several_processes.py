@@ -30,11 +30,11 @@ def test_two_processes_do_what_one_does(script, inputs, log, keys, limit, pipeli
     """Guards against shards that overlap, gradients that are summed instead of averaged, a metric of
     one rank taken for all, and ranks that decide differently when to stop. In float32, where a sum
     in another order is too small a change to make any sample a different one for a while: so 04 stops
-    at 0.3 nats, after a crossing and a doubled batch. Around iteration 4 a token becomes another."""
+    at 0.3 nats, after a crossing and a doubled batch. At iteration 5 a token becomes another."""
     wrapper = tmp_path / script
     wrapper.write_text("import runpy, sys, torch, running.script\nrunning.script.fast_dtype = lambda device: torch.float32\n"
                        f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n")
-    extra = {"01_pretrain.py": ["--corpus", str(corpus)], "04_ppo.py": ["--kl-stop", "0.3"]}.get(script, [])
+    extra = {"01_pretrain.py": ["--corpus", str(corpus)], "04_ppo.py": ["--kl-stop", "0.3", "--lr", "0.02", "--warmup", "20"]}.get(script, [])
     logs, headers = [], []
     for processes in (1, 2):
         out = tmp_path / str(processes)
@@ -48,6 +48,7 @@ def test_two_processes_do_what_one_does(script, inputs, log, keys, limit, pipeli
     assert len(logs[0]) == len(logs[1]) and headers[0] == headers[1]
     if script == "04_ppo.py":
         assert logs[0][-1]["batch"] == 512 and headers[0] == [[0.25]]
+        logs = [log[:5] for log in logs]
     for i, (one, two) in enumerate(zip(*logs)):
         for key in (k for k in keys if k in one):
             assert two[key] == pytest.approx(one[key], rel=limit, abs=limit), (i, key)
