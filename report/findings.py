@@ -49,7 +49,8 @@ def over_optimisation(rows: list[dict], judge: str, sign: int = 1) -> tuple[dict
     tested on those of odd number, by paired differences, one-sided, with Holm's correction at 5 %
     over the number of judges. So in at most 5 % of runs any of them gives a false alarm. Of 1,000
     runs simulated in tests/test_eval.py (12 checkpoints, 1,024 samples, standard deviation .5,
-    correlation .3) one judge gives it in 0.8 % where the score is flat; falls by .05, .075 and .1 at
+    correlation .3) one judge gives it
+    in 0.8 % where the score is flat; falls by .05, .075 and .1 at
     the last checkpoint are found in 22, 56.5 and 87 %.
     """
     score = sign * np.array([row["each"][judge] for row in rows])                 # (rows, n)

@@ -10,6 +10,7 @@ from model import words
 
 WORDS = 4000  # of which distinct-n is measured
 
+
 def judge(texts: list[str]) -> dict[str, np.ndarray]:
     """Judge -> score of each text. VADER's compound score and Pattern's polarity lie in [-1, 1],
     AFINN-165 (Nielsen 2011) is the sum of the valences, -5 to 5, of all words."""
