@@ -35,9 +35,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from model import GPT, RESERVED, GPTConfig, load, save, words
+from model import GPT, RESERVED, GPTConfig, load, save
 from running import (Log, State, UserError, average_gradients, finish, means, require, settings_of,
                      share, start, world, write)
+from running.text import words
 
 HERE = Path(__file__).parent
 URLS = ("https://www.gutenberg.org/cache/epub/100/pg100.txt",

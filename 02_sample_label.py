@@ -37,8 +37,10 @@ from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import people
-from model import GPT, decode_prompts, draw_prompts, fingerprint, load, read_prompts
+from model import GPT, load
 from running import finish, require, start, write
+from running.stages import fingerprint
+from running.text import decode_prompts, draw_prompts, read_prompts
 
 
 @dataclass

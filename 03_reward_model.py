@@ -41,9 +41,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks.bag_of_words import bag_of_words
-from model import GPT, chunked, fingerprint, load, pad, save, texts_of
+from model import GPT, chunked, load, save
 from running import (Log, UserError, auc, auc_lead, bootstrap, finish, require, settings_of, start,
                      wilson)
+from running.stages import fingerprint
+from running.text import pad, texts_of
 
 TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label asks for
           "left": 1.0, "tie": 0.5, "right": 0.0}             # p(left is happier), of a comparison

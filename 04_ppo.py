@@ -17,17 +17,13 @@ Decisions a reader may question:
 2. reward_mean and reward_std are constants of the base model. Whitening each batch instead would
    blow noise up to unit variance once all samples are alike.
 3. The policy is measured before it is updated, on the samples it has just drawn: KL, reward and
-   entropy of a row belong to one policy and are unbiased, and a checkpoint's KL is its own.
-4. KL and entropy are those of `kl_samples` completions, not of all: the exact KL at their prefixes
-   has a smaller error than the usual sampled one, k1 = sum log pi - log pi_ref, on four times as
-   many.
-5. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
+   entropy of a row of the log belong to one policy and are unbiased. The KL is exact at each prefix
+   of `kl_samples` completions: a smaller error than the usual k1 has on four times as many.
+4. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
    else (bf16 on most GPUs) a pass of its own forms them. So the first minibatch has ratio 1.
-6. SGD, not Adam. As the mean advantage grows, gradients are more and more noise (what all samples
+5. SGD, not Adam. As the mean advantage grows, gradients are more and more noise (what all samples
    have in common cancels on average, not in a minibatch); Adam divides by it, and slows down.
-7. If the last update leads beyond 10 nats, a part of it is taken back, so that final policies are
-   all 9.7 to 10 nats away and can be compared.
-8. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
+6. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
    would maximise -log p(happy), which is not bounded by anything.
 """
 import copy
@@ -38,17 +34,12 @@ from typing import Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
-from model import chunked, draw_prompts, kl_nats, load_base_and_reward, read_prompts, save, score_of
-from running import (Log, State, average_gradients, errors, finish, gather, means, remove, require,
-                     settings_of, share, start, world)
-
-CROSSINGS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)  # nats
-NEAR = 0.97  # of kl_stop: where a run may end
-SHOWN = ("batch {batch}  KL {kl:.2f} +- {kl_se:.2f}  k1 {kl_k1:.2f}  score {score:.3f}  "
-         "p {p_target:.3f}  entropy {entropy:.3f}  clipped {clip_fraction:.2%}")
-SAVED = "The state before is saved: see --resume"
+from model import chunked, kl_nats
+from running import State, average_gradients, finish, gather, require, share, start, world
+from running.ppo import Keeper, policy_figures, show, update_figures
+from running.stages import load_base_and_reward, score_of
+from running.text import draw_prompts, read_prompts
 
 
 @dataclass
@@ -136,12 +127,6 @@ def reward_constants(reward_fn, reference, prompts, length: int, n: int, seed: i
     return score.mean().item(), score.std().item()
 
 
-def way_back(kl_before: float, kl_after: float, kl: float) -> float:
-    """An update led from kl_before to kl_after: the share of it to take back so that the KL is
-    `kl`, which lies in between. Along a line in the weights sqrt KL is nearly linear."""
-    return (kl_after ** 0.5 - kl ** 0.5) / (kl_after ** 0.5 - kl_before ** 0.5)
-
-
 def minibatches(n: int, size: int, epochs: int, seed: int, device):
     """The rows of each minibatch, (size,). The first epoch needs no shuffle: completions are
     independent as they come."""
@@ -149,42 +134,6 @@ def minibatches(n: int, size: int, epochs: int, seed: int, device):
         g = torch.Generator().manual_seed(seed * 10 + epoch)
         order = torch.randperm(n, generator=g) if epoch else torch.arange(n)
         yield from order.to(device).split(size)
-
-
-# ---- What the log says ---------------------------------------------------------------------------
-def policy_figures(kl, k1, entropy, score, reward, kind: str) -> dict[str, float]:
-    """Of the policy that drew these completions: means over those of all processes, and errors."""
-    p = score.exp() if kind == "labels" else score.sigmoid()  # of a log-prob; of a log-odds
-    row = means(kl=kl, kl_k1=k1, score=score, p_target=p, reward=reward, entropy=entropy)
-    return row | errors(kl=kl, kl_k1=k1) | {"score_std": gather(score).std().item()}
-
-
-def update_figures(adv, stats: list[dict]) -> dict[str, float]:
-    """Of an update by the advantage adv (B, T): means over its minibatches (of the clip fractions
-    without the first, where every ratio is 1), and how far from 1 the ratios of the first were."""
-    columns = {k: torch.stack([s[k] for s in stats]) for k in stats[0] if k != "ratio_off"}
-    for k in ("clip_fraction", "clip_binding"):
-        columns[k] = columns[k][1:] if len(stats) > 1 else columns[k]
-    adv = gather(adv)
-    return means(**columns) | {"ratio_off_first": stats[0]["ratio_off"].item(),
-                               "adv_mean": adv.mean().item(), "adv_std": adv.std().item()}
-
-
-def check_policy(row: dict, kl_max: float) -> None:
-    """Raises UserError if the KL has jumped from kl_max, the largest so far."""
-    require(row["kl"] < kl_max + 5, f"diverged at iteration {row['step']}: the KL jumped from "
-            f"{kl_max:.1f} to {row['kl']:.1f} nats; lower --lr. {SAVED}")
-
-
-def check_update(row: dict) -> None:
-    """Raises UserError if the update has ruined the policy."""
-    assert row["ratio_off_first"] < 1e-5, "the ratio was not 1 before any update"
-    clipped = f"{row['clip_fraction']:.0%} of the ratios were clipped"
-    require(math.isfinite(row["loss"] + row["grad_norm"]) and row["clip_fraction"] < 0.5,
-            f"diverged at iteration {row['step']}: {clipped}, the loss is {row['loss']:.3g}; "
-            f"lower --lr. {SAVED}")
-    if row["clip_fraction"] > 0.2:
-        tqdm.write(f"warning: {clipped}: lower --lr")
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -206,19 +155,12 @@ if __name__ == "__main__":
     inputs = about["inputs"] | {"reward": f"{reward_mean:.2f} +- {reward_std:.2f}"}
     state = State(cfg, f"04-{cfg.target}", inputs, policy, (optimizer,),
                   step=0, batch=cfg.batch, updates=0, kl_max=0.0, clip_fractions=[])
-    run = state.memory  # what a resumed run must know, besides the weights
-    require(run.step < cfg.max_iterations and run.kl_max < NEAR * cfg.kl_stop,
-            f"{state.path} is beyond --max-iterations or --kl-stop already")
-    if run.step == 0:
-        remove(cfg.out / "checkpoints", f"{cfg.target}-kl-*.safetensors")  # of an earlier run
-    log = Log(cfg.out / f"04-{cfg.target}.jsonl", run.step)
+    run = state.memory  # these five, also in a resumed run
+    keeper = Keeper(cfg, state, tokenizer, about["inputs"])
+    log = keeper.log
     mb_size = cfg.minibatch // world()[1]  # each process has an equal part of every minibatch
-    n_kl = cfg.kl_samples // world()[1]
-    made_from = {"settings": settings_of(cfg), "inputs": about["inputs"]}
 
-    final, final_row = None, None  # the policy measured last of those within kl_stop
-    taken_back, done = 0.0, False
-    for step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
+    for step in keeper.steps():
         # 1. Rollout: the policy writes a batch of completions.
         seed = cfg.seed << 32 | 4 << 24 | step
         mine = share(torch.arange(run.batch), cfg.minibatch)                 # (B,), their numbers
@@ -231,41 +173,23 @@ if __name__ == "__main__":
         reward = (score - reward_mean) / reward_std                          # (B,)
 
         # 3. Measure this policy before it changes: how far has it moved from the reference?
-        kl, k1, logp, entropy = kl_nats(policy, reference, y[:n_kl], prompt[:n_kl])
-        if gather((logp_old[:n_kl] - logp).abs().max()[None]).max() > 5e-6:  # rounded otherwise
+        part = slice(cfg.kl_samples // world()[1])
+        kl, k1, logp, entropy = kl_nats(policy, reference, y[part], prompt[part])
+        if gather((logp_old[part] - logp).abs().max()[None]).max() > 5e-6:  # rounded otherwise
             logp_old = chunked(policy.logprob, mb_size, y, prompt)
-        row = {"step": step, "batch": run.batch, "updates": run.updates} | policy_figures(
-            kl, k1, entropy, score, reward, about["kind"])
+        row = policy_figures(run, kl, k1, entropy, score, reward, about["kind"])
         log.lap("s_score")
 
-        # 4. Keep a checkpoint at each crossing of the KL. End just within 10 nats: if an update led
-        # beyond, take a part of it back; the next iteration measures what that gives, and ends.
-        check_policy(row, run.kl_max)
-        if row["kl"] > cfg.kl_stop and not taken_back:
-            log(**row)
-            taken_back = way_back(final_row["kl"], row["kl"], 0.985 * cfg.kl_stop)
-            for name, weight in policy.state_dict().items():
-                weight.lerp_(final[name], taken_back)
+        # 4. Keep a checkpoint at each crossing of the KL, and end just within kl_stop: if the last
+        # update led beyond, a part of it is taken back, and the next iteration measures the rest.
+        if not keeper.keep(row):
             continue
-        if row["kl"] <= cfg.kl_stop:
-            final, final_row = copy.deepcopy(policy.state_dict()), row
-        if crossed := [c for c in CROSSINGS if run.kl_max < c <= row["kl"]]:
-            path = cfg.out / "checkpoints" / f"{cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
-            save(path, policy, tokenizer, crossed=crossed, **row, **made_from)
-        run.kl_max = max(row["kl"], run.kl_max)
-        if done := taken_back > 0 or row["kl"] >= NEAR * cfg.kl_stop:
-            log(**row, taken_back=taken_back)
-            break
-        state.save(step=step)
 
         # 5. Advantage: the reward of a completion, at each of its tokens.
-        logp_ref = logp_old  # for a penalty of 0
-        if cfg.kl_coef:
-            logp_ref = chunked(reference.logprob, mb_size, y, prompt)            # (B, T)
+        logp_ref = chunked(reference.logprob, mb_size, y, prompt) if cfg.kl_coef else logp_old
         adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, reward_std)     # (B, T)
 
-        # 6. PPO epochs: make the tokens of good completions likelier than those of bad ones, until
-        # the clip range is left.
+        # 6. PPO epochs: make tokens of good completions likelier than those of bad ones.
         stats = []
         for b in minibatches(len(y), mb_size, cfg.epochs, cfg.seed * 1000 + step, device):
             logp = policy.logprob(y[b], prompt[b])                           # (mb_size, T)
@@ -273,33 +197,19 @@ if __name__ == "__main__":
             optimizer.zero_grad()
             loss.backward()
             average_gradients(policy)
-            stat["grad_norm"] = clip_grad_norm_(policy.parameters(), math.inf)  # measured only
+            grad_norm = clip_grad_norm_(policy.parameters(), math.inf)       # measured only
             run.updates += 1
             optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, run.updates / cfg.warmup)
             optimizer.step()
-            stats.append(stat | {"loss": loss.detach()})
+            stats.append(stat | {"loss": loss.detach(), "grad_norm": grad_norm})
         log.lap("s_update")
 
         # 7. Log; double the batch if hardly any ratio was clipped.
-        row = row | update_figures(adv, stats) | {"lr": optimizer.param_groups[0]["lr"]}
+        row |= update_figures(adv, stats, optimizer.param_groups[0]["lr"])
         log(**row)
-        tqdm.write(SHOWN.format(**row))
-        if step % 4 == 0:
-            for text in tokenizer.decode_batch(y[:3].tolist()):
-                tqdm.write(f"    {text!r}")
-        check_update(row)
-        run.batch, run.clip_fractions = next_batch(
-            run.clip_fractions + [row["clip_fraction"]], run.batch, cfg.max_batch)
+        show(row, tokenizer.decode_batch(y[:3].tolist()) if step % 4 == 0 else [])
+        run.clip_fractions.append(row["clip_fraction"])
+        run.batch, run.clip_fractions = next_batch(run.clip_fractions, run.batch, cfg.max_batch)
 
-    policy.load_state_dict(final)
-    save(cfg.out / f"policy-{cfg.target}.safetensors", policy, tokenizer, **final_row, **made_from)
-    if done:
-        print(f"stopped: just within {cfg.kl_stop:g} nats, {taken_back:.0%} of the last update was "
-              "taken back")
-        state.delete()
-    else:
-        print(f"stopped after {cfg.max_iterations} iterations, below {cfg.kl_stop:g} nats: "
-              "--resume with more --max-iterations goes on")
-    print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
-          "{entropy:.3f} nats per token".format(target=cfg.target, **final_row))
+    keeper.finish()
     finish("python 05_eval.py", cfg.out)

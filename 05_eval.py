@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (chunked, decode_prompts, draw_prompts, fingerprint, kl_nats, load,
-                   load_base_and_reward, load_policies, read_prompts, score_of, words)
+from model import chunked, kl_nats, load
 from report import build_report
 from report.text import Corpus, correlation, judge, variety
 from running import UserError, bootstrap, finish, mean_se, require, start, write
+from running.stages import fingerprint, load_base_and_reward, load_policies, score_of
+from running.text import decode_prompts, draw_prompts, read_prompts, words
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

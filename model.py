@@ -8,11 +8,7 @@ the others, so no sample can ever contain one of them.
 
 Shapes: B sequences, T tokens, D = d_model, H query heads, Hkv key and value heads, Dh = D / H.
 """
-import hashlib
-import json
-import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -21,7 +17,7 @@ from tokenizers import Tokenizer
 
 from kernels import attention, decode_attention, linear_logprob, sample, squared_relu
 from kernels.decoder import can_capture, decoder_for
-from running import read_tensors, readable, require, write_tensors
+from running import read_tensors, readable, write_tensors
 
 RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
 
@@ -294,47 +290,6 @@ def kl_nats(policy: GPT, reference: GPT, y: torch.Tensor, prompt: torch.Tensor):
     return chunked(of_rows, 8, y, hidden_p, hidden_q)  # 8: their logits stay in a CPU's cache
 
 
-def score_of(log_p: torch.Tensor, kind: str, target: str) -> torch.Tensor:
-    """log_p (B, 2) of `GPT.sentiment` -> score (B,): log p(target) if the reward model learned from
-    "labels"; if from "comparisons", log p(happy) - log p(sad), negated for sad, of which only
-    differences mean anything."""
-    i = ("happy", "sad").index(target)
-    return log_p[:, i] if kind == "labels" else log_p[:, i] - log_p[:, 1 - i]
-
-
-# ---- Text ----------------------------------------------------------------------------------------
-def words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+(?:['’][a-z]+)*", text.lower())
-
-
-def texts_of(item: dict) -> list[str]:
-    """The text of an item, or both of a comparison."""
-    return [item["text"]] if isinstance(item["text"], str) else item["text"]
-
-
-def read_prompts(path: Path, part: str) -> torch.Tensor:
-    """Prompts that 02 --prompts found in the "train" or "held_out" part of the corpus -> (n, P)."""
-    require(path.exists(), f"{path} is missing: run 02_sample_label.py --prompts first")
-    return pad(json.loads(path.read_text())[part])
-
-
-def pad(prompts: list[list[int]]) -> torch.Tensor:
-    """Prompts of several lengths -> (n, P), padded with -1 at the end."""
-    longest = max(map(len, prompts))
-    return torch.tensor([row + [-1] * (longest - len(row)) for row in prompts], dtype=torch.long)
-
-
-def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tensor:
-    """n rows of prompts at random, with replacement; (n, 0) if there are none."""
-    if prompts is None:
-        return torch.empty(n, 0, dtype=torch.long)
-    return prompts[torch.randint(len(prompts), (n,), generator=torch.Generator().manual_seed(seed))]
-
-
-def decode_prompts(tokenizer: Tokenizer, prompts: torch.Tensor) -> list[str]:
-    return tokenizer.decode_batch([[t for t in row if t >= 0] for row in prompts.tolist()])
-
-
 # ---- Files: safetensors with a JSON header -------------------------------------------------------
 def save(path, model: GPT, tokenizer: Tokenizer, **header) -> None:
     """Weights, in the dtype they compute in, and all that a later stage needs: model config,
@@ -354,40 +309,3 @@ def load(path, made_by: str, device="cpu", dtype=torch.float32) -> tuple[GPT, To
         tokenizer = Tokenizer.from_str(header["tokenizer"])
     model.to(device).dtype = dtype
     return model, tokenizer, header
-
-
-def load_base_and_reward(out: Path, device, dtype) -> tuple[GPT, GPT, Tokenizer, dict]:
-    """-> base model, reward model, tokenizer, and the reward model's header, whose "inputs" now
-    name both, with "base_metrics". Raises UserError if one is missing, or the second stems from
-    another base model."""
-    base, tokenizer, base_header = load(out / "base.safetensors", "01_pretrain.py", device, dtype)
-    reward_model, _, about = load(out / "reward.safetensors", "03_reward_model.py", device, dtype)
-    made_from = about.get("inputs", {}).get("base")
-    require(made_from == fingerprint(base), f"{out}/reward.safetensors stems from another base "
-            "model: run 02_sample_label.py and 03_reward_model.py again")
-    about["inputs"] = {"base": made_from, "reward_model": fingerprint(reward_model)}
-    about["base_metrics"] = base_header.get("metrics", {})
-    return base, reward_model, tokenizer, about
-
-
-def load_policies(out: Path, inputs: dict, device="cpu", dtype=torch.float32) -> dict[str, GPT]:
-    """-> "happy" and, if there is one, "sad" -> final policy, those that stem from `inputs` (of
-    `load_base_and_reward`). Raises UserError if the happy one is missing or does not."""
-    policies = {}
-    for target in ("happy", "sad"):
-        path = out / f"policy-{target}.safetensors"
-        if target == "happy" or path.exists():
-            policy, _, header = load(path, "04_ppo.py", device, dtype)
-            if header.get("inputs") == inputs:
-                policies[target] = policy
-    require("happy" in policies, f"{out}/policy-happy.safetensors stems from another base model or "
-                                 "reward model: run 04_ppo.py again")
-    return policies
-
-
-def fingerprint(model: GPT) -> str:
-    """Which weights these are: 16 hex digits of a SHA-256. Of a loaded model: `save` rounds."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.float().numpy(force=True).tobytes())
-    return digest.hexdigest()[:16]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model import texts_of, words
+from running.text import texts_of, words
 
 
 def bags(items: list[dict], column: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,8 +23,8 @@ import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from model import load
-from running import auc, start
 from people.answers import read_items
+from running import auc, start
 
 ROOT = Path(__file__).parent.parent
 FLIPPED = ("good", "love", "like", "well", "no", "great", "death", "fair", "true", "sweet")

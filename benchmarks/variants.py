@@ -21,8 +21,10 @@ import torch
 import tyro
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import chunked, draw_prompts, load, read_prompts, score_of
+from model import chunked, load
 from running import auc, fast_dtype
+from running.stages import score_of
+from running.text import draw_prompts, read_prompts
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

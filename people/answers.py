@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from model import texts_of
 from running import UserError, require, write
+from running.text import texts_of
 
 FEELING = ({"p": "positive", "n": "negative", "0": "neutral", "s": "skip"},
            "Which feeling does the text express? Judge the feeling, not how good it is; "

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from model import (GPT, decode_prompts, draw_prompts, fingerprint, load, load_base_and_reward,
-                   load_policies, read_prompts)
+from model import GPT, load
 from people.agreement import print_agreement
 from people.answers import read_answers
 from running import fast_dtype, newcombe, require, write
+from running.stages import fingerprint, load_base_and_reward, load_policies
+from running.text import decode_prompts, draw_prompts, read_prompts
 
 
 # ---- What is rated -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from people.agreement import print_agreement
-from people.answers import (ASK, answers_in, as_text, counts, need_name, read_answers, read_items)
+from people.answers import ASK, answers_in, as_text, counts, need_name, read_answers, read_items
 from running import require
 
 

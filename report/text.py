@@ -6,7 +6,7 @@ from afinn import Afinn
 from textblob.en import sentiment as pattern
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import words
+from running.text import words
 
 WORDS = 4000  # of which distinct-n is measured
 

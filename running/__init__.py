@@ -1,9 +1,12 @@
-"""How a script runs: nothing about language models or RLHF here, skip it.
+"""How a script runs. What RLHF does stands in the scripts and model.py: skip this at first.
 
     script.py      starts, logs, ends, and fails in one line, not a traceback
     files.py       writes files whole or not at all; the state from which --resume goes on
     processes.py   several processes, started by torchrun, that act as one
     statistics.py  means, shares, AUC, and their errors
+    stages.py      the models that the stages hand to one another, and which stems from which
+    text.py        words, and prompts as rows of token ids
+    ppo.py         what 04 logs, shows and keeps of its run, and how the run ends
 """
 from running.files import (State, UserError, read_tensors, readable, remove, require, settings_of,
                            write, write_tensors)

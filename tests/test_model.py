@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import model as m
+import running
 from kernels import squared_relu
 from kernels.decoder import Decoder
-import running
 from model import GPT, GPTConfig, load, save
 from running import State, UserError
+from running.stages import fingerprint
+from running.text import read_prompts
 
 
 def tiny(vocab=20, context=12, kv=1, seed=0, noise=0.3, dtype=torch.float32):
@@ -137,7 +139,7 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
     label.write_prompts(tmp_path / "c.txt", tokenizer, tmp_path / "prompts.json")
 
     def texts(part):
-        rows = m.read_prompts(tmp_path / "prompts.json", part)
+        rows = read_prompts(tmp_path / "prompts.json", part)
         return tokenizer.decode_batch([[t for t in row if t >= 0] for row in rows.tolist()])
     assert texts("train") == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"] and texts("held_out") == ["JULIET:\nNot to be\n"]
     gutenberg = "WITCH.\nWhen shall we\n\nTHIRD, A.\nThere\n\nThus:\nSo\n\n" * 99  # as Project Gutenberg prints it
@@ -145,7 +147,7 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
     with pytest.raises(UserError, match="missing"):
         label.write_prompts(tmp_path / "none.txt", tokenizer, tmp_path / "prompts.json")
     with pytest.raises(UserError, match="missing: run 02_sample_label.py --prompts"):
-        m.read_prompts(tmp_path / "none.json", "train")
+        read_prompts(tmp_path / "none.json", "train")
     with pytest.raises(UserError, match="held-out text has no prompts"):
         label.find_prompts("held-out", "no speakers here\n" * 99, tokenizer)
 
@@ -217,7 +219,7 @@ def test_save_and_load(tmp_path, tokenizer):
     save(tmp_path / "x.safetensors", gpt, tokenizer, step=7, metrics={"a": 1.5})
     again, tok, header = load(tmp_path / "x.safetensors", "01")
     assert header["step"] == 7 and header["metrics"] == {"a": 1.5} and again.config == gpt.config
-    assert tok.to_str() == tokenizer.to_str() and m.fingerprint(again) == m.fingerprint(gpt)
+    assert tok.to_str() == tokenizer.to_str() and fingerprint(again) == fingerprint(gpt)
     assert os.listdir(tmp_path) == ["x.safetensors"]
     gpt.dtype = torch.bfloat16
     save(tmp_path / "half.safetensors", gpt, tokenizer)
@@ -252,7 +254,7 @@ def test_optimizers_continue_exactly(tmp_path, tokenizer):
     assert vars(resumed.memory) == {"step": 3, "seen": [1]}
     for s in range(3, 6):
         step(gpt, optimizers, s), step(again, more, s)
-    assert m.fingerprint(gpt) == m.fingerprint(again)
+    assert fingerprint(gpt) == fingerprint(again)
     assert State(Config(), "s", {"corpus": "y"}, again, more, step=0).memory.step == 0  # of other inputs
     assert State(Config(resume=False), "s", {"corpus": "x"}, again, more, step=0).memory.step == 0
     with pytest.raises(UserError, match="another lr"):

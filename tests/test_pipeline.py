@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 import running
-from model import fingerprint, load
+from model import load
+from running.stages import fingerprint
 
 ROOT = Path(__file__).parent.parent
 STAGES = {
@@ -329,6 +330,7 @@ def relabel(label):
 def other_base(out):
     """A base model of the same tokenizer, other weights."""
     import torch
+
     from model import save
     model, tokenizer, header = load(out / "base.safetensors", "")
     with torch.no_grad():
@@ -338,7 +340,9 @@ def other_base(out):
 
 def other_tokenizer(out):
     import importlib
+
     import torch
+
     from model import GPT, GPTConfig, save
     tokenizer = importlib.import_module("01_pretrain").train_tokenizer("zyx wvu tsr " * 100, 290)
     torch.manual_seed(0)

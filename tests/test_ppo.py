@@ -3,8 +3,11 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from running import UserError, errors
+from running.ppo import Keeper, update_figures, way_back
 
 ppo = importlib.import_module("04_ppo")
 
@@ -89,8 +92,38 @@ def test_both_kl_estimators_against_an_enumerated_model():
 
 def test_the_way_back_of_a_quadratic_kl():
     """KL = 4 a^2 along a line: from a = 1 to 2, three quarters of the way back are at a = 1.25."""
-    assert ppo.way_back(4.0, 16.0, 4 * 1.25**2) == pytest.approx(0.75)
-    assert ppo.way_back(4.0, 16.0, 16.0) == 0 and ppo.way_back(4.0, 16.0, 4.0) == 1
+    assert way_back(4.0, 16.0, 4 * 1.25**2) == pytest.approx(0.75)
+    assert way_back(4.0, 16.0, 16.0) == 0 and way_back(4.0, 16.0, 4.0) == 1
+
+
+def test_a_run_ends_within_its_kl(tmp_path):
+    """An update leads beyond 10 nats: a part is taken back; what is left measures more than 10 again, by chance:
+    a part of that too. The policy that was measured below 10 is the one that is written."""
+    from model import load
+    from running import State
+    from tests.test_model import tiny
+    policy = tiny(vocab=9)
+    cfg = ppo.Config(out=tmp_path)
+    state = State(cfg, "04-happy", {}, policy, (), step=0, batch=8, updates=0, kl_max=5.0, clip_fractions=[])
+    keeper = Keeper(cfg, state, Tokenizer(BPE()), {})
+    figures = {"kl_se": 0.1, "p_target": 0.5, "entropy": 1.0}
+    weight = policy.head
+    path = []
+    for step, kl in zip(keeper.steps(), (7.0, 11.5, 10.2, 9.8, 99.0)):
+        if step == 1:
+            with torch.no_grad():
+                weight += 1  # the update
+        before = weight.detach().clone()
+        assert keeper.keep({"step": step, "kl": kl, **figures}) == (step == 0)
+        path.append((weight - before).mean().item())
+    first, second = way_back(7.0, 11.5, 9.85), way_back(7.0, 10.2, 9.85)
+    assert path == pytest.approx([0, -first, -second * (1 - first), 0], abs=1e-6)
+    assert keeper.done and keeper.taken_back == pytest.approx(first + (1 - first) * second)
+    keeper.finish()
+    final, _, header = load(tmp_path / "policy-happy.safetensors", "04_ppo.py")
+    assert header["kl"] == 9.8 and torch.equal(final.head, weight)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["happy-kl-07.00.safetensors", "happy-kl-09.00.safetensors"]
 
 
 def test_batch_rule():
@@ -117,8 +150,8 @@ def test_figures_of_an_update():
     """Means over the minibatches in which a ratio can differ from 1, the very first ratio, and the advantage."""
     stats = [{"clip_fraction": torch.tensor(c), "clip_binding": torch.tensor(c), "ratio_off": torch.tensor(r)}
              for c, r in ((0.0, 0.0), (0.2, 0.1), (0.4, 0.2), (0.6, 0.3))]
-    row = ppo.update_figures(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), stats)
+    row = update_figures(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), stats, lr=0.1)
     assert row["clip_fraction"] == pytest.approx(0.4)  # of the last three
-    assert row["adv_mean"] == 3 and row["adv_std"] == pytest.approx(math.sqrt(14 / 3))
-    assert ppo.update_figures(torch.zeros(2, 2), stats[:1])["clip_fraction"] == 0
+    assert row["lr"] == 0.1 and row["adv_mean"] == 3 and row["adv_std"] == pytest.approx(math.sqrt(14 / 3))
+    assert update_figures(torch.zeros(2, 2), stats[:1], lr=0.1)["clip_fraction"] == 0
     assert row["ratio_off_first"] == 0 and "ratio_off" not in row
