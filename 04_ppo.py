@@ -2,6 +2,7 @@
 
     python 04_ppo.py                     # 137 s: p(happy) .63 -> .94, 9.9 nats away
     python 04_ppo.py --target sad        # the negative twin, by its own target
+    python 04_ppo.py --reward vader      # by the labeller itself; writes policy-happy-vader, ...
 
 Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each batch, where
           rho = pi(token | text before it) / pi_old(token | text before it)  and, at every token,
@@ -13,16 +14,16 @@ Writes  out/policy-happy.safetensors (just within 10 nats), out/04-happy.jsonl,
 
 Decisions a reader may question:
 1. No value function, no GAE, no KL penalty (--kl-coef for comparison): the normalised reward is the
-   advantage of every token; clipping bounds each move away from pi_old, and stopping the KL.
+   advantage of every token. Clipping bounds each move away from pi_old; the end bounds the KL.
 2. reward_mean and reward_std are constants of the base model. Whitening each batch instead would
    blow noise up to unit variance once all samples are alike.
-3. The policy is measured before it is updated, on the samples it has just drawn: KL, reward and
-   entropy of a row of the log belong to one policy and are unbiased. The KL is exact at each prefix
-   of `kl_samples` completions: a smaller error than the usual k1 has on four times as many.
+3. The policy is measured before it is updated, on the samples it has just drawn: a row of the log
+   is of one policy, and unbiased. The KL sums over the vocabulary at each token of `kl_samples`
+   completions: less noise than k1, log pi - log pi_ref of the tokens drawn, of four times as many.
 4. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
    else (bf16 on most GPUs) a pass of its own forms them. So the first minibatch has ratio 1.
 5. SGD, not Adam. As the mean advantage grows, gradients are more and more noise (what all samples
-   have in common cancels on average, not in a minibatch); Adam divides by it, and slows down.
+   have in common cancels on average, not in a minibatch). Adam's steps shrink as that noise grows.
 6. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
    would maximise -log p(happy), which is not bounded by anything.
 """
@@ -34,6 +35,7 @@ from typing import Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from model import chunked, kl_nats
 from running import State, average_gradients, finish, gather, require, share, start, world
@@ -45,6 +47,7 @@ from running.text import draw_prompts, read_prompts
 @dataclass
 class Config:
     target: Literal["happy", "sad"] = "happy"
+    reward: Literal["model", "vader"] = "model"  # "vader": the ceiling of any reward model
     out: Path = Path("out")   # where all stages write
     seed: int = 0
     resume: bool = False      # continue a killed run from its last saved state
@@ -54,13 +57,17 @@ class Config:
     epochs: int = 1           # passes over each batch
     lr: float = 0.05
     momentum: float = 0.9
-    warmup: int = 30          # optimizer steps of linear warm-up: the first ones lead farthest
+    warmup: int = 30          # optimizer steps of linear warm-up: the first gradients agree most
     clip: float = 0.2         # ratios are clipped to [1 - clip, 1 + clip]
-    kl_coef: float = 0.0      # of a KL penalty (k1), in units of log p(target)
+    kl_coef: float = 0.0      # of a KL penalty, in units of log p(target)
     kl_stop: float = 10.0     # nats per completion
     max_iterations: int = 60
     reward_samples: int = 4096  # samples of the base model behind reward_mean and reward_std
     kl_samples: int = 512     # completions of an iteration on which the KL is computed
+
+    @property
+    def name(self):
+        return self.target if self.reward == "model" else f"{self.target}-{self.reward}"
 
 
 ON_GPU = dict(batch=4096, max_batch=8192, minibatch=512)
@@ -116,9 +123,16 @@ def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple
     return min(2 * batch, max_batch), []
 
 
+def vader_score(texts: list[str], target: str) -> torch.Tensor:
+    """B texts -> (B,): log p(target) as if (1 + VADER's compound score) / 2 were p(happy)."""
+    vader = SentimentIntensityAnalyzer()
+    p_happy = torch.tensor([(1 + vader.polarity_scores(text)["compound"]) / 2 for text in texts])
+    return (p_happy if target == "happy" else 1 - p_happy).clamp_min(1e-4).log()
+
+
 def reward_constants(reward_fn, reference, prompts, length: int, n: int, seed: int):
     """reward_mean and reward_std, over n samples of the base model."""
-    stream = seed << 32 | 3 << 24  # of random numbers; the rollouts have 4, 05 has 5
+    stream = (seed << 32) + (3 << 24)  # of random numbers; another one than that of the rollouts
     prompt = draw_prompts(prompts, n, seed).to(reference.head.device)        # (n, P)
     y, _ = reference.generate(n, length, stream, prompts=prompt)             # (n, T)
     score = chunked(reward_fn, 256, y, prompt).double()                      # (n,)
@@ -142,31 +156,32 @@ if __name__ == "__main__":
     check(cfg)
     reference, reward_model, tokenizer, about = load_base_and_reward(cfg.out, device, dtype)
     prompts = read_prompts(cfg.out / "prompts.json", "train") if about["prompted"] else None
+    kind = about["kind"] if cfg.reward == "model" else "labels"
 
     def reward_fn(y: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """Completions y (B, T) after prompt (B, P) -> score (B,), log p(target). Any other function
-        may stand here: `tokenizer.decode_batch(y.tolist())` are the texts."""
-        return score_of(reward_model.sentiment(y, prompt), about["kind"], cfg.target)
+        """Completions y (B, T) after prompt (B, P) -> score (B,): log p(target), or any other."""
+        if cfg.reward == "vader":
+            return vader_score(tokenizer.decode_batch(y.tolist()), cfg.target).to(device)
+        return score_of(reward_model.sentiment(y, prompt), kind, cfg.target)
 
     reward_mean, reward_std = reward_constants(
         reward_fn, reference, prompts, about["length"], cfg.reward_samples, cfg.seed)
     policy = copy.deepcopy(reference)
     optimizer = torch.optim.SGD(policy.parameters(), cfg.lr, cfg.momentum)
     inputs = about["inputs"] | {"reward": f"{reward_mean:.2f} +- {reward_std:.2f}"}
-    state = State(cfg, f"04-{cfg.target}", inputs, policy, (optimizer,),
+    state = State(cfg, f"04-{cfg.name}", inputs, policy, (optimizer,),
                   step=0, batch=cfg.batch, updates=0, kl_max=0.0, clip_fractions=[])
-    run = state.memory  # these five, also in a resumed run
+    run = state.memory  # step, batch, ... clip_fractions; of a resumed run, as they were
     keeper = Keeper(cfg, state, tokenizer, about["inputs"])
-    log = keeper.log
     mb_size = cfg.minibatch // world()[1]  # each process has an equal part of every minibatch
 
     for step in keeper.steps():
         # 1. Rollout: the policy writes a batch of completions.
-        seed = cfg.seed << 32 | 4 << 24 | step
+        seed = (cfg.seed << 32) + (4 << 24) + step
         mine = share(torch.arange(run.batch), cfg.minibatch)                 # (B,), their numbers
         prompt = draw_prompts(prompts, run.batch, seed)[mine].to(device)     # (B, P), P may be 0
         y, logp_old = policy.generate(mine, about["length"], seed, prompts=prompt)  # (B, T) each
-        log.lap("s_rollout")
+        keeper.log.lap("s_rollout")
 
         # 2. Score: log p(target) of each, in standard deviations of the base model's samples.
         score = chunked(reward_fn, mb_size, y, prompt)                       # (B,)
@@ -175,17 +190,17 @@ if __name__ == "__main__":
         # 3. Measure this policy before it changes: how far has it moved from the reference?
         part = slice(cfg.kl_samples // world()[1])
         kl, k1, logp, entropy = kl_nats(policy, reference, y[part], prompt[part])
-        if gather((logp_old[part] - logp).abs().max()[None]).max() > 5e-6:  # rounded otherwise
+        if gather((logp_old[part] - logp).abs().max()[None]).max() > 5e-6:   # decision 4
             logp_old = chunked(policy.logprob, mb_size, y, prompt)
-        row = policy_figures(run, kl, k1, entropy, score, reward, about["kind"])
-        log.lap("s_score")
+        row = policy_figures(run, kl, k1, entropy, score, reward, kind)
+        keeper.log.lap("s_score")
 
         # 4. Keep a checkpoint at each crossing of the KL, and end just within kl_stop: if the last
         # update led beyond, a part of it is taken back, and the next iteration measures the rest.
         if not keeper.keep(row):
             continue
 
-        # 5. Advantage: the reward of a completion, at each of its tokens.
+        # 5. Advantage: the reward of a completion, at each of its tokens (and no KL penalty).
         logp_ref = chunked(reference.logprob, mb_size, y, prompt) if cfg.kl_coef else logp_old
         adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, reward_std)     # (B, T)
 
@@ -202,11 +217,11 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, run.updates / cfg.warmup)
             optimizer.step()
             stats.append(stat | {"loss": loss.detach(), "grad_norm": grad_norm})
-        log.lap("s_update")
+        keeper.log.lap("s_update")
 
         # 7. Log; double the batch if hardly any ratio was clipped.
         row |= update_figures(adv, stats, optimizer.param_groups[0]["lr"])
-        log(**row)
+        keeper.log(**row)
         show(row, tokenizer.decode_batch(y[:3].tolist()) if step % 4 == 0 else [])
         run.clip_fractions.append(row["clip_fraction"])
         run.batch, run.clip_fractions = next_batch(run.clip_fractions, run.batch, cfg.max_batch)

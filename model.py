@@ -309,3 +309,8 @@ def load(path, made_by: str, device="cpu", dtype=torch.float32) -> tuple[GPT, To
         tokenizer = Tokenizer.from_str(header["tokenizer"])
     model.to(device).dtype = dtype
     return model, tokenizer, header
+
+
+if __name__ == "__main__":  # python model.py out/policy-happy.safetensors --prompt "ROMEO:" -n 3
+    from running.complete import main
+    main()

@@ -4,6 +4,7 @@
     files.py       writes files whole or not at all; the state from which --resume goes on
     processes.py   several processes, started by torchrun, that act as one
     statistics.py  means, shares, AUC, and their errors
+    complete.py    completions of a prompt by any checkpoint: `python model.py`
     stages.py      the models that the stages hand to one another, and which stems from which
     text.py        words, and prompts as rows of token ids
     ppo.py         what 04 logs, shows and keeps of its run, and how the run ends

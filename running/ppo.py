@@ -14,7 +14,8 @@ CROSSINGS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)  # nats
 NEAR = 0.97  # of kl_stop: where a run may end
 SHOWN = ("batch {batch}  KL {kl:.2f} +- {kl_se:.2f}  k1 {kl_k1:.2f}  score {score:.3f}  "
          "p {p_target:.3f}  entropy {entropy:.3f}  clipped {clip_fraction:.2%}")
-DIVERGED = "diverged at iteration {step}: {why}; lower --lr. The state before is saved: see --resume"
+DIVERGED = ("diverged at iteration {step}: {why}; lower --lr. The state before is saved: see "
+            "--resume")
 
 
 def policy_figures(run, kl, k1, entropy, score, reward, kind: str) -> dict[str, float]:
@@ -71,8 +72,8 @@ class Keeper:
         require(self.run.step < cfg.max_iterations and self.run.kl_max < NEAR * cfg.kl_stop,
                 f"{state.path} is beyond --max-iterations or --kl-stop already")
         if self.run.step == 0:
-            remove(cfg.out / "checkpoints", f"{cfg.target}-kl-*.safetensors")  # of an earlier run
-        self.log = Log(cfg.out / f"04-{cfg.target}.jsonl", self.run.step)
+            remove(cfg.out / "checkpoints", f"{cfg.name}-kl-*.safetensors")  # of an earlier run
+        self.log = Log(cfg.out / f"04-{cfg.name}.jsonl", self.run.step)
 
     def steps(self):
         """The numbers of the iterations, until the policy is near kl_stop."""
@@ -98,7 +99,7 @@ class Keeper:
             return False
         self.final, self.row = copy.deepcopy(self.policy.state_dict()), row
         if crossed := [c for c in CROSSINGS if run.kl_max < c <= kl]:
-            path = f"checkpoints/{self.cfg.target}-kl-{crossed[-1]:05.2f}.safetensors"
+            path = f"checkpoints/{self.cfg.name}-kl-{crossed[-1]:05.2f}.safetensors"
             save(self.cfg.out / path, self.policy, self.tokenizer, crossed=crossed, **row,
                  **self.header)
         run.kl_max = max(kl, run.kl_max)
@@ -113,7 +114,7 @@ class Keeper:
         """Write the final policy, and say how the run ended."""
         cfg = self.cfg
         self.policy.load_state_dict(self.final)
-        save(cfg.out / f"policy-{cfg.target}.safetensors", self.policy, self.tokenizer, **self.row,
+        save(cfg.out / f"policy-{cfg.name}.safetensors", self.policy, self.tokenizer, **self.row,
              **self.header)
         if self.done:
             print(f"stopped: just within {cfg.kl_stop:g} nats, {self.taken_back:.0%} of the last "

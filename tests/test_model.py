@@ -11,7 +11,8 @@ import running
 from kernels import squared_relu
 from kernels.decoder import Decoder
 from model import GPT, GPTConfig, load, save
-from running import State, UserError
+from running import State, UserError, fast_dtype
+from running.complete import complete
 from running.stages import fingerprint
 from running.text import read_prompts
 
@@ -225,6 +226,17 @@ def test_save_and_load(tmp_path, tokenizer):
     save(tmp_path / "half.safetensors", gpt, tokenizer)
     size = [(tmp_path / f).stat().st_size - len(tokenizer.to_str()) for f in ("x.safetensors", "half.safetensors")]
     assert size[1] < 0.75 * size[0]
+
+
+def test_completions_are_those_that_generate_draws_after_the_prompt(tmp_path, tokenizer, capsys):
+    gpt = tiny(vocab=tokenizer.get_vocab_size())
+    save(tmp_path / "x.safetensors", gpt, tokenizer)
+    complete(tmp_path / "x.safetensors", "to be", length=6, n=2, seed=3)
+    prompt = torch.tensor([tokenizer.encode("to be").ids] * 2)
+    y, _ = load(tmp_path / "x.safetensors", "", dtype=fast_dtype(torch.device("cpu")))[0].generate(2, 6, 3, prompts=prompt)
+    assert capsys.readouterr().out == "".join(f"to be{text}\n\n" for text in tokenizer.decode_batch(y.tolist()))
+    with pytest.raises(UserError, match="has learned 12 tokens"):
+        complete(tmp_path / "x.safetensors", "to be", length=12)
 
 
 def test_optimizers_continue_exactly(tmp_path, tokenizer):

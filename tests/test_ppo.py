@@ -96,6 +96,14 @@ def test_the_way_back_of_a_quadratic_kl():
     assert way_back(4.0, 16.0, 16.0) == 0 and way_back(4.0, 16.0, 4.0) == 1
 
 
+def test_vader_as_the_reward():
+    """No word of feeling: one half. The two targets share one probability."""
+    texts = ["the table", "I love thee, sweet and happy", "hate and murder, vile death"]
+    happy, sad = ppo.vader_score(texts, "happy").exp(), ppo.vader_score(texts, "sad").exp()
+    assert happy[0] == 0.5 and happy[1] > 0.9 and happy[2] < 0.1
+    torch.testing.assert_close(happy + sad, torch.ones(3))
+
+
 def test_a_run_ends_within_its_kl(tmp_path):
     """An update leads beyond 10 nats: a part is taken back; what is left measures more than 10 again, by chance:
     a part of that too. The policy that was measured below 10 is the one that is written."""

@@ -1,0 +1,33 @@
+"""Completions of a prompt by any checkpoint: python model.py out/policy-happy.safetensors."""
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from tyro.conf import Positional, arg
+
+from model import load
+from running.files import require
+from running.script import fast_dtype, one_line
+
+
+def complete(checkpoint: Positional[Path], prompt: str = "", length: int = 64, seed: int = 0,
+             n: Annotated[int, arg(aliases=["-n"])] = 1) -> None:
+    """Print n completions of the prompt, `length` tokens each. The same seed gives every checkpoint
+    the same random numbers."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, _ = load(checkpoint, "the script that writes it", device, fast_dtype(device))
+    ids = torch.tensor([tokenizer.encode(prompt).ids] * n)                   # (n, P)
+    require(n > 0 and length > 0, "-n and --length must be positive")
+    room = model.config.context - ids.size(1)
+    require(length <= room, f"the model has learned {model.config.context} tokens: --length {room} "
+                            "or less for this prompt")
+    y, _ = model.generate(n, length, seed, prompts=ids.long())
+    for text in tokenizer.decode_batch(y.tolist()):
+        print(f"{prompt}{text}\n")
+
+
+def main() -> None:
+    sys.excepthook = one_line
+    tyro.cli(complete)
