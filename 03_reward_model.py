@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 from benchmarks.bag_of_words import bag_of_words
 from model import GPT, chunked, load, save
-from running import (Log, UserError, auc, auc_lead, bootstrap, finish, require, settings_of, start,
-                     wilson)
+from running import (Log, UserError, auc, auc_lead, bootstrap, calibration, finish, require,
+                     settings_of, start, wilson)
 from running.stages import fingerprint
 from running.text import pad, texts_of
 
@@ -232,18 +232,6 @@ def measures(log_p: np.ndarray, target: np.ndarray) -> dict:
             "auc_interval": bootstrap(lambda i: auc(p[i], target[i]), len(p)),
             "nll": float(-(target * log_p[:, 0] + (1 - target) * log_p[:, 1]).mean()),
             "brier": float(((p - target) ** 2).mean())}
-
-
-def calibration(p: np.ndarray, target: np.ndarray) -> list[dict]:
-    """Ten bins of p(happy): how many items, mean prediction, mean target."""
-    which = np.minimum((p * 10).astype(int), 9)
-    bins = []
-    for b in range(10):
-        here = which == b
-        if here.any():
-            bins.append({"n": int(here.sum()), "predicted": float(p[here].mean()),
-                         "target": float(target[here].mean())})
-    return bins
 
 
 def cross_validate(fit: Callable, items: list[dict], seed: int, folds: int = 5) -> np.ndarray:

@@ -4,11 +4,11 @@
 
 Reads   out/*.safetensors, out/checkpoints/*.safetensors, out/04-happy.jsonl; if they are there,
         out/corpus.txt, prompts.json, curve.json, ratings.json (`python -m people rate anna`)
-Writes  out/report.html (one self-contained page), out/report.json, out/plots/*.png
+Writes  out/report.html (one self-contained page), out/report.json, out/plots/*.svg
 
 Decisions a reader may question:
 1. All policies draw with the same noise: sample 7 of each starts from the same random numbers, so
-   side by side one sees a text change as the KL grows. All give --n samples, and distinct-2 is
+   one sees a text change as the KL grows. All give --n samples, and distinct-2 is
    always of 4,000 words, because it falls with their number.
 2. Three judges. In the default run VADER made the labels, so judge and reward share their blind
    spots. AFINN and Pattern are lexicons of other makes that never taught. 04 reads none of them.
@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from model import chunked, kl_nats, load
 from report import build_report
+from report.made import made_by
 from report.text import Corpus, correlation, judge, variety
-from running import UserError, bootstrap, finish, mean_se, require, start, write
+from running import UserError, bootstrap, finish, mean_se, record, require, start, write
 from running.stages import fingerprint, load_base_and_reward, load_policies, score_of
 from running.text import decode_prompts, draw_prompts, read_prompts, words
 
@@ -42,7 +43,7 @@ class Config:
     seed: int = 0
     n: int = 1024            # samples of each policy
     n_best: int = 8192       # samples of the base model behind best-of-n
-    show: int = 4            # samples of each checkpoint side by side in the report
+    show: int = 6            # samples of each checkpoint that the report shows
 
 
 def check(cfg: Config) -> None:
@@ -95,17 +96,37 @@ def best_of_n(proxy: np.ndarray, figures: dict[str, np.ndarray], texts: list[str
 # ---- Measuring one policy ------------------------------------------------------------------------
 def draw_and_judge(model, reward_fn, tokenizer, prompt, length: int, seed: int) -> tuple:
     """One sample for each row of prompt (n, P) -> tokens (n, T), texts, and what judges say:
-    name -> (n,). reward_fn: tokens (B, T), prompt (B, P) -> (B,)."""
+    name -> (n,). reward_fn: tokens (B, T), prompt (B, P) -> score (B,), p(happy) (B,)."""
     y, _ = model.generate(len(prompt), length, seed, prompts=prompt)                       # (n, T)
-    proxy = chunked(reward_fn, 256, y, prompt).numpy(force=True)                           # (n,)
+    proxy, p_happy = chunked(reward_fn, 256, y, prompt)                                    # (n,)
     texts = tokenizer.decode_batch(y.tolist())
-    return y, texts, {"proxy": proxy, **judge(texts)}
+    return y, texts, {"proxy": proxy.numpy(force=True), "p_happy": p_happy.numpy(force=True),
+                      **judge(texts)}
 
 
 @torch.no_grad()
-def measure(policy, reference, reward_fn, tokenizer, corpus: Corpus | None, prompt, length: int,
-            seed: int) -> dict:
-    """All figures of one policy on fresh samples, one for each row of prompt (n, P)."""
+def log_odds(reward_model, y, prompt) -> torch.Tensor:
+    """log p(happy) - log p(sad) after each prefix of y (n, T), from the empty one on: (n, T + 1).
+    Their differences are what each token does to the reward model."""
+    longer = torch.cat((y, y[:, -1:]), 1)  # so that all of y stands before some token
+    hidden = reward_model.hidden_before(longer, prompt)                             # (n, T + 1, D)
+    head = reward_model.head[[reward_model.happy, reward_model.sad]].to(hidden.dtype).float()
+    return hidden.float() @ (head[0] - head[1])
+
+
+def pieces(tokenizer, tokens: list[int]) -> list[str]:
+    """The text of each token, such that they join to the whole; of a character that several tokens
+    make, the last one has it."""
+    text = tokenizer.decode(tokens)
+    ends = [len(tokenizer.decode(tokens[:t]).rstrip("\ufffd")) for t in range(len(tokens))]
+    return [text[a:b] for a, b in zip(ends, ends[1:] + [len(text)])]
+
+
+@torch.no_grad()
+def measure(policy, reference, reward_model, reward_fn, tokenizer, corpus: Corpus | None, prompt,
+            length: int, seed: int, show: int) -> dict:
+    """All figures of one policy on fresh samples, one for each row of prompt (n, P); of the first
+    `show` also what each token does to the reward model."""
     n = len(prompt)
     y, texts, judged = draw_and_judge(policy, reward_fn, tokenizer, prompt, length, seed)
     kl, k1, logp, entropy = kl_nats(policy, reference, y, prompt)
@@ -113,6 +134,8 @@ def measure(policy, reference, reward_fn, tokenizer, corpus: Corpus | None, prom
     each = {"kl": kl.numpy(force=True), "k1": k1.numpy(force=True), **judged,
             "positive": judged["vader"] >= 0.05, "negative": judged["vader"] <= -0.05}
     row = {"n": n, "samples": texts[:64], "prompts": decode_prompts(tokenizer, prompt[:64]),
+           "pieces": [pieces(tokenizer, tokens) for tokens in y[:show].tolist()],
+           "log_odds": log_odds(reward_model, y[:show], prompt[:show]).double().tolist(),
            "words": Counter(word for text in texts for word in words(text)),
            "each": judged,
            "entropy": entropy.mean().item(), "base_perplexity": math.exp(nats_under_base),
@@ -172,14 +195,15 @@ if __name__ == "__main__":
     bar = tqdm(total=sum(map(len, paths.values())), desc="evaluate")
     for target in paths:
         def reward_fn(y, prompt):
-            return score_of(reward_model.sentiment(y, prompt), about["kind"], target)
+            log_p = reward_model.sentiment(y, prompt)                                  # (B, 2)
+            return score_of(log_p, about["kind"], target), log_p[:, 0].exp()
 
         results[target] = []
         for path in paths[target]:
             policy = reference if path.stem == "base" else load(path, "04_ppo.py", device, dtype)[0]
             fingerprints.add(fingerprint(policy))
-            row = measure(policy, reference, reward_fn, tokenizer, corpus, prompt, about["length"],
-                          stream)
+            row = measure(policy, reference, reward_model, reward_fn, tokenizer, corpus, prompt,
+                          about["length"], stream, cfg.show)
             results[target].append({"name": path.stem, **row})
             tqdm.write("{name:>20}: KL {kl:5.2f} +- {kl_se:.2f}, proxy {proxy:.3f}, VADER "
                        "{vader:+.3f} +- {vader_se:.3f}, AFINN {afinn:+.2f} +- {afinn_se:.2f}, "
@@ -198,8 +222,9 @@ if __name__ == "__main__":
     results |= {
         "seed": cfg.seed, "base_metrics": about["base_metrics"], "reward_model": about["metrics"],
         "calibration": about["calibration"], "ppo": ppo,
-        "ratings": read_ratings(cfg.out / "ratings.json", fingerprints)}
-    results = build_report(results, cfg.out, cfg.show)
+        "ratings": read_ratings(cfg.out / "ratings.json", fingerprints),
+        "made": made_by(cfg.out, record(cfg.out))}
+    results = build_report(results, cfg.out)
     write(cfg.out / "report.json", json.dumps(results, indent=1))
     print("risen most, per 1,000 words:", ", ".join(
         "{word} {before:.1f} -> {after:.1f}".format(**row) for row in results["risen_words"]))
@@ -207,4 +232,4 @@ if __name__ == "__main__":
     print(results["preferred_because"])
     print("sqrt KL against optimizer steps: slope {slope:.4f}, R^2 {r2:.4f}"
           .format(**results["sqrt_kl_fit"]))
-    finish(f"open {cfg.out / 'report.html'} in a browser", Path("out"))  # names --out already
+    finish(f"open {cfg.out / 'report.html'} in a browser", cfg.out)

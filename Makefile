@@ -40,7 +40,7 @@ $(OUT)/reward.safetensors: 03_reward_model.py $(OUT)/labels-vader.jsonl $(wildca
 $(OUT)/policy-happy.safetensors: 04_ppo.py $(OUT)/reward.safetensors | $(READY)
 	$(RUN) 04_ppo.py --resume --out $(OUT)
 
-$(OUT)/report.html: 05_eval.py $(wildcard report/*.py report/*.html $(OUT)/ratings.json $(OUT)/curve.json) $(OUT)/policy-happy.safetensors | $(READY)
+$(OUT)/report.html: 05_eval.py $(wildcard report/*.py report/page.* report/plot.css $(OUT)/ratings.json $(OUT)/curve.json) $(OUT)/policy-happy.safetensors | $(READY)
 	$(RUN) 05_eval.py --out $(OUT)
 
 seeds: | $(READY)

@@ -69,11 +69,16 @@ def over_optimisation(rows: list[dict], judge: str, sign: int = 1) -> tuple[dict
 
 def standardise(rows: list[dict], base: dict) -> None:
     """Adds to each row NAME_sd: how far the mean of each judge, and of the reward ("proxy"), has
-    moved from the base model's, in standard deviations of the base model's samples."""
+    moved from the base model's, in standard deviations of the base model's samples; and the error
+    or interval of that mean in the same unit."""
     for name in ("proxy", *JUDGES):
-        mean, std = base[name], base[f"{name}_se"] * math.sqrt(base["n"])
+        mean, std = base[name], max(base[f"{name}_se"] * math.sqrt(base["n"]), 1e-12)
         for row in rows:
-            row[f"{name}_sd"] = (row[name] - mean) / max(std, 1e-12)
+            row[f"{name}_sd"] = (row[name] - mean) / std
+            if f"{name}_se" in row:
+                row[f"{name}_sd_se"] = row[f"{name}_se"] / std
+            if f"{name}_interval" in row:
+                row[f"{name}_sd_interval"] = [(x - mean) / std for x in row[f"{name}_interval"]]
 
 
 def preferred(rows: list[dict], sign: int = 1, keep: float = 0.8) -> tuple[dict, str]:
@@ -133,4 +138,7 @@ def conclusions(results: dict) -> dict:
                 found["preferred_because"] = because
     standardise(results["best_of_n"], results["happy"][0])
     first, *_, last = results["happy"]
-    return found | {"risen_words": risen_words(first["words"], last["words"])}
+    fallen = risen_words(last["words"], first["words"])  # before and after exchanged
+    return found | {
+        "risen_words": risen_words(first["words"], last["words"]),
+        "fallen_words": [row | {"before": row["after"], "after": row["before"]} for row in fallen]}

@@ -1,130 +1,125 @@
-"""The figures of the report, each a PNG file and an image within the page."""
-import base64
-import html
-import io
+"""The figures of the report: each an SVG within the page, and a file of its own."""
 import math
 from pathlib import Path
 
-import matplotlib
+from markupsafe import Markup
 
 from report.findings import JUDGES
+from report.svg import Line, arrows, plot, ridges, standing_alone
 from report.text import WORDS
+from report.trust import histogram
 from running import write
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
-
-
-def plot(path: Path, title: str, xlabel: str, ylabel: str, series, lines=(), log: str = "") -> str:
-    """series: (style, label, x, y, y error or None); lines: heights of dotted lines; log: "x", "y"
-    or "". Writes path and returns it as an <img> of the page."""
-    fig, ax = plt.subplots(figsize=(5.6, 3.7), dpi=110, layout="constrained")
-    for style, label, x, y, error in series:
-        ax.errorbar(x, y, error, fmt=style, label=label or None, capsize=2)
-    for height in lines:
-        ax.axhline(height, color="grey", ls=":")
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if "x" in log else "linear",
-           yscale="log" if "y" in log else "linear")
-    ax.grid(alpha=0.3)
-    if any(label for _, label, *_ in series):
-        ax.legend(fontsize=8)
-    png = io.BytesIO()
-    fig.savefig(png, format="png")
-    plt.close(fig)
-    write(path, png.getvalue())
-    data = base64.b64encode(png.getvalue()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+KL = "KL from the base model, nats per completion"
+STEPS = "optimizer steps"
 
 
 def column(rows: list[dict], key: str, scale: float = 1) -> list[float]:
     return [scale * row[key] for row in rows]
 
 
-def sqrt_kl(rows: list[dict]) -> list[float]:
-    return [math.sqrt(max(row["kl"], 0)) for row in rows]
-
-
-def errors(rows: list[dict], key: str) -> list | None:
-    """Half-widths of 95 % intervals, where there are: two standard errors, or a bootstrap's."""
-    if f"{key}_se" in rows[0]:
-        return column(rows, f"{key}_se", 2)
+def ends(rows: list[dict], key: str) -> tuple[list, list] | tuple[None, None]:
+    """Of 95 % intervals, where there are: two standard errors, or a bootstrap's."""
     if f"{key}_interval" in rows[0]:
-        ends = [(row[key], *row[f"{key}_interval"]) for row in rows]
-        return [[max(x - low, 0) for x, low, _ in ends], [max(high - x, 0) for x, _, high in ends]]
-    return None
+        low, high = zip(*column(rows, f"{key}_interval"))
+        return [*low], [*high]
+    if f"{key}_se" in rows[0]:
+        return tuple([row[key] + 2 * side * row[f"{key}_se"] for row in rows] for side in (-1, 1))
+    return None, None
 
 
-def by_kl(path: Path, title: str, ylabel: str, results: dict, keys: dict[str, str]) -> str:
+def by_kl(title: str, ylabel: str, results: dict, keys: dict[str, str], **how) -> Markup:
     """Measures of the happy policies against KL, each a line, and of best of n, a broken line of
-    the same colour. keys: a key of the rows -> its name in the legend."""
-    rows = sorted(results["happy"], key=lambda row: row["kl"])
-    series = []
+    the same colour. keys: a key of the rows -> its name."""
+    lines = []
     for colour, (key, name) in enumerate(keys.items()):
-        for style, label, points in (("o-", name, rows), ("s--", "", results["best_of_n"])):
-            points = [row for row in points if key in row]
-            if points:
-                series.append((f"C{colour}{style}", label, sqrt_kl(points), column(points, key),
-                               errors(points, key)))
-    xlabel = "sqrt KL(policy || base), sqrt nats; broken: best of n"
-    return plot(path, title, xlabel, ylabel, series)
+        policies = sorted(results["happy"], key=lambda row: row["kl"])
+        for label, rows in (("", results["best_of_n"]), (name, policies)):
+            rows = [row for row in rows if math.isfinite(row.get(key, math.nan))]
+            if rows:
+                lines.append(Line(label, column(rows, "kl"), column(rows, key), *ends(rows, key),
+                                  colour=colour, dashed=not label))
+    return plot(title, KL, ylabel, lines, x="sqrt", **how)
 
 
-def draw_plots(results: dict, learning_curve: list[dict], folder: Path) -> str:
-    """All figures, each also a file in `folder` -> HTML."""
-    names = {"proxy": "reward model"} | JUDGES
-    figures = [
-        by_kl(folder / "judges.png", "What is compared decides who wins",
-              "mean, standard deviations of the base",
-              results, {f"{key}_sd": name for key, name in names.items()}),
-        by_kl(folder / "positive.png", "VADER calls it positive",
-              "share of samples, 95 % intervals", results, {"positive": "positive"}),
-        by_kl(folder / "variety.png", "Variety", f"distinct-2 of {WORDS:,} words",
-              results, {"distinct_2": "distinct-2"}),
-        by_kl(folder / "correlation.png", "Does the judge agree with the reward, sample by sample?",
-              "correlation", results, {f"{key}_correlation": JUDGES[key] for key in JUDGES})]
-
-    ppo = results["ppo"]
-    policies = [row for row in ppo if not row.get("taken_back")]
-    steps = column(policies, "updates")
-    fit = results["sqrt_kl_fit"]
-    line = [fit["slope"] * step + fit["intercept"] for step in steps]
-    formula = "{slope:.3f} x step {intercept:+.2f}, R² = {r2:.3f}".format(**fit)
-    figures.append(plot(
-        folder / "kl.png", "Distance from the base model", "optimizer steps",
-        "sqrt nats per completion",
-        [("o", "measured", steps, sqrt_kl(policies), None), ("-", formula, steps, line, None)]))
-
+def of_training(ppo: list[dict], fit: dict) -> dict[str, Markup]:
+    """What 04 logged, against its optimizer steps."""
+    run = [row for row in ppo if not row.get("taken_back")]
     updates = [row for row in ppo if "clip_fraction" in row]
-    series = []
-    for style, label, key in (("o-", "outside the clip range", "clip_fraction"),
-                              ("s--", "clip binding", "clip_binding")):
-        percent = [100 * max(row[key], 1e-5) for row in updates]
-        series.append((style, label, column(updates, "updates"), percent, None))
-    figures.append(plot(folder / "clip.png", "Ratios clipped (healthy: 1 to 20 %)",
-                        "optimizer steps", "% of tokens", series, lines=(1, 20), log="y"))
+    steps, at = column(run, "updates"), column(updates, "updates")
+    roots = [math.sqrt(max(row["kl"], 0)) for row in run]
+    line = [fit["slope"] * step + fit["intercept"] for step in steps]
+    clipped, binding = ([100 * max(row[key], 1e-5) for row in updates]
+                        for key in ("clip_fraction", "clip_binding"))
+    return {
+        "kl": plot("Distance from the base model", STEPS, "square root of the KL, in nats",
+                   [Line("line", steps, line, colour=1, marks=False, dashed=True),
+                    Line("measured", steps, roots, joined=False)]),
+        "clip": plot("Ratios clipped", STEPS, "% of tokens, logarithmic",
+                     [Line("clipped", at, clipped), Line("binding", at, binding, colour=1)],
+                     guides=(1, 20), y="log"),
+        "advantage": plot("Advantage", STEPS, "standard deviations of the base model",
+                          [Line("mean", at, column(updates, "adv_mean")),
+                           Line("spread", at, column(updates, "adv_std"), colour=1)]),
+        "entropy": plot("Entropy of the policy", STEPS, "nats per token",
+                        [Line("", steps, column(run, "entropy"))])}
 
-    figures.append(plot(
-        folder / "advantage.png", "Advantage: how far beyond the base", "optimizer steps",
-        "standard deviations of the base",
-        [("o-", "mean", column(updates, "updates"), column(updates, "adv_mean"), None),
-         ("s--", "standard deviation", column(updates, "updates"), column(updates, "adv_std"),
-          None)]))
-    figures.append(plot(folder / "entropy.png", "Entropy of the policy", "optimizer steps",
-                        "nats per token", [("o-", "", steps, column(policies, "entropy"), None)]))
 
-    bins = results["calibration"]
-    figures.append(plot(
-        folder / "calibration.png", "Calibration of the reward model, new samples", "predicted",
-        "labelled", [("o-", "", column(bins, "predicted"), column(bins, "target"), None),
-         (":", "", [0, 1], [0, 1], None)]))
+def of_reward_model(results: dict) -> dict[str, Markup]:
+    """Its rewards, and how well they predict VADER's labels in the samples of each policy."""
+    rows = sorted(results["happy"], key=lambda row: row["kl"])
 
+    def calibrated(bins, **how):
+        bins = [row for row in bins if row["n"] >= 10]
+        return Line(x=column(bins, "predicted"), y=column(bins, "target"), **how)
+    diagonal = Line("", [0, 1], [0, 1], colour=3, dashed=True, marks=False)
+    return {
+        "rewards": ridges("Distribution of p(happy) at each checkpoint, from the base model down "
+                          "to the final policy", "p(happy) by the reward model; at the left: nats",
+                          [(f"{row['kl']:.1f}", histogram(row)) for row in rows], 0, 1),
+        "auc": by_kl("AUC of the reward model", "AUC against VADER's labels",
+                     {"happy": rows, "best_of_n": []}, {"rm_auc": "AUC"}),
+        "calibration": plot(
+            "Calibration of the reward model", "predicted p(happy), ten bins", "labelled happy",
+            [diagonal, calibrated(results["calibration"], label="held out", colour=2),
+             calibrated(rows[0]["rm_calibration"], label="base"),
+             calibrated(rows[-1]["rm_calibration"], label="final", colour=1)]),
+        "predicted": plot(
+            "Happy by the reward model and by VADER", KL, "share of samples",
+            [Line("predicted", column(rows, "kl"), column(rows, "rm_predicted")),
+             Line("labelled", column(rows, "kl"), column(rows, "rm_labelled"), colour=1)],
+            x="sqrt"),
+        "correlation": by_kl("Does the judge agree with the reward, sample by sample?",
+                             "correlation with the reward", {"happy": rows, "best_of_n": []},
+                             {f"{key}_correlation": JUDGES[key] for key in JUDGES})}
+
+
+def draw_plots(results: dict, learning_curve: list[dict], folder: Path) -> dict[str, Markup]:
+    """results: with what findings.py and trust.py add. Writes folder/NAME.svg -> name -> SVG."""
+    risen, fallen = results["risen_words"], results["fallen_words"]
+    most = max(max(row["before"], row["after"]) for row in risen + fallen)
+    figures = {
+        "judges": by_kl("Reward and judges: policies, and broken the best of n",
+                        "mean, standard deviations of the base model's samples", results,
+                        {"proxy_sd": "reward"} | {f"{key}_sd": JUDGES[key] for key in JUDGES},
+                        cursors=column(results["happy"], "kl")),
+        "positive": by_kl("Share that VADER calls positive", "share of samples", results,
+                          {"positive": "positive"}),
+        "variety": by_kl("Variety", f"distinct-2 of {WORDS:,} words", results,
+                         {"distinct_2": "distinct-2"}),
+        **of_reward_model(results),
+        **of_training(results["ppo"], results["sqrt_kl_fit"])}
+    for name, rows, colour in (("risen", risen, 0), ("fallen", fallen, 1)):
+        figures[name] = arrows(f"Words that have {name}", "per 1,000 words, square-root scale",
+                               [(row["word"], row["before"], row["after"]) for row in rows], most,
+                               colour)
     if learning_curve:
-        series, labels = [], column(learning_curve, "labels")
-        for style, label, key in (("o-", "reward model, these labels alone", "alone"),
-                                  ("v-", "after the phases before", "after"),
-                                  ("s--", "bag of words, these labels alone", "bag_alone"),
-                                  ("d--", "with those of the phases before", "bag_after")):
-            series.append((style, label, labels, column(learning_curve, key), None))
-        figures.append(plot(folder / "curve.png", "Learning curve of the reward model", "labels",
-                            "held-out AUC", series, log="x"))
-    return "".join(figures)
+        labels = column(learning_curve, "labels")
+        names = {"alone": "model", "after": "model +", "bag_alone": "words", "bag_after": "words +"}
+        figures["curve"] = plot("Learning curve of the reward model", "labels, logarithmic",
+                                "held-out AUC",
+                                [Line(name, labels, column(learning_curve, key), colour=i)
+                                 for i, (key, name) in enumerate(names.items())], x="log")
+    for name, figure in figures.items():
+        write(folder / f"{name}.svg", standing_alone(figure))
+    return figures

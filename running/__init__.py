@@ -3,7 +3,7 @@
     script.py      starts, logs, ends, and fails in one line, not a traceback
     files.py       writes files whole or not at all; the state from which --resume goes on
     processes.py   several processes, started by torchrun, that act as one
-    statistics.py  means, shares, AUC, and their errors
+    statistics.py  means, shares, AUC, their errors, calibration
     complete.py    completions of a prompt by any checkpoint: `python model.py`
     stages.py      the models that the stages hand to one another, and which stems from which
     text.py        words, and prompts as rows of token ids
@@ -12,10 +12,10 @@
 from running.files import (State, UserError, read_tensors, readable, remove, require, settings_of,
                            write, write_tensors)
 from running.processes import average_gradients, errors, gather, means, share, world
-from running.script import Log, fast_dtype, finish, keep_freed_pages, one_line, start
-from running.statistics import auc, auc_lead, bootstrap, mean_se, newcombe, wilson
+from running.script import Log, fast_dtype, finish, keep_freed_pages, one_line, record, start
+from running.statistics import auc, auc_lead, bootstrap, calibration, mean_se, newcombe, wilson
 
 __all__ = ["Log", "State", "UserError", "auc", "auc_lead", "average_gradients", "bootstrap",
-           "errors", "fast_dtype", "finish", "gather", "keep_freed_pages", "mean_se", "means",
-           "newcombe", "one_line", "read_tensors", "readable", "remove", "require", "settings_of",
-           "share", "start", "wilson", "world", "write", "write_tensors"]
+           "calibration", "errors", "fast_dtype", "finish", "gather", "keep_freed_pages", "mean_se",
+           "means", "newcombe", "one_line", "read_tensors", "readable", "record", "remove",
+           "require", "settings_of", "share", "start", "wilson", "world", "write", "write_tensors"]

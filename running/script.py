@@ -66,7 +66,7 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     print("settings:", ", ".join(f"{k} {v}" for k, v in asdict(cfg).items()))
     print(f"device: {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, "
           f"{world()[1]} processes, kernels: {path}", flush=True)
-    start.time = time.time()
+    start.time, start.cfg = time.time(), cfg
     return cfg, device, dtype
 
 
@@ -108,10 +108,26 @@ class Log:
         self.laps = {}
 
 
+def record(out: Path) -> dict:
+    """Add this script's settings and seconds to out/stages.json -> those of all stages so far."""
+    path, script = out / "stages.json", Path(sys.argv[0]).name
+    settings = {k: v for k, v in asdict(start.cfg).items()
+                if k not in ("corpus", "labels", "out", "resume")}  # the report tells no paths
+    for knob in ("target", "reward"):  # several runs of 04 stand beside one another
+        script += f" --{knob} {settings[knob]}" if knob in settings else ""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[script] = {"seconds": round(time.time() - start.time, 1), "settings": settings}
+    write(path, json.dumps(known, indent=1, default=str))
+    return known
+
+
 def finish(next_command: str, out: Path) -> None:
+    """Print what it took and what comes next."""
+    record(out)
     if dist.is_initialized():
         dist.destroy_process_group()
     unit = 2**30 if sys.platform == "darwin" else 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     print(f"wall time {time.time() - start.time:.0f} s, peak memory {peak:.2f} GiB")
-    print(f"next: {next_command}" + (f" --out {out}" if str(out) != "out" else ""))
+    elsewhere = next_command.startswith("python") and str(out) != "out"
+    print(f"next: {next_command}" + (f" --out {out}" if elsewhere else ""))

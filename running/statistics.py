@@ -1,4 +1,4 @@
-"""Means, shares, AUC, and their errors."""
+"""Means, shares, AUC, their errors, and calibration."""
 import math
 from collections.abc import Callable
 
@@ -56,3 +56,15 @@ def auc(score: np.ndarray, target: np.ndarray) -> float:
 def auc_lead(score: np.ndarray, other: np.ndarray, target: np.ndarray) -> Callable:
     """-> the function that gives, on some rows, how far the AUC of one score is above another's."""
     return lambda rows: auc(score[rows], target[rows]) - auc(other[rows], target[rows])
+
+
+def calibration(p: np.ndarray, target: np.ndarray) -> list[dict]:
+    """Ten bins of p(happy): how many items, mean prediction, mean target."""
+    which = np.minimum((p * 10).astype(int), 9)
+    bins = []
+    for b in range(10):
+        here = which == b
+        if here.any():
+            bins.append({"n": int(here.sum()), "predicted": float(p[here].mean()),
+                         "target": float(target[here].mean())})
+    return bins

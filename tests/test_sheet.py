@@ -73,33 +73,6 @@ def test_agreement_equals_a_worked_example(capsys):
 
 
 # ---- A real browser ------------------------------------------------------------------------------
-@pytest.fixture
-def browser(tmp_path):
-    """Opens a page in headless Chromium with a profile that outlives it, as a person's does."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not program or not driver:
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    opened = []
-
-    def open_page(path, size="1000,800"):
-        for old in opened:
-            old.quit()
-        options = webdriver.ChromeOptions()
-        options.binary_location = program
-        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={size}", f"--user-data-dir={tmp_path / 'profile'}"):
-            options.add_argument(flag)
-        options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-        page.get(path.as_uri())
-        opened[:] = [page]
-        return page
-    yield open_page
-    for old in opened:
-        old.quit()
-
-
 def press(page, keys):
     for key in keys:
         page.switch_to.active_element.send_keys(key)

@@ -1,0 +1,67 @@
+"""What the reward model sees, and whether it still sees right in the policies' own samples.
+
+VADER is what it is held against: it made the labels of the default run.
+"""
+import re
+
+import numpy as np
+
+from running import auc, bootstrap, calibration
+
+STEPS = (0.5, 1, 1.5, 2)  # change of log-odds from which a token is coloured, and more strongly
+
+
+def shade(change: float) -> str:
+    """"" or the class of a token in page.html: "up1" to "up4", "down1" to "down4"."""
+    strength = sum(abs(change) >= step for step in STEPS)
+    return f"{'up' if change > 0 else 'down'}{strength}" if strength else ""
+
+
+def opinions(p_happy: float, vader: float) -> dict:
+    """What the reward model and VADER say of one sample, and whether they disagree."""
+    return {"p_happy": float(p_happy), "vader": float(vader),
+            "disagree": bool((p_happy > 0.5 and vader <= -0.05)
+                             or (p_happy < 0.5 and vader >= 0.05))}
+
+
+def without_blank_lines(pieces: list[str]) -> list[str]:
+    """The same number of pieces: a page with six samples has no room for empty lines."""
+    shown, at_start = [], True  # of a line
+    for piece in pieces:
+        piece = re.sub(r"\n+", "\n", piece)
+        shown.append(piece.removeprefix("\n") if at_start else piece)
+        at_start = shown[-1].endswith("\n") if shown[-1] else at_start
+    return shown
+
+
+def shown_samples(row: dict) -> list[dict]:
+    """A row of 05_eval.py -> its first samples: prompt, and each token as (text, change of the
+    log-odds, class)."""
+    shown = []
+    for i, (pieces, log_odds) in enumerate(zip(row["pieces"], row["log_odds"])):
+        tokens = [(piece, float(change), shade(change))
+                  for piece, change in zip(without_blank_lines(pieces), np.diff(log_odds))]
+        shown.append({"prompt": row["prompts"][i], "tokens": tokens,
+                      **opinions(row["each"]["p_happy"][i], row["each"]["vader"][i])})
+    return shown
+
+
+def labels(vader: np.ndarray) -> np.ndarray:
+    """VADER's compound scores -> the labels it gives by 02's thresholds: 1, .5 or 0."""
+    return np.where(vader >= 0.05, 1.0, np.where(vader <= -0.05, 0.0, 0.5))
+
+
+def against_vader(row: dict) -> dict:
+    """How well p(happy) predicts VADER's labels in a policy's samples: AUC with its interval, ten
+    bins of calibration, the mean predicted and labelled."""
+    p, target = np.asarray(row["each"]["p_happy"]), labels(np.asarray(row["each"]["vader"]))
+    return {"rm_auc": auc(p, target),
+            "rm_auc_interval": bootstrap(lambda i: auc(p[i], target[i]), len(p), resamples=200),
+            "rm_calibration": calibration(p, target),
+            "rm_predicted": float(p.mean()), "rm_labelled": float(target.mean())}
+
+
+def histogram(row: dict, bins: int = 20) -> list[float]:
+    """Share of a policy's samples in equal bins of p(happy)."""
+    counts = np.histogram(row["each"]["p_happy"], bins, (0, 1))[0]
+    return (counts / counts.sum()).tolist()
