@@ -24,8 +24,8 @@ Decisions a reader may question:
    else (bf16 on most GPUs) a pass of its own forms them. So the first minibatch has ratio 1.
 5. SGD, not Adam. As the mean advantage grows, gradients are more and more noise (what all samples
    have in common cancels on average, not in a minibatch). Adam's steps shrink as that noise grows.
-6. --target sad maximises log p(sad), which is bounded by 0. Flipping the sign of the happy reward
-   would maximise -log p(happy), which is not bounded by anything.
+6. --target sad maximises log p(sad), which is bounded by 0. -log p(happy) is not bounded by
+   anything, though within 10 nats it does as well (docs/learn.md).
 """
 import copy
 import math

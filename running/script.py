@@ -115,7 +115,10 @@ def record(out: Path) -> dict:
                 if k not in ("corpus", "labels", "out", "resume")}  # the report tells no paths
     for knob in ("target", "reward"):  # several runs of 04 stand beside one another
         script += f" --{knob} {settings[knob]}" if knob in settings else ""
-    known = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        known = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # ValueError: damaged, and not worth a failed run
+        known = {}
     known[script] = {"seconds": round(time.time() - start.time, 1), "settings": settings}
     write(path, json.dumps(known, indent=1, default=str))
     return known
