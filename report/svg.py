@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 440, 46, 76, 26, 40   # pixels at scale 1, and the margins
 MARKS = ("M-3.5,0a3.5,3.5 0 1 0 7,0a3.5,3.5 0 1 0 -7,0", "M-3,-3h6v6h-6z", "M0,-4.5L4,3h-8z",
-         "M0,-4.5L4.5,0 0,4.5 -4.5,0z")                 # circle, square, triangle, diamond
+         "M0,-4.5L4.5,0 0,4.5 -4.5,0z", "M0,4.5L4,-3h-8z")  # circle, square, triangle, diamond, ...
 
 STYLE = Path(__file__).with_name("plot.css").read_text(encoding="utf-8")
 
@@ -24,7 +24,7 @@ class Line:
     y: list[float]
     low: list[float] | None = None
     high: list[float] | None = None
-    colour: int = 0           # 0 to 3, and the shape of its marks
+    colour: int = 0           # 0 to 4, and the shape of its marks
     dashed: bool = False      # with hollow marks
     marks: bool = True
     joined: bool = True
