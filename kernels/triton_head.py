@@ -28,6 +28,7 @@ counter = (row, step, tile, 0): words 0 and 1 for the tile, word 2 for the merge
 with the others. So a draw depends on seed, row and step, and never on its neighbours.
 """
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
@@ -37,6 +38,8 @@ from kernels.triton_attention import LOG2E, PRECISION, hopper
 LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(-1e30)  # a logit that is not there; finite, so that 0 * NEVER is 0 and not NaN
 TILE, SPLIT = 64, 8          # sampling: columns a tile, tiles a program; both decide what is drawn
+RECOMPUTE_UP_TO = 384        # D: so far the backward pass forms logits in its kernel, else by cuBLAS
+CHUNK = 44 * 128             # its rows at once: at D 384 a product has 44 x 3 tiles, for 132 SMs
 
 
 # ---- Pieces --------------------------------------------------------------------------------------
@@ -127,18 +130,31 @@ def logprob_forward(hidden_ptr, w_ptr, target_ptr, logp_ptr, entropy_ptr, lse2_p
 
 
 @triton.jit
-def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr, g_entropy_ptr,
-                     dlogits_ptr, first, N, T, h_b, h_t, w_v, V, D, dlogits_n, scale2, inv_tau,
-                     TILES: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, RECOMPUTE: tl.constexpr,
-                     ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                     BLOCK_K: tl.constexpr, ACC: tl.constexpr):
-    """Rows [first, first + chunk): dL/d(hidden W^T), (chunk, V), from g = dL/dlogp, g_H = dL/dH:
+def gradient_of_logits(z2, lse2, entropy, cols, target, g, g_entropy, inv_tau,
+                       ENTROPY: tl.constexpr):
+    """One tile of dL/d(hidden W^T) from g = dL/dlogp, g_H = dL/dH; exactly 0 in columns beyond V:
 
         dL/dz_j = g (1[j = target] - p_j) - g_H p_j (log p_j + H)
 
-    RECOMPUTE: z is formed here, a tile at a time. Otherwise dlogits holds it and is overwritten.
-    """
-    groups = tl.cdiv(tl.cdiv(V, BLOCK_N), TILES)
+    lse2 must be of these very logits. Of others, rounded otherwise, p near 1 would be off by
+    their difference, and 1 - p by many times itself."""
+    log2p = z2 - lse2[:, None]
+    p = tl.exp2(log2p)
+    dz = tl.where(cols[None, :] == target[:, None], g[:, None], 0.0) - g[:, None] * p
+    if ENTROPY:
+        dz -= g_entropy[:, None] * p * (log2p * LN2 + entropy[:, None])
+    return dz * inv_tau
+
+
+@triton.jit
+def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr, g_entropy_ptr,
+                     dlogits_ptr, first, N, T, h_b, h_t, w_v, V, D, dlogits_n, scale2, inv_tau,
+                     TILES: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ENTROPY: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                     ACC: tl.constexpr):
+    """Rows [first, first + chunk) and TILES tiles: forms the logits again -> dlogits (chunk,
+    dlogits_n), in the columns beyond V exactly 0."""
+    groups = tl.cdiv(tl.cdiv(dlogits_n, BLOCK_N), TILES)
     r = tl.program_id(0) // groups * BLOCK_M + tl.arange(0, BLOCK_M)
     n = first + r
     ok = n < N
@@ -152,19 +168,44 @@ def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr
     entropy = tl.load(entropy_ptr + n, mask=ok, other=0.0)
     out_rows = dlogits_ptr + r.to(tl.int64) * dlogits_n
     begin = tl.program_id(0) % groups * TILES * BLOCK_N
-    for start in range(begin, min(begin + TILES * BLOCK_N, V), BLOCK_N):
+    for start in range(begin, min(begin + TILES * BLOCK_N, dlogits_n), BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        mask = ok[:, None] & (cols < dlogits_n)[None, :]             # rows are padded: aligned stores
-        if RECOMPUTE:
-            z2 = logits2(h0, h1, h_rows, ok, w_ptr, w_v, cols, V, D, scale2, D0, D1, BLOCK_K, ACC)
-        else:
-            z2 = tl.load(out_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(ACC) * scale2
-        log2p = z2 - lse2[:, None]
-        p = tl.exp2(log2p)
-        dz = tl.where(cols[None, :] == target[:, None], g[:, None], 0.0) - g[:, None] * p
-        if ENTROPY:
-            dz -= g_entropy[:, None] * p * (log2p * LN2 + entropy[:, None])
-        tl.store(out_rows[:, None] + cols[None, :], (dz * inv_tau).to(dlogits_ptr.dtype.element_ty), mask=mask)
+        z2 = logits2(h0, h1, h_rows, ok, w_ptr, w_v, cols, V, D, scale2, D0, D1, BLOCK_K, ACC)
+        dz = gradient_of_logits(z2, lse2, entropy, cols, target, g, g_entropy, inv_tau, ENTROPY)
+        tl.store(out_rows[:, None] + cols[None, :], dz.to(dlogits_ptr.dtype.element_ty),
+                 mask=ok[:, None] & (cols < dlogits_n)[None, :])
+
+
+@triton.jit
+def logprob_backward_in_place(target_ptr, g_ptr, g_entropy_ptr, dlogits_ptr, first, N, V, dlogits_n,
+                              scale2, inv_tau, ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr,
+                              BLOCK_N: tl.constexpr, ACC: tl.constexpr):
+    """The same where dlogits holds the logits of a product, rounded to its dtype: walks over them
+    twice, for their own LSE and entropy, then to overwrite them."""
+    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = first + r
+    ok = n < N
+    target = tl.load(target_ptr + n, mask=ok, other=-1)
+    kept = ok & (target >= 0)
+    g = tl.load(g_ptr + n, mask=kept, other=0.0)
+    g_entropy = tl.load(g_entropy_ptr + n, mask=kept, other=0.0)     # unused without ENTROPY
+    rows = dlogits_ptr + r.to(tl.int64) * dlogits_n
+    m = tl.full((BLOCK_M,), NEVER, ACC)
+    l = tl.zeros((BLOCK_M,), ACC)
+    s = tl.zeros((BLOCK_M,), ACC)
+    for start in range(0, V, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        z2 = load_tile(rows, ok, start, dlogits_n, BLOCK_N).to(ACC) * scale2
+        m, l, s, p = fold(m, l, s, tl.where((cols < V)[None, :], z2, NEVER))
+        l += tl.sum(p, 1)
+    lse2, entropy = m + tl.log2(l), (tl.log2(l) - s / l) * LN2
+    for start in range(0, dlogits_n, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        z2 = load_tile(rows, ok, start, dlogits_n, BLOCK_N).to(ACC) * scale2
+        z2 = tl.where((cols < V)[None, :], z2, NEVER)
+        dz = gradient_of_logits(z2, lse2, entropy, cols, target, g, g_entropy, inv_tau, ENTROPY)
+        tl.store(rows[:, None] + cols[None, :], dz.to(dlogits_ptr.dtype.element_ty),
+                 mask=ok[:, None] & (cols < dlogits_n)[None, :])
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -296,36 +337,41 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, g_entropy):
-        """Three products a chunk of rows: the logits again (by the kernel where hidden stays on chip,
-        by cuBLAS for larger D, where it is the faster), then dlogits W and dlogits^T hidden. No atomics."""
+        """Three products a chunk of rows: the logits again (by the kernel up to RECOMPUTE_UP_TO,
+        else by cuBLAS), then dlogits W and dlogits^T hidden. No atomics. V is padded to a multiple
+        of 64 by rows of W and columns of dlogits that are 0, so that products find rows aligned."""
         hidden, weight, target, entropy, lse2 = ctx.saved_tensors
         (B, T, D), V, N = hidden.shape, len(weight), target.numel()
         g = torch.zeros_like(entropy) if g is None else g.contiguous()
+        g_H = g if g_entropy is None else g_entropy.contiguous()
         c = config(D, hidden.dtype)
-        recompute, rows = c["D0"] > 0, hidden.reshape(N, D)
-        if not recompute:
-            c |= dict(BLOCK_M=64, num_warps=8)
-        chunk = min(N, max(4096, 2**24 // V // 128 * 128))           # V = 2,048: 32 MB, within the L2
-        ld = triton.cdiv(V, 128) * 128                               # rows aligned, also if V is not
-        buffer = torch.empty(chunk, ld, dtype=hidden.dtype, device=hidden.device)
+        recompute, rows = c["D0"] > 0 and D <= RECOMPUTE_UP_TO, hidden.reshape(N, D)
+        padded = triton.cdiv(V, 64) * 64
+        weight = F.pad(weight, (0, 0, 0, padded - V))
+        chunk = min(N, max(CHUNK, 2**24 // padded // 128 * 128))  # V = 2,048: 32 MB, within the L2
+        buffer = torch.empty(chunk, padded, dtype=hidden.dtype, device=hidden.device)
         d_hidden = torch.empty(N, D, dtype=hidden.dtype, device=hidden.device)
-        d_weight = torch.zeros(V, D, dtype=entropy.dtype, device=hidden.device)
-        groups = triton.cdiv(triton.cdiv(V, c["BLOCK_N"]), SPLIT)
+        d_weight = torch.zeros(padded, D, dtype=entropy.dtype, device=hidden.device)
+        scales = LOG2E.value / ctx.temperature, 1 / ctx.temperature
+        options = dict(ENTROPY=g_entropy is not None, enable_fp_fusion=True,
+                       ACC=tl.float64 if entropy.dtype == torch.float64 else tl.float32)
         for first in range(0, N, chunk):
             last = min(first + chunk, N)
-            dlogits = buffer[: last - first, :V]
-            if not recompute:
+            dlogits = buffer[: last - first]
+            if recompute:
+                groups = triton.cdiv(triton.cdiv(padded, c["BLOCK_N"]), SPLIT)
+                logprob_backward[triton.cdiv(last - first, c["BLOCK_M"]) * groups,](
+                    hidden, weight, target, entropy, lse2, g, g_H, dlogits, first, last, T,
+                    *hidden.stride()[:2], weight.stride(0), V, D, padded, *scales, TILES=SPLIT,
+                    **options, **c)
+            else:
                 torch.mm(rows[first:last], weight.T, out=dlogits)
-            logprob_backward[triton.cdiv(last - first, c["BLOCK_M"]) * groups,](
-                hidden, weight, target, entropy, lse2, g,
-                g if g_entropy is None else g_entropy.contiguous(), dlogits, first, last, T,
-                *hidden.stride()[:2], weight.stride(0), V, D, ld, LOG2E.value / ctx.temperature,
-                1 / ctx.temperature, TILES=SPLIT, RECOMPUTE=recompute, ENTROPY=g_entropy is not None,
-                ACC=tl.float64 if entropy.dtype == torch.float64 else tl.float32,
-                enable_fp_fusion=True, **c)
+                logprob_backward_in_place[triton.cdiv(last - first, 16),](
+                    target, g, g_H, dlogits, first, last, V, padded, *scales, BLOCK_M=16,
+                    BLOCK_N=128, num_warps=4, **options)
             torch.mm(dlogits, weight, out=d_hidden[first:last])
             d_weight += dlogits.T @ rows[first:last]
-        return d_hidden.view(B, T, D), d_weight.to(weight.dtype), None, None
+        return d_hidden.view(B, T, D), d_weight[:V].to(weight.dtype), None, None
 
 
 def linear_logprob(hidden, weight, target, temperature):
