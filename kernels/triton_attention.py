@@ -49,10 +49,25 @@ def store_rows(ptr, rows, stride, end, tile, Dh: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
+def store_columns(ptr, rows, stride, end, tile, Dh: tl.constexpr, BLOCK_D: tl.constexpr):
+    """As store_rows, of a tile (BLOCK_D, len(rows))."""
+    d = tl.arange(0, BLOCK_D)
+    mask = (rows < end)[None, :] & (d < Dh)[:, None]
+    tl.store(ptr + rows[None, :] * stride + d[:, None], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def scores2(q, k, rows, cols, SCALE: tl.constexpr, ACC: tl.constexpr):
     """c q k^T, -inf where column > row. Also hides columns beyond the end: no stored row sees them."""
     s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * (SCALE * LOG2E)
     return tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
+
+
+@triton.jit
+def scores2_t(q, k, rows, cols, SCALE: tl.constexpr, ACC: tl.constexpr):
+    """The same tile transposed, (cols, rows)."""
+    s = tl.dot(k, tl.trans(q), out_dtype=ACC, input_precision=PRECISION) * (SCALE * LOG2E)
+    return tl.where(rows[None, :] >= cols[:, None], s, float("-inf"))
 
 
 # ---- Forward -------------------------------------------------------------------------------------
@@ -97,6 +112,9 @@ def attention_forward(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, q_b, q_t, q_h, k_b
 # P = 2^(c q k^T - lse2), O = P V. With dO given:
 #   dV = P^T dO     dP = dO V^T     dS = P * (dP - delta)     dQ = dS K / sqrt(Dh)     dK = dS^T Q / sqrt(Dh)
 # delta_i = sum_j P_ij dP_ij = dO_i . O_i   (soft-max: moving all scores of a row changes nothing)
+# Where P^T and dS^T enter a product from the left they are computed as transposed tiles, s_t = k q^T:
+# as many products, and no transpose of a tile in registers, which has given wrong gradients on Hopper
+# (flash-linear-attention issues 640, 826; triton issues 9433, 11781).
 @triton.jit
 def attention_backward_resident(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, dq_ptr, dk_ptr, dv_ptr,
                                 q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dq_b, dq_t, dq_h,
@@ -116,26 +134,16 @@ def attention_backward_resident(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, dq_ptr, d
     for h in range(kv * group, (kv + 1) * group):                    # the query heads of this group
         q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_t, T, Dh, BLOCK_D)
         lse2 = tl.load(lse2_ptr + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))
-        p = tl.exp2(scores2(q, k, rows, rows, SCALE, ACC) - lse2[:, None])  # 0 in rows beyond T
+        p_t = tl.exp2(scores2_t(q, k, rows, rows, SCALE, ACC) - lse2[None, :])  # 0 beyond T
         do = load_rows(do_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, Dh, BLOCK_D)
-        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, out_dtype=ACC, input_precision=PRECISION)
-        dp = tl.dot(do, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
-        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * SCALE).to(q.dtype)
-        dk = tl.dot(tl.trans(ds), q, dk, out_dtype=ACC, input_precision=PRECISION)
-        dq = tl.dot(ds, k, out_dtype=ACC, input_precision=PRECISION)
-        store_rows(dq_ptr + b * dq_b + h * dq_h, rows, dq_t, T, dq, Dh, BLOCK_D)
+        dv = tl.dot(p_t.to(do.dtype), do, dv, out_dtype=ACC, input_precision=PRECISION)
+        dp_t = tl.dot(v, tl.trans(do), out_dtype=ACC, input_precision=PRECISION)
+        ds_t = (p_t * (dp_t - tl.sum(p_t * dp_t, 0)[None, :]) * SCALE).to(q.dtype)
+        dk = tl.dot(ds_t, q, dk, out_dtype=ACC, input_precision=PRECISION)
+        dq_tile = tl.dot(tl.trans(k), ds_t, out_dtype=ACC, input_precision=PRECISION)  # (BLOCK_D, BLOCK_T)
+        store_columns(dq_ptr + b * dq_b + h * dq_h, rows, dq_t, T, dq_tile, Dh, BLOCK_D)
     store_rows(dk_ptr + b * dk_b + kv * dk_h, rows, dk_t, T, dk, Dh, BLOCK_D)
     store_rows(dv_ptr + b * dv_b + kv * dv_h, rows, dv_t, T, dv, Dh, BLOCK_D)
-
-
-@triton.jit
-def p_and_ds(q, k, v, do, o, lse2, rows, cols, SCALE: tl.constexpr, ACC: tl.constexpr):
-    """One (rows, cols) tile of P and of dS / sqrt(Dh). A tile holds only a part of each row, so
-    delta is dO . O here: the sum of P * dP over the tile alone would be wrong."""
-    p = tl.exp2(scores2(q, k, rows, cols, SCALE, ACC) - lse2[:, None])
-    dp = tl.dot(do, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
-    delta = tl.sum(do.to(ACC) * o.to(ACC), 1)
-    return p.to(do.dtype), (p * (dp - delta[:, None]) * SCALE).to(q.dtype)
 
 
 @triton.jit
@@ -159,12 +167,15 @@ def attention_backward_two_loops(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, d
         o = load_rows(o_ptr + (b * T * H + h) * Dh, own, H * Dh, T, Dh, BLOCK_D)
         do = load_rows(do_ptr + (b * T * H + h) * Dh, own, H * Dh, T, Dh, BLOCK_D)
         lse2 = tl.load(lse2_ptr + (b * H + h) * T + own, mask=own < T, other=float("inf"))
+        delta = tl.sum(do.to(ACC) * o.to(ACC), 1)  # not of P dP: a tile has only a part of each row
         dq = tl.zeros((BLOCK, BLOCK_D), ACC)
         for start in range(0, (i + 1) * BLOCK, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             k = load_rows(k_ptr, cols, k_t, T, Dh, BLOCK_D)
             v = load_rows(v_ptr, cols, v_t, T, Dh, BLOCK_D)
-            _, ds = p_and_ds(q, k, v, do, o, lse2, own, cols, SCALE, ACC)
+            p = tl.exp2(scores2(q, k, own, cols, SCALE, ACC) - lse2[:, None])
+            dp = tl.dot(do, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
+            ds = (p * (dp - delta[:, None]) * SCALE).to(q.dtype)
             dq = tl.dot(ds, k, dq, out_dtype=ACC, input_precision=PRECISION)
         store_rows(dq_ptr + b * dq_b + h * dq_h, own, dq_t, T, dq, Dh, BLOCK_D)
 
@@ -175,13 +186,16 @@ def attention_backward_two_loops(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, d
     for h in range(kv * group, (kv + 1) * group):
         for start in range(i * BLOCK, T, BLOCK):
             rows = start + tl.arange(0, BLOCK)
-            q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_t, T, Dh, BLOCK_D)
-            o = load_rows(o_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, Dh, BLOCK_D)
-            do = load_rows(do_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, Dh, BLOCK_D)
             lse2 = tl.load(lse2_ptr + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))
-            p, ds = p_and_ds(q, k, v, do, o, lse2, rows, own, SCALE, ACC)
-            dv = tl.dot(tl.trans(p), do, dv, out_dtype=ACC, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(ds), q, dk, out_dtype=ACC, input_precision=PRECISION)
+            q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_t, T, Dh, BLOCK_D)
+            p_t = tl.exp2(scores2_t(q, k, rows, own, SCALE, ACC) - lse2[None, :])
+            do = load_rows(do_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, Dh, BLOCK_D)
+            dv = tl.dot(p_t.to(do.dtype), do, dv, out_dtype=ACC, input_precision=PRECISION)
+            o = load_rows(o_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, Dh, BLOCK_D)
+            delta = tl.sum(do.to(ACC) * o.to(ACC), 1)
+            dp_t = tl.dot(v, tl.trans(do), out_dtype=ACC, input_precision=PRECISION)
+            ds_t = (p_t * (dp_t - delta[None, :]) * SCALE).to(q.dtype)
+            dk = tl.dot(ds_t, q, dk, out_dtype=ACC, input_precision=PRECISION)
     store_rows(dk_ptr + b * dk_b + kv * dk_h, own, dk_t, T, dk, Dh, BLOCK_D)
     store_rows(dv_ptr + b * dv_b + kv * dv_h, own, dv_t, T, dv, Dh, BLOCK_D)
 
@@ -246,12 +260,11 @@ def backward_config(T: int, Dh: int, group: int, dtype: torch.dtype) -> tuple[bo
     looks). num_stages stays 1: Triton 3.6 and later are reported to crash on Hopper in such a
     backward with 2 stages and a 128-wide tile in 4 warps (triton issue 10573)."""
     block, BLOCK_D = max(16, triton.next_power_of_2(T)), max(16, triton.next_power_of_2(Dh))
-    wide = dtype.itemsize > 2  # float32: each product takes three, and each number twice the room
+    if dtype.itemsize > 2:  # float32: each product takes three, and each number twice the room
+        return False, 16, max(4, BLOCK_D // 16)
     held = block * BLOCK_D * (2 if group > 1 else 1)  # a group keeps dk and dv over its query heads
-    if block <= (32 if wide else 128) and held <= (2048 if wide else 8192 if hopper() else 4096):
+    if block <= 128 and held <= (8192 if hopper() else 4096):
         return True, block, 8 if block == 128 or block * BLOCK_D > 4096 else 4
-    if wide:
-        return False, 16, 4
     return (False, 64, 4) if BLOCK_D <= 32 or BLOCK_D == 64 and hopper() else (False, 32, BLOCK_D // 16)
 
 

@@ -2,6 +2,9 @@
 
     python -m tests.compile_only 80       (or 90; prints a table, exit code 1 if a check fails)
 
+The last line names Triton and the assembler: TRITON_PTXAS_PATH chooses another. (Triton 3.9 brings
+two, for sm_90 a newer one than for sm_80; Triton 3.6 an older one for both.)
+
 The launches of kernels/ run as they are, on CPU tensors: a driver that only names its target makes
 Triton specialise and compile exactly as it would at run time (alignment, divisibility by 16), and
 the launch itself is left out. Then `cuobjdump`, which comes with Triton, says what ptxas made of it.
@@ -20,6 +23,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -145,7 +149,8 @@ def main(arch: int) -> int:
             print(f"{arch:3} {label:34} {name:29} {r['REG']:4} {r['STACK']:5} {r['SHARED']:7} {r['WARPS']:5} "
                   f"{mma:>5} {'; '.join(wrong)}", flush=True)
         compiled.clear()
-    print(f"{len(seen)} kernels compiled for sm_{arch} by Triton {triton.__version__}, {failures} with a problem")
+    print(f"{len(seen)} kernels compiled for sm_{arch} by Triton {triton.__version__} and ptxas "
+          f"{get_ptxas(arch).version}, {failures} with a problem")
     return bool(failures)
 
 

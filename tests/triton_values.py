@@ -484,11 +484,13 @@ def broken(module, old, new, tmp_path):
 
 @pytest.mark.parametrize("old, new, T", [
     ("rows[:, None] >= cols[None, :]", "rows[:, None] > cols[None, :] - 2", 17),    # mask off by one
+    ("rows[None, :] >= cols[:, None]", "rows[None, :] > cols[:, None] - 2", 17),    # the same, transposed
     ("acc = acc * rescale[:, None]\n", "acc = acc\n", 130),                          # missing rescale
     ("+ h // group * k_h", "+ h * k_h * 0", 17),                                     # wrong head
     ("q_t, T, Dh, BLOCK_D)\n    m = ", "q_t + 1, T, Dh, BLOCK_D)\n    m = ", 17),    # wrong row stride
-    ("tl.sum(p * dp, 1)", "tl.sum(dp, 1)", 17),                                      # delta without P
-    ("delta = tl.sum(do.to(ACC) * o.to(ACC), 1)", "delta = tl.sum(p * dp, 1)", 130),  # delta of one tile
+    ("tl.sum(p_t * dp_t, 0)", "tl.sum(dp_t, 0)", 17),                                # delta without P
+    ("(dp - delta[:, None])", "(dp - tl.sum(p * dp, 1)[:, None])", 130),             # delta of one tile
+    ("(dp_t - delta[None, :])", "(dp_t - tl.sum(p_t * dp_t, 0)[None, :])", 130),     # the same, transposed
     ("mask = (rows < end)[:, None]", "mask = (rows <= end)[:, None]", 17),           # writes outside
 ])
 def test_a_broken_attention_is_caught(old, new, T, tmp_path, check_fences):
