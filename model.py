@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from kernels import attention, decode_attention, linear_logprob, sample, squared_relu
+from kernels import attention, decode_attention, linear_logprob, rotate, sample, squared_relu
 from kernels.decoder import can_capture, decoder_for
 from running import read_tensors, readable, write_tensors
 
@@ -35,13 +35,6 @@ class GPTConfig:
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, x.shape[-1:])  # no learned scale: the next matrix can absorb it
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position encoding (Su et al. 2021, arXiv:2104.09864): each pair (x_i, x_{i + Dh/2})
-    turned by position * frequency_i, so that the dot product of two rotated vectors depends on
-    the distance of their positions alone. x (..., heads, Dh); cos, sin (..., 1, Dh)."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 class Linear(nn.Linear):

@@ -4,17 +4,18 @@
     decode_attention  one new token against a KV cache                    (rollouts)
     linear_logprob    hidden @ W.T -> log-prob of the target and entropy  (training and scoring)
     sample            hidden @ W.T -> a drawn token and its log-prob      (rollouts)
-    squared_relu      max(x, 0)^2, PyTorch everywhere                     (the MLP)
+    squared_relu      max(x, 0)^2                                         (the MLP)
+    rotate            rotary positions                                    (queries and keys)
 
-The first four take `backend="auto"`: on a GPU the Triton kernels (triton_attention.py,
-triton_head.py), else PyTorch. decoder.py captures a whole step of a rollout, and alone knows of
+All take `backend="auto"`: on a GPU the Triton kernels (triton_attention.py, triton_head.py,
+triton_elementwise.py), else PyTorch. decoder.py captures a whole step of a rollout, and alone knows of
 a model (what its loop calls). `python -m benchmarks.kernels` measures all against what one would call
 instead.
 """
 from kernels.attention import attention, decode_attention
+from kernels.elementwise import rotate, squared_relu
 from kernels.logprob import linear_logprob
 from kernels.sample import philox_uniform, sample
-from kernels.squared_relu import squared_relu
 
-__all__ = ["attention", "decode_attention", "linear_logprob", "philox_uniform", "sample",
-           "squared_relu"]
+__all__ = ["attention", "decode_attention", "linear_logprob", "philox_uniform", "rotate",
+           "sample", "squared_relu"]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.backend import use_triton
+from kernels.elementwise import rotate
 
 DENSE_UP_TO = 256  # longest T for which the (T, T) scores are materialised
 
@@ -58,9 +59,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor,
-                     v_cache: torch.Tensor, pos: int | torch.Tensor,
-                     backend: str = "auto") -> torch.Tensor:
-    """Attention of one new token per sequence; also appends its key and value to the cache.
+                     v_cache: torch.Tensor, pos: int | torch.Tensor, backend: str = "auto",
+                     angles: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    """Attention of one new token per sequence; also appends its key and value to the cache. With
+    angles, cos and sin (T, 1, Dh) of all positions, q and k are first rotated by those of `pos`.
 
     q (B, H, Dh); k, v (B, Hkv, Dh); k_cache, v_cache (B, Hkv, Tmax, Dh) with slots [0, pos) filled;
     0 <= pos < Tmax, an integer or, on a GPU, a one-element integer tensor there, which the kernel
@@ -79,8 +81,10 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache:
                          f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)} do not fit")
     if use_triton(backend if Dh <= 128 else "torch", q, "attention"):
         from kernels.triton_attention import decode_attention as decode
-        return decode(q, k, v, k_cache, v_cache, torch.as_tensor(pos, device=q.device))
+        return decode(q, k, v, k_cache, v_cache, torch.as_tensor(pos, device=q.device), angles)
     pos = int(pos)
+    if angles:
+        q, k = (rotate(x, *(table[pos] for table in angles), backend="torch") for x in (q, k))
     k_cache[:, :, pos] = k
     v_cache[:, :, pos] = v
     keys, values = (x.reshape(B * Hkv, Tmax, Dh) for x in (k_cache, v_cache))

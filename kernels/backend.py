@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-FAMILIES = ("attention", "logprob", "sample", "decoder")
+FAMILIES = ("attention", "logprob", "sample", "decoder", "elementwise")
 
 
 @lru_cache(maxsize=1)

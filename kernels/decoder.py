@@ -6,15 +6,21 @@ comes from the host or goes to it. So position, seed and row numbers are read, a
 log-probs left, in the GPU's memory; and the weights are copied into place before each rollout, so
 that one graph serves a whole run. On a CPU the same step runs as it is, for the tests.
 
-It knows of the model what the loop knows: `embed`, `blocks` through `step`, `unembed`, `angles`,
-`empty_cache`, `bos`.
+`hidden` is `GPT.step` in fewer, larger kernels, 60 a step with six layers where that would launch
+98: queries and keys are rotated by the kernel that reads them, a product adds its result to the
+residual stream, and squared ReLU is one pass. So this file knows the model's layers; a decoder
+compares the two before it draws, and refuses a model that has become another.
 """
 import copy
 import gc
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
+from kernels.attention import decode_attention
 from kernels.backend import use_triton
+from kernels.elementwise import squared_relu
 from kernels.sample import sample
 
 
@@ -56,14 +62,39 @@ class Decoder:
         self.token = torch.zeros(batch, dtype=torch.long, device=device)
         self.tokens = torch.zeros(T, batch, dtype=torch.long, device=device)
         self.logps = torch.zeros(T, batch, device=device)
+        self.check()
         if can_capture(model):
             self.capture()
 
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raises AssertionError unless `hidden` is what the model itself computes."""
+        n, T = min(8, len(self.token)), len(self.tokens)
+        x = torch.arange(n * T, device=self.token.device).view(n, T) % self.model.bos
+        theirs = self.model(x).float()                                          # (n, T, D)
+        for t in range(min(T, 3)):
+            self.token[:n] = x[:, t]
+            self.pos.fill_(t)
+            off = (self.hidden()[:n].float() - theirs[:, t]).norm() / theirs[:, t].norm()
+            assert off < 0.05, f"kernels/decoder.py is not the step of this model: {off:.2f} off"
+
+    def hidden(self) -> torch.Tensor:
+        """The hidden state (B, D) of `token` at `pos`, whose keys and values go into the cache."""
+        c = self.model.config
+        H, Hkv = c.n_head, c.n_kv_head
+        norm = partial(F.layer_norm, normalized_shape=(c.d_model,))
+        h = norm(self.model.embed(self.token))                                  # (B, D)
+        for block, cache in zip(self.model.blocks, self.cache):
+            qkv = F.linear(norm(h), block.attention.qkv.weight)
+            q, k, v = qkv.unflatten(1, (H + 2 * Hkv, -1)).split((H, Hkv, Hkv), 1)  # (B, heads, Dh)
+            y = decode_attention(q, k, v, *cache, self.pos, angles=(self.cos, self.sin))
+            h.addmm_(y, block.attention.proj.weight.T)
+            r = squared_relu(F.linear(norm(h), block.mlp.up.weight))            # (B, 4 D)
+            h.addmm_(r, block.mlp.down.weight.T)
+        return norm(h)
+
     def step(self) -> None:
-        cos = self.cos.index_select(0, self.pos)
-        sin = self.sin.index_select(0, self.pos)
-        h = self.model.step(self.token, cos, sin, self.cache, self.pos)         # (B, D)
-        weight = self.model.unembed()
+        h, weight = self.hidden(), self.model.unembed()
         token, logp, _ = sample(h, weight, self.seed, self.rows, self.pos, entropy=False)
         given = self.prompt.index_select(0, self.pos)[0]
         token = torch.where(given >= 0, given, token)

@@ -201,12 +201,31 @@ def attention_backward_two_loops(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, d
 
 
 # ---- One new token -------------------------------------------------------------------------------
+@triton.jit
+def load_rotated(ptr, rows, stride, end, cos_ptr, sin_ptr, ROTATE: tl.constexpr, Dh: tl.constexpr,
+                 BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """As load_rows; with ROTATE turned by the angles of one position, cos and sin (Dh,): y_i = x_i
+    cos_i + x_(i +- Dh/2) sin_i, the second half of sin negative."""
+    x = load_rows(ptr, rows, stride, end, Dh, BLOCK_D)
+    if ROTATE:
+        d = tl.arange(0, BLOCK_D)
+        other = tl.where(d < Dh // 2, d + Dh // 2, d - Dh // 2)
+        mask = (rows < end)[:, None] & (d < Dh)[None, :]
+        partner = tl.load(ptr + rows[:, None] * stride + other[None, :], mask=mask, other=0.0)
+        cos = tl.load(cos_ptr + d, mask=d < Dh, other=0.0).to(ACC)[None, :]
+        sin = tl.load(sin_ptr + d, mask=d < Dh, other=0.0).to(ACC)[None, :]
+        x = (x.to(ACC) * cos + partner.to(ACC) * sin).to(x.dtype)
+    return x
+
+
 @triton.jit(do_not_specialize_on_alignment=["pos_ptr"])  # it may point at any element of a range
-def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, out_ptr, q_b, q_h,
-                   k_b, k_h, v_b, v_h, kc_b, kc_h, vc_b, vc_h, T_max, kv_heads, group,
-                   SCALE: tl.constexpr, Dh: tl.constexpr, BLOCK_G: tl.constexpr,
-                   BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, cos_ptr, sin_ptr,
+                   out_ptr, q_b, q_h, k_b, k_h, v_b, v_h, kc_b, kc_h, vc_b, vc_h, T_max, kv_heads,
+                   group, ROTATE: tl.constexpr, SCALE: tl.constexpr, Dh: tl.constexpr,
+                   BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+                   ACC: tl.constexpr):
     """All query heads of one (sequence, key-value head), so that the cache is read once for them.
+    ROTATE: by row `pos` of cos and sin (T, Dh), first.
 
     The new key and value seed the online soft-max from registers, and are stored to slot `pos`: no
     program waits for another's store. `pos` is read from memory, so a recorded CUDA graph of this
@@ -218,13 +237,17 @@ def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, out_p
     k_cache_ptr += b * kc_b + kv * kc_h
     v_cache_ptr += b * vc_b + kv * vc_h
     one = tl.arange(0, 1)
-    k_new = load_rows(k_ptr + b * k_b + kv * k_h, one, 0, 1, Dh, BLOCK_D)        # (1, BLOCK_D)
+    cos_ptr += pos * Dh
+    sin_ptr += pos * Dh
+    k_new = load_rotated(k_ptr + b * k_b + kv * k_h, one, 0, 1, cos_ptr, sin_ptr, ROTATE, Dh,
+                         BLOCK_D, ACC)                                # (1, BLOCK_D)
     v_new = load_rows(v_ptr + b * v_b + kv * v_h, one, 0, 1, Dh, BLOCK_D)
     store_rows(k_cache_ptr, pos + one, Dh, T_max, k_new, Dh, BLOCK_D)
     store_rows(v_cache_ptr, pos + one, Dh, T_max, v_new, Dh, BLOCK_D)
 
     heads = tl.arange(0, BLOCK_G)
-    q = load_rows(q_ptr + b * q_b + kv * group * q_h, heads, q_h, group, Dh, BLOCK_D)
+    q = load_rotated(q_ptr + b * q_b + kv * group * q_h, heads, q_h, group, cos_ptr, sin_ptr, ROTATE,
+                     Dh, BLOCK_D, ACC)
     m = tl.sum(q.to(ACC) * k_new.to(ACC), 1) * (SCALE * LOG2E)
     l = tl.full((BLOCK_G,), 1, ACC)
     acc = tl.zeros((BLOCK_G, BLOCK_D), ACC) + v_new.to(ACC)
@@ -246,6 +269,9 @@ def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, out_p
 
 
 # ---- Configurations and launches -----------------------------------------------------------------
+FORWARD, DECODE = dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=2)
+
+
 def hopper() -> bool:
     """A GPU that gives one program 227 KB of shared memory."""
     if knobs.runtime.interpret:
@@ -288,7 +314,7 @@ class Attention(torch.autograd.Function):
         if q.numel():
             attention_forward[B * H * triton.cdiv(T, block),](
                 q, k, v, out, lse2, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                T, H, H // k.size(2), BLOCK=block, num_warps=4, num_stages=2,
+                T, H, H // k.size(2), BLOCK=block, **FORWARD,
                 **shared(Dh, q.dtype))
         ctx.config = backward_config(T, Dh, H // k.size(2), q.dtype)
         resident, _, _ = ctx.config
@@ -316,7 +342,7 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv
 
 
-def decode_attention(q, k, v, k_cache, v_cache, pos):
+def decode_attention(q, k, v, k_cache, v_cache, pos, angles=None):
     """Shapes as kernels.decode_attention; pos a one-element integer tensor on the same device."""
     (B, H, Dh), (Hkv, T_max) = q.shape, k_cache.shape[1:3]
     if k_cache.stride()[2:] != (Dh, 1) or v_cache.stride()[2:] != (Dh, 1):
@@ -325,8 +351,8 @@ def decode_attention(q, k, v, k_cache, v_cache, pos):
     out = torch.empty(B, H * Dh, dtype=q.dtype, device=q.device)
     if B:
         decode_forward[B * Hkv,](
-            q, k, v, k_cache, v_cache, pos, out, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            *k_cache.stride()[:2], *v_cache.stride()[:2], T_max, Hkv, H // Hkv,
-            BLOCK_G=max(16, triton.next_power_of_2(H // Hkv)), BLOCK_T=64 if q.element_size() == 2 else 16,
-            num_warps=4, num_stages=2, **shared(Dh, q.dtype))
+            q, k, v, k_cache, v_cache, pos, *(angles or (q, q)), out,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], T_max, Hkv, H // Hkv,
+            ROTATE=angles is not None, BLOCK_G=max(16, triton.next_power_of_2(H // Hkv)), BLOCK_T=64 if q.element_size() == 2 else 16,
+            **DECODE, **shared(Dh, q.dtype))
     return out

@@ -74,7 +74,7 @@ def inspect(kernel) -> dict:
 
 def problems(arch: int, name: str, aligned: bool, r: dict) -> list[str]:
     """What is wrong with one compiled kernel, in words; [] if nothing."""
-    elementwise = name in ("sample_merge", "logprob_backward_in_place")
+    elementwise = name in ("sample_merge", "logprob_backward_in_place", "rotate", "squared_relu")
     return [text for wrong, text in (
         (r["STACK"] or r["LOCAL"], f"spills: {r['STACK']} bytes of stack"),
         (r["SHARED"] > SHARED[arch], f"{r['SHARED']} bytes of shared memory, {SHARED[arch]} allowed"),
@@ -94,8 +94,18 @@ def attention_cases(dtype, shapes):
         def call():
             attention(q, k, v, backend="triton").sum().backward()
             with torch.no_grad():
-                decode_attention(q[:, 0], k[:, 0], v[:, 0], *cache, 0, backend="triton")
+                decode_attention(q[:, 0], k[:, 0], v[:, 0], *cache, 0, backend="triton", angles=(cache[0, 0, 0],) * 2)
         yield f"{str(dtype)[6:]} T={T} Dh={Dh} H={H}/{Hkv}", Dh % 16 == 0 and Dh >= 32, call
+
+
+def elementwise_cases(dtype, shapes):
+    from kernels.elementwise import rotate, squared_relu
+    for T, heads, Dh in shapes:
+        x = torch.zeros(2, T, heads, Dh, dtype=dtype, requires_grad=True)
+
+        def call():
+            (rotate(x[:, :, 1:], *x[:, 0, :1]).sum() + squared_relu(x).sum()).backward()
+        yield f"{str(dtype)[6:]} T={T} Dh={Dh} H={heads}", Dh % 32 == 0, call
 
 
 def head_cases(dtype, shapes):
@@ -133,7 +143,8 @@ def main(arch: int) -> int:
         attention_cases(torch.float32, [(32, 64, 3, 3), (64, 64, 3, 1), (16, 128, 2, 2), (256, 128, 4, 2)]),
         head_cases(torch.bfloat16, [(256, 2048), (192, 4093), (384, 2048), (384, 4093, 0), (768, 50304),
                                     (24, 65), (64, 1)]),
-        head_cases(torch.float32, [(256, 2048)]))
+        head_cases(torch.float32, [(256, 2048)]),
+        elementwise_cases(torch.bfloat16, [(64, 8, 64), (1, 3, 24)]))
     print(COLUMNS)
     seen, failures = set(), 0
     for label, aligned, call in cases:

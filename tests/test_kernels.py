@@ -197,10 +197,10 @@ def test_a_family_can_be_sent_to_pytorch(monkeypatch):
     assert all(backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES)
     assert backend.live_path(OnGpu) == "Triton" and backend.live_path(torch.device("cpu")) == "PyTorch"
     monkeypatch.setenv("TORCH_KERNELS", "sample,attention")
-    assert [backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES] == [False, True, False, True]
+    assert [backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES] == [False, True, False, True, True]
     assert backend.live_path(OnGpu) == "Triton, PyTorch for attention, sample"
     monkeypatch.setenv("TORCH_KERNELS", "all")
     assert not any(backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES)
     monkeypatch.setenv("TORCH_KERNELS", "atention")
-    with pytest.raises(ValueError, match="a list of attention, logprob, sample, decoder, or all"):
+    with pytest.raises(ValueError, match="a list of attention, logprob, sample, decoder, elementwise, or all"):
         backend.use_triton("auto", OnGpu, "logprob")

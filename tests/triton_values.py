@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import attention, decode_attention, linear_logprob, sample
-from kernels import triton_attention, triton_head
+from kernels import attention, decode_attention, linear_logprob, rotate, sample
+from kernels import triton_attention, triton_elementwise, triton_head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
@@ -122,7 +122,7 @@ def test_both_backward_paths_at_any_length(T, path):
 def test_attention_gradcheck(path, monkeypatch):
     monkeypatch.setattr(triton_attention, "backward_config", lambda *_: path)
     packed = randn(1, 5 if path[0] else 18, 3, 2, 2, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: attention(*x.unbind(2), backend="triton"), packed, fast_mode=not path[0])
+    assert torch.autograd.gradcheck(lambda x: attention(*x.unbind(2), backend="triton"), packed, fast_mode=True)
     q, k, v = (randn(1, 3, H, 3, dtype=torch.float64, seed=i).requires_grad_() for i, H in enumerate((2, 1, 1)))
     assert torch.autograd.gradcheck(lambda *x: attention(*x, backend="triton"), (q, k, v))
 
@@ -156,18 +156,27 @@ def test_attention_of_extreme_scores_and_of_nothing():
 @pytest.mark.parametrize("H, Hkv, Dh", [(1, 1, 16), (6, 1, 32), (4, 2, 24), (3, 3, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_decode_step_equals_row_of_prefill(H, Hkv, Dh, dtype):
-    """Unfilled slots hold NaN: a read of one shows. Slots other than pos stay as they are."""
+    """Unfilled slots hold NaN: a read of one shows. Slots other than pos stay as they are. Queries and keys are
+    rotated by the step itself, for prefill beforehand."""
     B, T = 3, 67
     q, k, v = (randn(B, T, n, Dh, dtype=dtype, seed=n + i) for i, n in enumerate((H, Hkv, Hkv)))
+    angle = randn(T, 1, Dh // 2, seed=9)
+    angles = tuple(torch.cat((a, sign * a), -1).to(dtype) for a, sign in ((angle.cos(), 1), (angle.sin(), -1)))
+    plain = q, k
+    q, k = (rotate(x, *angles, backend="torch") for x in plain)
     exact = attention64(q, k, v)
     caches = [torch.full((B, Hkv, T + 2, Dh), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2)]
     for cache, x in zip(caches, (k, v)):
         cache[:, :, :63] = x[:, :63].transpose(1, 2)
     for t in itertools.chain(range(3), range(63, T)):  # the first steps, and across a tile's edge
         pos = torch.tensor(t, device=DEVICE)
-        row = decode_attention(q[:, t], k[:, t], v[:, t], *caches, pos, backend="triton")
+        if t % 2:
+            row = decode_attention(q[:, t], k[:, t], v[:, t], *caches, pos, backend="triton")
+        else:
+            row = decode_attention(*(x[:, t] for x in plain), v[:, t], *caches, pos, backend="triton", angles=angles)
         assert error(row, exact[:, t]) < LIMIT[dtype]
-    assert torch.equal(caches[0][:, :, :T], k.transpose(1, 2)) and caches[0][:, :, T:].isnan().all()
+        assert error(caches[0][:, :, t], k[:, t]) < LIMIT[dtype]
+    assert caches[0][:, :, T:].isnan().all()
     assert torch.equal(caches[1][:, :, :T], v.transpose(1, 2)) and caches[1][:, :, T:].isnan().all()
 
 
@@ -419,6 +428,28 @@ def test_never_draws_the_impossible():
     assert draw(hidden[:0], weight, 0, torch.arange(0), 0)[0].shape == (0,)
 
 
+# ---- Squared ReLU and rotation -------------------------------------------------------------------
+def check_elementwise(B, T, heads, Dh, dtype, kernels=triton_elementwise):
+    """Values and gradients against float64, of the first heads of a wider projection; a NaN stays one."""
+    projection = surrounded(randn(B, T, heads + 2, Dh, dtype=dtype)).requires_grad_()
+    x, upstream = projection[:, :, :heads], randn(B, T, heads, Dh, dtype=dtype, seed=1)
+    angle = randn(T, 1, Dh // 2, seed=2)
+    cos, sin = (torch.cat((a, sign * a), -1).to(dtype) for a, sign in ((angle.cos(), 1), (angle.sin(), -1)))
+    turn = torch.complex(cos.double(), sin.double())[..., :Dh // 2]  # of a - ib, for pairs (a, b)
+    pairs = torch.complex(*x.double().split((Dh // 2, Dh // 2), -1)).conj() * turn
+    for ours, exact in ((kernels.Rotate.apply(x, cos, sin), torch.cat((pairs.real, -pairs.imag), -1)),
+                        (kernels.SquaredReLU.apply(x), x.double().clamp_min(0) ** 2)):
+        assert error(ours, exact) < LIMIT[dtype]
+        grads = [torch.autograd.grad(y, projection, upstream.to(y.dtype))[0] for y in (ours, exact)]
+        assert error(*grads) < LIMIT[dtype]
+    assert kernels.SquaredReLU.apply(torch.full((3,), math.nan, device=DEVICE)).isnan().all()
+
+
+@pytest.mark.parametrize("B, T, heads, Dh, dtype", [(3, 5, 7, 64, torch.float16), (2, 9, 2, 24, torch.float32)])
+def test_squared_relu_and_rotation_equal_float64(B, T, heads, Dh, dtype):
+    check_elementwise(B, T, heads, Dh, dtype)
+
+
 # ---- The model on the kernels --------------------------------------------------------------------
 class NoHost(TorchDispatchMode):
     """Fails where PyTorch reads a tensor's value into Python."""
@@ -428,14 +459,13 @@ class NoHost(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("n_kv_head", [1, 2])
-def test_the_model_samples_and_learns_on_the_kernels(n_kv_head, monkeypatch):
+def test_the_model_samples_and_learns_on_the_kernels(monkeypatch):
     """What the scripts do on a GPU: rollout by decode and sample, scoring, a gradient. The sampler's
     log-probs are those of the training forward; log-probs and gradients are those of the PyTorch path."""
     from kernels.decoder import Decoder
     from model import GPT, GPTConfig
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=90, context=6, n_layer=2, n_head=2, n_kv_head=n_kv_head, d_model=32)).to(DEVICE)
+    model = GPT(GPTConfig(vocab_size=90, context=6, n_layer=2, n_head=2, n_kv_head=1, d_model=32)).to(DEVICE)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
 
@@ -445,7 +475,7 @@ def test_the_model_samples_and_learns_on_the_kernels(n_kv_head, monkeypatch):
         grads = torch.cat([p.grad.flatten() for p in model.parameters()])
         model.zero_grad()
         return logp.detach(), entropy.detach(), model.sentiment(y).detach(), grads
-    for module in ("attention", "logprob", "sample"):
+    for module in ("attention", "elementwise", "logprob", "sample"):
         monkeypatch.setattr(importlib.import_module(f"kernels.{module}"), "use_triton", lambda *_: True)
     y, sampled = model.generate(7, 6, seed=3, batch=4)
     again, _ = model.generate(torch.tensor([5, 6]), 6, seed=3)
@@ -464,9 +494,57 @@ def test_the_model_samples_and_learns_on_the_kernels(n_kv_head, monkeypatch):
         with torch.no_grad():
             Decoder.step(decoder)
         run()
-    for module in ("attention", "logprob", "sample"):
+    for module in ("attention", "elementwise", "logprob", "sample"):
         monkeypatch.setattr(importlib.import_module(f"kernels.{module}"), "use_triton", lambda *_: False)
     assert all(error(a, b) < 1e-5 for a, b in zip(on_triton, run()))
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be told to run: every operation of PyTorch that writes (views and empty tensors do
+    not), and every Triton kernel, in whose interpreter PyTorch's operations do not count."""
+    n = inside = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        self.n += not (self.inside or view or "empty" in str(func) or "_unsafe_view" in str(func))
+        return func(*args, **kwargs or {})
+
+    def around(self, run):
+        def launch(*args, **kwargs):
+            self.n, self.inside = self.n + 1, True
+            run(*args, **kwargs)
+            self.inside = False
+        return launch
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
+def test_a_decode_step_launches_60_kernels(monkeypatch):
+    """With the six layers of the preset. The step of model.py would launch 98."""
+    from triton.runtime.interpreter import GridExecutor
+
+    from kernels.decoder import Decoder
+    from model import GPT, GPTConfig
+    monkeypatch.undo()  # the fences, which launch as well
+    for module in ("attention", "elementwise", "sample"):
+        monkeypatch.setattr(importlib.import_module(f"kernels.{module}"), "use_triton", lambda *_: True)
+    decoder = Decoder(GPT(GPTConfig(90, 6, n_layer=6, n_head=2, n_kv_head=1, d_model=32)), 4, 0, 6)
+    with torch.no_grad(), Launches() as launches:
+        monkeypatch.setattr(GridExecutor, "__call__", launches.around(GridExecutor.__call__))
+        decoder.step()
+    assert launches.n == 60
+
+
+def test_a_decoder_refuses_a_model_that_has_become_another(monkeypatch):
+    """Or a GPU would draw from another policy than the one it trains."""
+    import model
+    from kernels.decoder import Decoder
+    gpt = model.GPT(model.GPTConfig(90, 6, n_layer=2, n_head=2, n_kv_head=1, d_model=32)).to(DEVICE)
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    Decoder(gpt, 4, 0, 6)
+    monkeypatch.setattr(model.MLP, "forward", lambda self, x: self.down(self.up(x).relu()))
+    with pytest.raises(AssertionError, match="not the step of this model"):
+        Decoder(gpt, 4, 0, 6)
 
 
 # ---- Negative controls ---------------------------------------------------------------------------
@@ -506,6 +584,8 @@ def test_a_broken_attention_is_caught(old, new, T, tmp_path, check_fences):
     ("m = tl.sum(q.to(ACC) * k_new", "m = 0 * tl.sum(q.to(ACC) * k_new"),             # own key's score
     ("tl.where((slots < pos)[None, :], s,", "tl.where((slots <= pos)[None, :], s,"),  # counts it twice
     ("store_rows(k_cache_ptr, pos + one", "store_rows(k_cache_ptr, pos + 1 + one"),   # slot off by one
+    ("cos_ptr += pos * Dh", "cos_ptr += pos"),                                        # another angle
+    ("d + Dh // 2, d - Dh // 2)", "d + Dh // 2, d)"),                                 # not its partner
 ])
 def test_a_broken_decode_is_caught(old, new, tmp_path, monkeypatch):
     kernels = broken(triton_attention, old, new, tmp_path)
@@ -541,6 +621,18 @@ def test_a_broken_sampler_is_caught(old, new, tmp_path):
     kernels = broken(triton_head, old, new, tmp_path)
     with pytest.raises(AssertionError):
         check_tokens(1100, kernels=kernels)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("(b * c - a * s)", "(b * c + a * s)"),                                          # not a rotation
+    ("ctx.saved_tensors, -1)", "ctx.saved_tensors, 1)"),                             # turned on, not back
+    ("(n % T)[:, None]", "(n * 0)[:, None]"),                                        # position 0 for all
+    ("y = 2 * r * ", "y = r * "),                                                    # derivative without its 2
+    ("tl.where(x < 0, 0.0, x)", "tl.maximum(x, 0.0)"),                               # hides a NaN
+])
+def test_a_broken_elementwise_kernel_is_caught(old, new, tmp_path):
+    with pytest.raises(AssertionError):
+        check_elementwise(2, 9, 2, 24, torch.float32, broken(triton_elementwise, old, new, tmp_path))
 
 
 # ---- On a GPU ------------------------------------------------------------------------------------

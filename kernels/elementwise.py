@@ -1,0 +1,47 @@
+"""Two passes over activations that PyTorch would make several of: squared ReLU and rotation.
+
+    y = max(x, 0)^2                dy/dx = 2 max(x, 0)                        (So et al. 2021, arXiv:2109.08668)
+    y = R(angle) x, pair by pair   backward: R(angle)^T g = R(-angle) g       (Su et al. 2021, arXiv:2104.09864)
+
+On a GPU each is one kernel forward and one backward (triton_elementwise.py), and keeps nothing but
+what it was given.
+"""
+import torch
+
+from kernels.backend import use_triton
+
+
+class SquaredReLU(torch.autograd.Function):
+    """Autograd's own version keeps two tensors and is slow on a CPU: the derivative needs one, and
+    no mask."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = x.relu()
+        ctx.save_for_backward(r)
+        return r.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        r, = ctx.saved_tensors
+        return (grad * r).mul_(2)
+
+
+def squared_relu(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+    """x of any shape -> max(x, 0)^2. Differentiable."""
+    if use_triton(backend, x, "elementwise"):
+        from kernels.triton_elementwise import SquaredReLU as Fused
+        return Fused.apply(x)
+    return SquaredReLU.apply(x)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+           backend: str = "auto") -> torch.Tensor:
+    """Rotary position encoding: each pair (x_i, x_{i + Dh/2}) turned by position * frequency_i, so
+    that the dot product of two rotated vectors depends on the distance of their positions alone.
+    x (..., T, heads, Dh), or (B, heads, Dh) at one position; cos, sin (T, 1, Dh) or (1, Dh), the
+    second half of sin negative. Differentiable in x."""
+    if use_triton(backend, x, "elementwise"):
+        from kernels.triton_elementwise import Rotate
+        return Rotate.apply(x, cos, sin)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
