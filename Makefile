@@ -2,6 +2,8 @@
 # make test       set up .venv and run the tests
 # make test-old   the Triton tests once more, with the oldest Triton that is supported
 # make seeds      the pipeline on seeds 0, 1, 2 and the table in README
+# make gpu        on a GPU: check the kernels, then time them and the scripts; PART=pipeline,decode
+#                 some parts; DRY=1 a rehearsal without a GPU; CORPUS=FILE the text for 01
 # make clean      delete .venv and out/, but for labels, comparisons and ratings
 # make help       this list
 #
@@ -14,7 +16,7 @@ OUT ?= out
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/ready)
 
-.PHONY: all test test-old seeds clean help
+.PHONY: all test test-old seeds gpu clean help
 
 all: $(OUT)/report.html
 	@echo "the report: $(OUT)/report.html"
@@ -53,7 +55,10 @@ test: | $(READY)
 test-old: | $(READY)
 	$(RUN) -m pip install -q --no-deps --upgrade --target $(CURDIR)/.triton-3.6 triton==3.6.0 numpy==2.2.6
 	PYTHONPATH=$(CURDIR)/.triton-3.6 $(RUN) -c 'import triton; assert triton.__version__ == "3.6.0"'
-	PYTHONPATH=$(CURDIR)/.triton-3.6 $(RUN) -m pytest -q tests/test_triton.py
+	PYTHONPATH=$(CURDIR)/.triton-3.6 $(RUN) -m pytest -q tests/test_triton.py -k 'not rehearsal'
+
+gpu: | $(READY)
+	DRY=$(DRY) CORPUS=$(CORPUS) $(RUN) -m benchmarks.gpu $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf $(VENV) .triton-3.6

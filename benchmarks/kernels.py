@@ -1,6 +1,7 @@
 """What the kernels cost, against what one would call instead.
 
-    python -m benchmarks.kernels      # prints tables, writes benchmarks/results/kernels-<device>.json
+    python -m benchmarks.kernels                  # tables, and benchmarks/results/kernels-<device>.json
+    python -m benchmarks.kernels --shapes preset  # only at the shapes of the scripts' defaults on a GPU
 
 On a GPU `ours` are the Triton kernels; on a CPU it is the PyTorch path, and the tables say so.
 
@@ -12,11 +13,13 @@ hidden, and events are read on the device; `multinomial` and the PPO iteration m
 and show it. `of floor` is the time that the bytes or the arithmetic must take, by the copy bandwidth
 and the 8192^3 product measured in the same run, divided by the time that ours took.
 
-Peers that are not installed are left out: `pip install --no-deps liger-kernel cut-cross-entropy`.
+A provider that takes longer than PROVIDER_S to warm up (peers compile for each shape) is given up and
+says so. Peers that are not installed are left out: `pip install --no-deps liger-kernel cut-cross-entropy`.
 """
 import json
 import math
 import platform
+import signal
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +38,18 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16
 ROOT = Path(__file__).parent.parent
+PROVIDER_S = 60.0  # for the compilation and first calls of one provider at one shape, and for each measurement
+SHAPES = {  # attention: B, T, heads, key-value heads of 64; decode: the same; log-prob: N, D, V; sample: B, D, V
+    "gpu": {"attention": [(4096, T, h, h) for h in (4, 6, 12) for T in (64, 128, 256)],
+            "decode": [(4096, T, H, Hkv) for H, Hkv in ((4, 4), (6, 6), (6, 2), (6, 1), (12, 12)) for T in (64, 128, 256)],
+            "logprob": [(262_144 if V < 50_000 else 32_768, D, V) for D in (256, 384, 768) for V in (2048, 8192, 50_304)],
+            "sample": [(4096, D, V) for D in (256, 384, 768) for V in (2048, 8192, 50_304)]},
+    "cpu": {"attention": [(64, T, 3, 3) for T in (64, 128, 256)], "decode": [(1024, T, 3, 1) for T in (64, 128, 256)],
+            "logprob": [(4096, 192, 4096), (4096, 256, 2048)], "sample": [(1024, 192, 4096)]},
+    "preset": {"attention": [(4096, 64, 6, 6), (4096, 64, 6, 1)], "decode": [(4096, 64, 6, 1), (8192, 64, 6, 1)],
+               "logprob": [(262_144, 256, 2048), (32_768, 384, 4093)], "sample": [(4096, 384, 4093)]},
+    "toy": {"attention": [(2, 16, 2, 1)], "decode": [(2, 16, 2, 1)], "logprob": [(32, 32, 70)], "sample": [(8, 32, 70)]},
+}
 
 
 @dataclass
@@ -42,6 +57,7 @@ class Config:
     rounds: int = 15          # measurements of each provider, in turn
     out: Path | None = None   # instead of benchmarks/results/kernels-<device>[-<only>].json
     only: Literal["all", "attention", "decode", "logprob", "sample", "ppo"] = "all"
+    shapes: Literal["all", "preset", "toy"] = "all"  # toy: a rehearsal, of which no figure means anything
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
@@ -74,12 +90,18 @@ def peak_megabytes(call) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def over_time(*_):
+    raise TimeoutError("over its time limit")
+
+
 def compare(calls: dict, sets: int, rounds: int, whole: dict | None = None) -> dict:
     """calls: provider -> function of the number of an input set. -> provider -> median and 20th and 80th
     percentile in ms and peak memory in MB (of the calls in `whole`, if given); or {"failed": why}."""
+    signal.signal(signal.SIGALRM, over_time)
     results, times = {name: {} for name in calls}, {name: [] for name in calls}
 
     def attempt(name, f):
+        signal.setitimer(signal.ITIMER_REAL, PROVIDER_S)
         try:
             return f()
         except Exception as error:  # a peer that cannot do this shape is a result as well
@@ -87,6 +109,8 @@ def compare(calls: dict, sets: int, rounds: int, whole: dict | None = None) -> d
             text = "out of memory" if isinstance(error, torch.OutOfMemoryError) else text
             results[name] = {"failed": text[:80] or type(error).__name__}
             times.pop(name)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     for name, call in calls.items():
         attempt(name, lambda: [call(i) for i in range(sets)])  # compiles, allocates, warms up
         if name in times:
@@ -106,9 +130,9 @@ def compare(calls: dict, sets: int, rounds: int, whole: dict | None = None) -> d
     return results
 
 
-def ceilings(rounds: int) -> tuple[float, float]:
+def ceilings(rounds: int, toy: bool = False) -> tuple[float, float]:
     """-> bytes/s of a copy (read and written), FLOP/s of a bf16 product, as this machine does them now."""
-    n, side = (2**30, 8192) if GPU else (2**27, 2048)
+    n, side = (2**20, 64) if toy else (2**30, 8192) if GPU else (2**27, 2048)
     a, b = torch.randn(n // 2, device=DEVICE).to(DTYPE), torch.empty(n // 2, device=DEVICE, dtype=DTYPE)
     x, y = (torch.randn(side, side, device=DEVICE).to(DTYPE) for _ in range(2))
     r = compare({"copy": lambda i: b.copy_(a), "product": lambda i: x @ y}, 1, rounds)
@@ -127,6 +151,7 @@ def compiled(f):
 # ---- Attention -----------------------------------------------------------------------------------
 def eager_attention(q, k, v):
     T, Dh = q.size(1), q.size(3)
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
     s = torch.einsum("bihd,bjhd->bhij", q, k) * Dh**-0.5
     s = s.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), -math.inf)
     return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v).flatten(2)
@@ -135,11 +160,12 @@ def eager_attention(q, k, v):
 def sdpa(backend, q, k, v):
     from torch.nn.attention import sdpa_kernel
     with sdpa_kernel(backend):
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True,
+                                             enable_gqa=q.size(2) > k.size(2))
     return out.transpose(1, 2).flatten(2)
 
 
-def attention_providers(B, T, H):
+def attention_providers(T):
     from torch.nn.attention import SDPBackend
     providers = {"ours": attention, "eager": eager_attention}
     for name, backend in (("SDPA flash", SDPBackend.FLASH_ATTENTION),
@@ -152,26 +178,25 @@ def attention_providers(B, T, H):
         flex = torch.compile(flex_attention, dynamic=False)
         providers["torch.compile"] = compiled(eager_attention)
         providers["FlexAttention"] = lambda q, k, v: flex(
-            *(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2).flatten(2)
+            *(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, enable_gqa=q.size(2) > k.size(2)).transpose(1, 2).flatten(2)
     return providers
 
 
-def bench_attention(rounds, bandwidth, peak):
-    shapes = [(4096, T, d, d // 64) for d in (256, 384, 768) for T in (64, 128, 256)] if GPU else \
-        [(64, T, 192, 3) for T in (64, 128, 256)]
-    for B, T, d, H in shapes:
-        elements = B * T * d
-        n = sets_for(elements * 6 / 2**20)
-        inputs = [[torch.randn(B, T, H, 64, device=DEVICE).to(DTYPE).requires_grad_() for _ in range(3)]
+def bench_attention(shapes, rounds, bandwidth, peak):
+    for B, T, H, Hkv in shapes:
+        d, elements = 64 * H, B * T * 64 * (H + Hkv)
+        label = f"B {B:,} T {T} d {d}" + (f" heads {H}/{Hkv}" if H > Hkv else "")
+        n = sets_for(B * T * d * 6 / 2**20)
+        inputs = [[torch.randn(B, T, h, 64, device=DEVICE).to(DTYPE).requires_grad_() for h in (H, Hkv, Hkv)]
                   for _ in range(n)]
         upstream = torch.randn(B, T, d, device=DEVICE).to(DTYPE)
-        providers = attention_providers(B, T, H)
+        providers = attention_providers(T)
 
         def forward(f, i):
             with torch.no_grad():
                 f(*inputs[i])
         flop = 2 * B * T * T * d  # 4 without the mask
-        yield (f"B {B:,} T {T} d {d}", "attention forward", max(8 * elements / bandwidth, flop / peak),
+        yield (label, "attention forward", max(4 * elements / bandwidth, flop / peak),
                compare({k: partial(forward, f) for k, f in providers.items()}, n, rounds))
 
         graphs = {}
@@ -183,7 +208,7 @@ def bench_attention(rounds, bandwidth, peak):
 
         def both(f, i):
             torch.autograd.grad(f(*inputs[i]), inputs[i], upstream)
-        yield (f"B {B:,} T {T} d {d}", "attention backward", max(14 * elements / bandwidth, 2.5 * flop / peak),
+        yield (label, "attention backward", max((8 * elements - 2 * B * T * d) / bandwidth, 2.5 * flop / peak),
                compare({k: partial(backward, k) for k in providers}, n, rounds,
                        whole={k: partial(both, f) for k, f in providers.items()}))
         graphs.clear()
@@ -191,9 +216,7 @@ def bench_attention(rounds, bandwidth, peak):
             torch._dynamo.reset()
 
 
-def bench_decode(rounds, bandwidth, peak):
-    shapes = [(4096, T, H, Hkv) for H, Hkv in ((4, 4), (6, 6), (6, 2), (6, 1), (12, 12)) for T in (64, 128, 256)] \
-        if GPU else [(1024, T, 3, 1) for T in (64, 128, 256)]
+def bench_decode(shapes, rounds, bandwidth, peak):
     for B, T, H, Hkv in shapes:
         size = 4 * B * Hkv * T * 64
         n, pos = sets_for(size / 2**20), T - 1
@@ -242,9 +265,7 @@ def logprob_providers():
     return providers
 
 
-def bench_logprob(rounds, bandwidth, peak):
-    shapes = [(262_144 if V < 50_000 else 32_768, D, V) for D in (256, 384, 768) for V in (2048, 8192, 50_304)] \
-        if GPU else [(4096, 192, 4096), (4096, 256, 2048)]
+def bench_logprob(shapes, rounds, bandwidth, peak):
     for N, D, V in shapes:
         n = sets_for(N * D * 2 / 2**20)
         hidden = [torch.randn(N, D, device=DEVICE).to(DTYPE).requires_grad_() for _ in range(n)]
@@ -273,8 +294,7 @@ def gumbel(hidden, weight):
     return token, log_p.gather(1, token[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-def bench_sample(rounds, bandwidth, peak):
-    shapes = [(4096, D, V) for D in (256, 384, 768) for V in (2048, 8192, 50_304)] if GPU else [(1024, 192, 4096)]
+def bench_sample(shapes, rounds, bandwidth, peak):
     for B, D, V in shapes:
         n = sets_for((B + V) * D * 2 / 2**20)
         hidden = [torch.randn(B, D, device=DEVICE).to(DTYPE) for _ in range(n)]
@@ -294,11 +314,14 @@ def bench_sample(rounds, bandwidth, peak):
 
 
 # ---- Their share of a PPO iteration ----------------------------------------------------------------
-def ppo_share(rounds) -> dict:
-    """One iteration (rollout, scores, update), and what its calls of each kernel cost alone."""
+def ppo_share(rounds, toy) -> dict:
+    """One iteration (rollout, scores, update) at the scripts' defaults on this device, and what its calls
+    of each kernel cost alone."""
     from model import GPT, GPTConfig
-    c = GPTConfig(4096 + 3, 64, 6, 6, 6, 384) if GPU else GPTConfig(4093 + 3, 128, 4, 3, 1, 192)
-    batch, mb, T = (4096, 1024, 64) if GPU else (512, 256, 64)
+    c = GPTConfig(4096, 128, 6, 6, 1, 384) if GPU else GPTConfig(4096, 128, 4, 3, 1, 192)
+    batch, mb, T = (4096, 512, 64) if GPU else (512, 256, 64)
+    if toy:
+        c, batch, mb, T = GPTConfig(70, 8, 1, 2, 1, 32), 4, 2, 8
     model = GPT(c).to(DEVICE)
     model.dtype = DTYPE
     for p in model.parameters():
@@ -380,23 +403,24 @@ def main(cfg: Config) -> None:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    bandwidth, peak = ceilings(cfg.rounds)
+    bandwidth, peak = ceilings(cfg.rounds, cfg.shapes == "toy")
+    shapes = SHAPES[cfg.shapes if cfg.shapes != "all" else "gpu" if GPU else "cpu"]
     report = {"device": device, "ours": "Triton" if GPU else "PyTorch path: no GPU here", "versions": versions,
               "bandwidth_GB_s": bandwidth / 1e9, "product_TFLOP_s": peak / 1e12, "rows": []}
-    name = "-".join(["kernels", device.replace(" ", "-").lower() if GPU else "cpu", *([] if cfg.only == "all" else [cfg.only])])
+    name = "-".join(["kernels", device.replace(" ", "-").lower() if GPU else "cpu", *(x for x in (cfg.only, cfg.shapes) if x != "all")])
     path = cfg.out or ROOT / "benchmarks/results" / f"{name}.json"  # a part does not replace the whole
     print(f"{device}; " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     print(f"`ours` is {report['ours']}. Copy {bandwidth / 1e9:,.0f} GB/s, bf16 product {peak / 1e12:,.2f} TFLOP/s.\n")
     print("| kernel | shape | ours, ms | of floor | peak MB | others, ms (times ours) |\n|---|---|---|---|---|---|")
     benches = {"attention": bench_attention, "decode": bench_decode, "logprob": bench_logprob, "sample": bench_sample}
     for name, bench in benches.items():
-        for shape, kernel, floor, result in bench(cfg.rounds, bandwidth, peak) if cfg.only in ("all", name) else ():
+        for shape, kernel, floor, result in bench(shapes[name], cfg.rounds, bandwidth, peak) if cfg.only in ("all", name) else ():
             print(f"| {kernel} | {shape} | {' | '.join(row(result, floor))} |", flush=True)
             report["rows"].append({"kernel": kernel, "shape": shape, "floor_ms": 1e3 * floor, "providers": result})
             path.write_text(json.dumps(report, indent=1))
     if cfg.only not in ("all", "ppo"):
         return
-    report["ppo"] = ppo = ppo_share(cfg.rounds)
+    report["ppo"] = ppo = ppo_share(cfg.rounds, cfg.shapes == "toy")
     path.write_text(json.dumps(report, indent=1))
     print(f"\nOne PPO iteration of {ppo['completions']:,} completions: {ppo['iteration_ms']:,.0f} ms, of which\n")
     print("| kernel | calls | ms each | share |\n|---|---|---|---|")

@@ -269,7 +269,7 @@ def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, cos_p
 
 
 # ---- Configurations and launches -----------------------------------------------------------------
-FORWARD, DECODE = dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=2)
+FORWARD = DECODE = dict(num_warps=4, num_stages=2)
 
 
 def hopper() -> bool:
