@@ -101,13 +101,13 @@ HEADS = [(1, 1), (2, 2), (2, 1), (3, 1), (4, 2), (6, 1)]
 WIDTHS = [16, 24, 32, 40, 48, 64, 80, 96, 128]
 
 
-@pytest.mark.parametrize("case", range(34))
+@pytest.mark.parametrize("case", range(17))
 def test_attention_equals_float64(case):
-    """A seeded table: every T twice, each with some head count, width, dtype."""
+    """A seeded table: every T, each with some head count, width, dtype."""
     rng = np.random.default_rng(case)
     H, Hkv = HEADS[rng.integers(len(HEADS))]
-    T, Dh = TIMES[case % len(TIMES)], WIDTHS[rng.integers(len(WIDTHS))]
-    check_attention(1 + case % 2, T, H, Hkv, Dh, (torch.float32, torch.float16)[case // len(TIMES)])
+    Dh, dtype = WIDTHS[rng.integers(len(WIDTHS))], (torch.float32, torch.float16)[case // 2 % 2]
+    check_attention(1 + case % 2, TIMES[case], H, Hkv, Dh, dtype)
 
 
 @pytest.mark.parametrize("path", [(True, 64, 4), (True, 128, 8), (False, 16, 4), (False, 32, 4), (False, 64, 4)])
