@@ -8,8 +8,8 @@ that one graph serves a whole run. On a CPU the same step runs as it is, for the
 
 `hidden` is `GPT.step` in fewer, larger kernels, 60 a step with six layers where that would launch
 98: queries and keys are rotated by the kernel that reads them, a product adds its result to the
-residual stream, and squared ReLU is one pass. So this file knows the model's layers; a decoder
-compares the two before it draws, and refuses a model that has become another.
+residual stream, and squared ReLU is one pass. So this file knows the model's layers. A decoder
+compares the two before it draws: a model that you have changed is stepped by its own `step`.
 """
 import copy
 import gc
@@ -62,21 +62,24 @@ class Decoder:
         self.token = torch.zeros(batch, dtype=torch.long, device=device)
         self.tokens = torch.zeros(T, batch, dtype=torch.long, device=device)
         self.logps = torch.zeros(T, batch, device=device)
-        self.check()
+        self.known = self.knows_the_model()
+        if not self.known:
+            print("kernels/decoder.py does not know this model: its own step draws, more slowly")
         if can_capture(model):
             self.capture()
 
     @torch.no_grad()
-    def check(self) -> None:
-        """Raises AssertionError unless `hidden` is what the model itself computes."""
+    def knows_the_model(self) -> bool:
+        """Whether `hidden` is what the model itself computes, up to rounding."""
         n, T = min(8, len(self.token)), len(self.tokens)
         x = torch.arange(n * T, device=self.token.device).view(n, T) % self.model.bos
         theirs = self.model(x).float()                                          # (n, T, D)
+        off = []
         for t in range(min(T, 3)):
             self.token[:n] = x[:, t]
             self.pos.fill_(t)
-            off = (self.hidden()[:n].float() - theirs[:, t]).norm() / theirs[:, t].norm()
-            assert off < 0.05, f"kernels/decoder.py is not the step of this model: {off:.2f} off"
+            off.append((self.hidden()[:n].float() - theirs[:, t]).norm() / theirs[:, t].norm())
+        return max(off) < 0.05
 
     def hidden(self) -> torch.Tensor:
         """The hidden state (B, D) of `token` at `pos`, whose keys and values go into the cache."""
@@ -94,7 +97,12 @@ class Decoder:
         return norm(h)
 
     def step(self) -> None:
-        h, weight = self.hidden(), self.model.unembed()
+        if self.known:
+            h = self.hidden()                                                   # (B, D)
+        else:
+            cos, sin = (table.index_select(0, self.pos) for table in (self.cos, self.sin))
+            h = self.model.step(self.token, cos, sin, self.cache, self.pos)
+        weight = self.model.unembed()
         token, logp, _ = sample(h, weight, self.seed, self.rows, self.pos, entropy=False)
         given = self.prompt.index_select(0, self.pos)[0]
         token = torch.where(given >= 0, given, token)
