@@ -8,7 +8,7 @@ from report.findings import JUDGES
 from report.svg import Line, arrows, plot, ridges, standing_alone
 from report.text import WORDS
 from report.trust import histogram
-from running import write
+from running import wilson, write
 
 KL = "KL from the base model, nats per completion"
 STEPS = "optimizer steps"
@@ -28,10 +28,25 @@ def ends(rows: list[dict], key: str) -> tuple[list, list] | tuple[None, None]:
     return None, None
 
 
-def by_kl(title: str, ylabel: str, results: dict, keys: dict[str, str], **how) -> Markup:
-    """Measures of the happy policies against KL, each a line, and of best of n, a broken line of
-    the same colour. keys: a key of the rows -> its name."""
+def by_people(results: dict) -> list[Line]:
+    """For each rater the share called happy, blind, of samples of the base and of the policy."""
+    kl = {row["name"]: row["kl"] for row in results["happy"]}
     lines = []
+    for r in results["ratings"]:
+        if r["feeling"] == "positive" and r["policy"] in kl and r["of_base"] and r["of_other"]:
+            counts = (r["base"], r["of_base"]), (r["other"], r["of_other"])
+            intervals = [wilson(*count) for count in counts]
+            lines.append(Line(r["rater"], [0, kl[r["policy"]]], [k / n for k, n in counts],
+                              column(intervals, 0), column(intervals, 1),
+                              colour=1 + len(lines) % 4))
+    return lines
+
+
+def by_kl(title: str, ylabel: str, results: dict, keys: dict[str, str], more: list[Line] = (),
+          **how) -> Markup:
+    """Measures of the happy policies against KL, each a line, and of best of n, a broken line of
+    the same colour. keys: a key of the rows -> its name. more: other lines."""
+    lines = [*more]
     for colour, (key, name) in enumerate(keys.items()):
         policies = sorted(results["happy"], key=lambda row: row["kl"])
         for label, rows in (("", results["best_of_n"]), (name, policies)):
@@ -103,8 +118,8 @@ def draw_plots(results: dict, learning_curve: list[dict], folder: Path) -> dict[
                         "mean, standard deviations of the base model's samples", results,
                         {"proxy_sd": "reward"} | {f"{key}_sd": JUDGES[key] for key in JUDGES},
                         cursors=column(results["happy"], "kl")),
-        "positive": by_kl("Share that VADER calls positive", "share of samples", results,
-                          {"positive": "positive"}),
+        "positive": by_kl("Share called positive", "share of samples", results,
+                          {"positive": "VADER"}, by_people(results)),
         "variety": by_kl("Variety", f"distinct-2 of {WORDS:,} words", results,
                          {"distinct_2": "distinct-2"}),
         **of_reward_model(results),

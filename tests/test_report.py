@@ -11,7 +11,7 @@ import torch
 
 import report
 from model import GPT, GPTConfig
-from report import health, svg, trust
+from report import health, plots, svg, trust
 
 ev = importlib.import_module("05_eval")
 NASTY = "</script><script>document.title='hacked'</script><img src=x onerror=alert(1)> & \"q\" POLICY {{ 1 }}"
@@ -77,6 +77,15 @@ def test_axes_and_labels_of_plots():
     assert "<img" not in drawn and "<script" not in drawn
     root = ElementTree.fromstring(svg.standing_alone(drawn))        # a file of its own is XML
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and root[0].tag.endswith("style") and NASTY in root.attrib["aria-label"]
+
+
+def test_people_stand_beside_vader():
+    """Anna called 2 of 10 samples of the base happy and 9 of 10 of the policy; her judgement of the twin is another plot's."""
+    anna = {"rater": "anna", "feeling": "positive", "policy": "policy-happy", "base": 2, "of_base": 10, "other": 9, "of_other": 10}
+    rows = [{"name": "base", "kl": 0.0}, {"name": "policy-happy", "kl": 9.8}]
+    line, = plots.by_people({"happy": rows, "ratings": [anna, anna | {"feeling": "negative"}, anna | {"of_base": 0}]})
+    assert (line.label, line.x, line.y) == ("anna", [0, 9.8], [0.2, 0.9])
+    assert line.low[0] == pytest.approx(0.057, abs=1e-3) and line.high[0] == pytest.approx(0.510, abs=1e-3)  # Wilson's, tabulated
 
 
 def page_of(out, text):
