@@ -79,7 +79,7 @@ class Decoder:
             self.token[:n] = x[:, t]
             self.pos.fill_(t)
             off.append((self.hidden()[:n].float() - theirs[:, t]).norm() / theirs[:, t].norm())
-        return max(off) < 0.05
+        return bool(max(off) < 0.05)
 
     def hidden(self) -> torch.Tensor:
         """The hidden state (B, D) of `token` at `pos`, whose keys and values go into the cache."""
