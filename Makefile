@@ -2,6 +2,7 @@
 # make test       set up .venv and run the tests
 # make test-old   the Triton tests once more, with the oldest Triton that is supported
 # make seeds      the pipeline on seeds 0, 1, 2 and the table in README
+# make experiments  one question each, after make seeds: docs/experiments.md
 # make gpu        on a GPU: check the kernels, then time them and the scripts; PART=pipeline,decode
 #                 some parts; DRY=1 a rehearsal without a GPU; CORPUS=FILE the text for 01
 # make clean      delete .venv and out/, but for labels, comparisons and ratings
@@ -16,7 +17,7 @@ OUT ?= out
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/ready)
 
-.PHONY: all test test-old seeds gpu clean help
+.PHONY: all test test-old seeds experiments gpu clean help
 
 all: $(OUT)/report.html
 	@echo "the report: $(OUT)/report.html"
@@ -47,6 +48,9 @@ $(OUT)/report.html: 05_eval.py $(wildcard report/*.py report/page.* report/plot.
 
 seeds: | $(READY)
 	$(RUN) -m benchmarks.seeds
+
+experiments: | $(READY)
+	$(RUN) -m experiments
 
 test: | $(READY)
 	$(RUN) -m pytest -q
