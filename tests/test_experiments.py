@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from experiments import frontier, over_seeds
+from experiments import gradient_protection as gp
 from experiments.reweight import at, kept, small_step, tilt
 
 CPU = torch.device("cpu"), torch.float32
@@ -89,3 +90,34 @@ def test_frontier_at_toy_size(pipeline):
     assert len(seed["ppo"]) >= 2 and seed["ppo"][0]["kl"] == 0
     json.dumps(seed)
     frontier.draw([seed, seed])
+
+
+# ---- gradient_protection -------------------------------------------------------------------------
+def test_a_shut_block_trains_as_one_bias():
+    """All that is left is the last bias b: after k steps b - mean y = (1 - 2 rate)^k (b_0 - mean y), and the
+    loss var y + (b - mean y)^2. The Hessian has one eigenvalue 2 and else 0; with L2, that much more."""
+    x = torch.linspace(-3, 3, gp.N, dtype=torch.float64)[:, None]
+    y = (x.sin() + 0.3).expand(2, gp.N, 1)
+    run = gp.train(gp.SHUT, x, y, steps=100)
+    b = gp.parameters(gp.SHUT, 2)["b3"][:, 0, 0]
+    for i in range(2):
+        for k in (0, 1, 50, 100):
+            off = (0.98 ** k * (b[i] - y.mean())).item()
+            assert math.isclose(run["loss"][i][k], y[i].var(correction=0).item() + off ** 2, rel_tol=1e-9)
+        assert run["reached"][i] == run["block_sd"][i] == 0
+        assert run["hessian"][i][1] == (0.0, pytest.approx(2.0))
+    decayed = gp.SHUT | {"l2": 0.01}
+    p = {k: v[0] for k, v in gp.parameters(decayed, 1).items()}
+    values = gp.eigenvalues(p, x, y[0], decayed)
+    torch.testing.assert_close(values[:-1], torch.full_like(values[:-1], 0.01))
+    assert values[-1].item() == pytest.approx(2.01)
+
+
+@pytest.mark.parametrize("gamma, shut", ((0.01 / 16, True), (0.01 / 15, False)))
+def test_how_far_a_standardised_value_can_lie(gamma, shut):
+    """Samuelson 1968: at most sqrt(n - 1) of n; one value apart from 255 equal ones is exactly there. A gamma
+    below .01 / sqrt(255) = .01 / 15.97 keeps even that shut, a larger one does not, and then it is reached."""
+    x = torch.zeros(gp.N, 1, dtype=torch.float64)
+    x[0] = 1e6
+    run = gp.train(gp.SHUT | {"gamma": gamma}, x, torch.ones(1, gp.N, 1, dtype=torch.float64), 100)
+    assert (run["reached"][0] == 0) == shut
