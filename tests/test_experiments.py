@@ -1,4 +1,5 @@
 """The arithmetic of experiments/, against closed forms and enumeration, and each once at toy size."""
+import copy
 import json
 import math
 
@@ -6,9 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import frontier, over_seeds
+from experiments import frontier, load_run, over_seeds, ppo
 from experiments import gradient_protection as gp
+from experiments import where_the_kl_goes as where
+from experiments.prefixes import block_kl, expected, logistic, posterior_kl, profile
 from experiments.reweight import at, kept, small_step, tilt
+from model import kl_nats, load
+from running import fast_dtype
+from tests.test_model import tiny
 
 CPU = torch.device("cpu"), torch.float32
 
@@ -121,3 +127,90 @@ def test_how_far_a_standardised_value_can_lie(gamma, shut):
     x[0] = 1e6
     run = gp.train(gp.SHUT | {"gamma": gamma}, x, torch.ones(1, gp.N, 1, dtype=torch.float64), 100)
     assert (run["reached"][0] == 0) == shut
+
+
+# ---- ppo, where_the_kl_goes ----------------------------------------------------------------------
+def test_the_compact_loop_gives_the_numbers_of_04(pipeline):
+    """Bit for bit, also after the batch has doubled; guards against the two drifting apart."""
+    dtype = fast_dtype(torch.device("cpu"))
+    reference, reward_fn, _, _, report = load_run(pipeline[0], "cpu", dtype)
+    settings = load(pipeline[0] / "policy-happy.safetensors", "")[2]["settings"]
+    logged = [json.loads(line) for line in (pipeline[0] / "04-happy.jsonl").read_text().splitlines()]
+    logged = [row for row in logged if "taken_back" not in row]
+    loop = ppo.ppo(copy.deepcopy(reference), reference, reward_fn, report["length"],
+                   ppo.stage.Config(**settings | {"max_iterations": 99}))
+    for line, row in zip(logged, loop):
+        assert row == {k: line[k] for k in row}
+    assert len(logged) > 3 and logged[-1]["kl"] > 1
+
+
+def test_one_vector_on_the_logits():
+    """Log-probs, and those of the sampler, are the base's with the same vector added before every token."""
+    base = tiny(vocab=9)
+    policy = ppo.OneVector(base)
+    vector = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    policy.vector.data = vector[:, None] / 4  # the constant input is 4, for 16 dimensions
+    y, logp = policy.generate(50, 5, seed=0)
+    logits = base.hidden_before(y) @ base.unembed().T + vector
+    by_hand = logits.log_softmax(-1).gather(2, y[..., None])[..., 0]
+    torch.testing.assert_close(policy.logprob(y), by_hand, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logp, by_hand, rtol=1e-4, atol=1e-5)
+    assert [name for name, p in policy.named_parameters() if p.requires_grad] == ["vector"]
+
+
+def test_a_logistic_fit_of_two_groups_is_their_means():
+    s, target = np.array([0.0, 0.0, 1.0, 1.0, 1.0]), np.array([0.1, 0.3, 0.5, 0.9, 0.7])
+    v = expected(s[:, None], [logistic(s, target)])[:, 0]
+    np.testing.assert_allclose(v, [0.2, 0.2, 0.7, 0.7, 0.7], atol=1e-6)
+
+
+def test_the_blocks_of_the_posterior_sum_to_its_kl():
+    """sum_i w_i log w_i / n, exactly, although V is fitted to noise; and where a block settles all of it,
+    that block has all of it."""
+    rng = np.random.default_rng(0)
+    target, s = rng.uniform(0.01, 1, 500), rng.normal(size=(500, 4))
+    s[:, 0] = 1.0  # before the first token nothing is known
+    w = target / target.mean()
+    assert (w * posterior_kl(s, target).sum(1)).mean() == pytest.approx((w * np.log(w)).mean())
+    happy = rng.random(500) < 0.6
+    target, s = np.where(happy, 0.9, 0.1), np.column_stack((np.ones(500), np.ones(500), happy, happy))
+    w = target / target.mean()
+    blocks = (w[:, None] * posterior_kl(s, target)).mean(0)
+    np.testing.assert_allclose(blocks, [0, (w * np.log(w)).mean(), 0, 0], atol=1e-6)
+
+
+def test_the_profile_of_a_policy_that_tilts_all_alike():
+    v = np.random.default_rng(0).uniform(size=(200, 3))
+    even = profile(np.full((200, 3), 0.7), v, np.ones(200))
+    assert even["settled over open"] == pytest.approx(1)
+    assert all(row["relative"] == pytest.approx(1) for row in even["by V"] + even["by token"])
+    weighted = profile(np.full((200, 3), 0.7), v, np.random.default_rng(1).uniform(size=200) ** 8)
+    assert all(row["relative"] == pytest.approx(1) for row in weighted["by V"] + weighted["by token"])
+    picky = profile(np.where(v < 0.5, 1.0, 0.1), v, np.ones(200))
+    assert picky["settled over open"] == pytest.approx(0.1) and picky["by V"][0]["relative"] > 1.5
+
+
+def test_block_kl_is_the_exact_kl():
+    policy, reference = tiny(vocab=9, context=20, seed=1), tiny(vocab=9, context=20, seed=2)
+    y, _ = policy.generate(10, 16, seed=0)
+    with torch.no_grad():
+        blocks = block_kl(policy, reference, y)
+    assert blocks.shape == (10, 2)
+    torch.testing.assert_close(blocks.sum(1).double(), kl_nats(policy, reference, y, y[:, :0])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_how_straight_a_path_is():
+    line = where.straightness([torch.tensor([k * 1.0, 2.0 * k, 0.0, 0.0, 0.0]) for k in range(6)])
+    assert line["cosine three apart"] == pytest.approx(1) == line["first principal direction"]
+    corners = where.straightness(list(torch.cat((torch.zeros(1, 5), torch.eye(5).cumsum(0)))))
+    assert corners["cosine three apart"] == 0 and corners["first principal direction"] == pytest.approx(1 / 5)
+    assert corners["cosine of first and whole"] == pytest.approx(5 ** -0.5)
+
+
+def test_where_the_kl_goes_at_toy_size(pipeline):
+    cfg = where.Settings(n=256, n_policy=32, iterations=4, penalised=1, batch=256)
+    seed = where.measure(cfg, pipeline[0], *CPU)
+    assert set(seed["profiles"]) == set(where.STYLES) - {"scaled"}
+    assert seed["fronts"]["PPO"][0]["kl"] == 0 < seed["fronts"]["PPO"][1]["kl"]
+    json.dumps(seed)
+    where.draw([seed])

@@ -1,0 +1,75 @@
+"""PPO as one generator: the loop of 04_ppo.py without its plumbing, for experiments that vary it.
+
+At 04's settings and in one process it gives 04's numbers bit for bit (tests/test_experiments.py).
+"""
+import importlib
+
+import torch
+import torch.nn as nn
+
+from model import GPT, chunked, kl_nats
+from running import means
+
+stage = importlib.import_module("04_ppo")
+
+
+def ppo(policy, reference, reward_fn, length: int, cfg):
+    """Trains the parameters of `policy` that need a gradient, in place. Yields, before each update
+    by cfg (04's Config), what 04 logs of a policy, on the samples that it has just drawn."""
+    mean, std = stage.reward_constants(
+        reward_fn, reference, None, length, cfg.reward_samples, cfg.seed)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, cfg.lr, cfg.momentum)
+    batch, clip_fractions, updates, n = cfg.batch, [], 0, cfg.kl_samples
+    for step in range(cfg.max_iterations):
+        # Rollout and score.
+        y, logp_old = policy.generate(batch, length, cfg.seed << 32 | 4 << 24 | step)    # (B, T)
+        prompt = y[:, :0]
+        score = chunked(reward_fn, cfg.minibatch, y, prompt)                             # (B,)
+        kl, _, logp, entropy = kl_nats(policy, reference, y[:n], prompt[:n])
+        if (logp_old[:n] - logp).abs().max() > 5e-6:
+            logp_old = chunked(policy.logprob, cfg.minibatch, y, prompt)
+        yield {"step": step, "batch": batch, "updates": updates,
+               **means(kl=kl, score=score, entropy=entropy)}
+
+        # Advantage, and PPO epochs.
+        logp_ref = logp_old
+        if cfg.kl_coef:
+            logp_ref = chunked(reference.logprob, cfg.minibatch, y, prompt)
+        adv = stage.advantage((score - mean) / std, logp_old, logp_ref, cfg.kl_coef, std)
+        clipped = []
+        for b in stage.minibatches(batch, cfg.minibatch, cfg.epochs, cfg.seed * 1000 + step,
+                                   y.device):
+            loss, stats = stage.ppo_loss(policy.logprob(y[b]), logp_old[b], adv[b], cfg.clip)
+            optimizer.zero_grad()
+            loss.backward()
+            updates += 1
+            optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, updates / cfg.warmup)
+            optimizer.step()
+            clipped.append(stats["clip_fraction"])
+        clip_fractions.append(torch.stack(clipped[1:] or clipped).mean().item())
+        batch, clip_fractions = stage.next_batch(clip_fractions, batch, cfg.max_batch)
+
+
+class OneVector(GPT):
+    """The base model, and one constant vector that is added to its logits before every token: the
+    weight of a constant input, as long as a hidden state is, sqrt D."""
+
+    def __init__(self, base: GPT):
+        super().__init__(base.config)
+        self.load_state_dict(base.state_dict())
+        self.requires_grad_(False).dtype = base.dtype
+        self.vector = nn.Parameter(torch.zeros(self.n_text, 1))
+        self.to(base.head.device)
+
+    def extend(self, h):
+        return torch.cat((h, torch.full_like(h[..., :1], self.config.d_model ** 0.5)), -1)
+
+    def forward(self, x, last_only=False):
+        return self.extend(super().forward(x, last_only))
+
+    def step(self, *args):
+        return self.extend(super().step(*args))
+
+    def unembed(self):
+        return torch.cat((super().unembed(), self.vector.to(self.dtype)), 1)
