@@ -22,7 +22,7 @@ from running.stages import load_base_and_reward, score_of
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
 
-ALL = ("frontier", "gradient_protection", "where_the_kl_goes")
+ALL = ("gradient_protection", "amplification", "frontier", "where_the_kl_goes")
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (  # Okabe and Ito 2008: for the colour-blind
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 STUDENT_T = {1: math.nan, 2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 %, of n values
@@ -82,6 +82,7 @@ def keep(cfg, name: str, found: dict[str, list], results, figure) -> None:
     plt.close(figure)
     Image.open(large).convert("RGB").quantize(256).save(png, format="png")  # half the bytes
     write(cfg.out / f"{name}.png", png.getvalue())
-    found = {what: {"mean, half interval": over_seeds(v), "seeds": v} for what, v in found.items()}
+    found = {what: {"mean, half interval": over_seeds(values), "seeds": [float(x) for x in values]}
+             for what, values in found.items()}
     write(cfg.out / f"{name}.json", json.dumps({"found": found, "all": results}, indent=1))
     print(f"wrote {cfg.out / name}.json and .png")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import frontier, load_run, over_seeds, ppo
+from experiments import amplification, frontier, load_run, over_seeds, ppo
 from experiments import gradient_protection as gp
 from experiments import where_the_kl_goes as where
 from experiments.prefixes import block_kl, expected, logistic, posterior_kl, profile
@@ -214,3 +214,56 @@ def test_where_the_kl_goes_at_toy_size(pipeline):
     assert seed["fronts"]["PPO"][0]["kl"] == 0 < seed["fronts"]["PPO"][1]["kl"]
     json.dumps(seed)
     where.draw([seed])
+
+
+# ---- amplification -------------------------------------------------------------------------------
+def test_powers_and_what_H_makes_of_a_perfect_X():
+    """s^(2^d)(x) by 2^d single steps; and X as a table, one unit for each question, shut unless both d and x
+    are its own: H answers all questions of d > 0 rightly, and with one wrong answer at d - 1 those that ask it."""
+    s, said = amplification.oracles(2, wrong=3)
+    assert (s != said).sum(1).tolist() == [3, 3] and s.sort(1).values.tolist() == [list(range(64))] * 2
+    table, D, N = amplification.powers(s), amplification.DEPTHS, amplification.N
+    for d, x in ((0, 5), (1, 0), (4, 17), (8, 63)):
+        y = x
+        for _ in range(2 ** d):
+            y = s[1][y].item()
+        assert table[1, d, x] == y
+    units = torch.cartesian_prod(torch.arange(D), torch.arange(N))
+    p = {"x": (units[:, 1] == torch.arange(N)[:, None]).float().expand(2, N, D * N),
+         "d": (units[:, 0] == torch.arange(D)[:, None]).float().sub(1).expand(2, D, D * N),
+         "out": torch.nn.functional.one_hot(table.flatten(1), N).float(), "bias": torch.zeros(2, 1, N)}
+    d, x = (u.expand(2, -1) for u in units[N:].T)
+    assert (amplification.answer(p, *(u.expand(2, -1) for u in units.T)).argmax(-1) == table.flatten(1)).all()
+    assert (amplification.amplify(p, d, x) == table[:, 1:].flatten(1)).all()
+    p["out"][:, 3] = p["out"][:, 4]  # X takes 3 for 4 at d = 0
+    wrong = (amplification.amplify(p, d, x) != table[:, 1:].flatten(1)).view(2, D - 1, N)
+    asks = (torch.arange(N) == 3) | (table[:, 0] == 3)
+    assert (wrong[:, 0] == asks).all() and not wrong[:, 1:].any()
+
+
+def test_how_errors_grow_in_H_alone():
+    """(1 - e)^(2^d) for random errors, e the share of calls that are wrong; for those that are always the
+    same, the elements whose 2^d steps meet no wrong one, by walking."""
+    run = amplification.train(amplification.Arm(noise=0.1, hidden=4), 1, 50, batch=8)
+    e = 0.1 * 63 / 64
+    np.testing.assert_allclose(run["H alone"][0], [(1 - e) ** 2 ** d for d in range(9)], rtol=1e-4)
+    run = amplification.train(amplification.Arm(wrong=2, hidden=4), 1, 50, batch=8)
+    s, said = (x[0].tolist() for x in amplification.oracles(1, 2))
+    for d in range(9):
+        same = 0
+        for x in range(64):
+            a = b = x
+            for _ in range(2 ** d):
+                a, b = s[a], said[b]
+            same += a == b
+        assert run["H alone"][0][d] == pytest.approx(same / 64)
+
+
+def test_amplification_at_toy_size():
+    """The first depth is learned from the oracle, and labels are counted: with the curriculum's steps all of
+    depth 0 are calls; a supervised X takes the others as true answers."""
+    run = amplification.train(amplification.Arm(), 2, 250)
+    assert run["oracle calls"] == run["labels"] == 250 * 128
+    assert min(a[0] for a in run["accuracy"][-1]) > 0.9 > 0.2 > max(a[8] for a in run["accuracy"][-1])
+    run = amplification.train(amplification.Arm("truth", unlock=0), 2, 50)
+    assert run["labels"] == 50 * 128 and run["oracle calls"] / run["labels"] == pytest.approx(1 / 9, abs=0.02)
