@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import amplification, frontier, load_run, over_seeds, ppo
+from experiments import amplification, frontier, goodhart, load_run, over_seeds, overseers, ppo
 from experiments import gradient_protection as gp
 from experiments import where_the_kl_goes as where
 from experiments.prefixes import block_kl, expected, logistic, posterior_kl, profile
@@ -214,6 +214,43 @@ def test_where_the_kl_goes_at_toy_size(pipeline):
     assert seed["fronts"]["PPO"][0]["kl"] == 0 < seed["fronts"]["PPO"][1]["kl"]
     json.dumps(seed)
     where.draw([seed])
+
+
+# ---- goodhart ------------------------------------------------------------------------------------
+def test_people_feel_like_vader_but_for_their_words():
+    texts = ["What love is this!", "What a sad day.", "My lord of York.", "Sweet love, sad love."]
+    clicked, wanted = overseers.person(())(texts), overseers.person(("love", "sweet"))(texts)
+    assert clicked[0] > 0.3 and wanted[0] == pytest.approx(-clicked[0]) and wanted[1] == clicked[1] < 0
+    assert wanted[2] == 0 and wanted[3] < 0 < clicked[3]
+    assert overseers.targets(np.array([0.05, 0.0, -0.05])).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_other_people_have_words_of_like_frequency():
+    """A lexicon word that stands i times in the texts, for 40 values of i, among them two of hers: what takes
+    their places is within ten ranks."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    lexicon = [w for w in SentimentIntensityAnalyzer().lexicon if w.isalpha() and w not in overseers.FLIPPED][:40]
+    lexicon[5], lexicon[30] = "love", "good"
+    texts = [" ".join(lexicon[i:]) for i in range(40)]  # word i stands i + 1 times
+    for people in overseers.others(texts, 20, seed=0):
+        assert len(set(people)) == 10 and not {*people} & {*overseers.FLIPPED}
+        places = {flipped: lexicon.index(word) for flipped, word in zip(overseers.FLIPPED, people)}
+        assert abs(places["love"] - 5) <= 12 and abs(places["good"] - 30) <= 12
+
+
+def test_goodhart_at_toy_size(pipeline):
+    """As clicked and as wanted are two figures of the same samples; what has not been trained is as before."""
+    cfg = goodhart.Settings(n=512, n_policy=128, labels=64, people=2)
+    seed = goodhart.measure(cfg, pipeline[0], *CPU)
+    assert len(seed["people"]) == 4 and set(seed["repair"]) == {
+        "before", "300 clicks, base", "300 wanted, base", "300 wanted, policy"}
+    start = seed["lines"]["tilted"][0]
+    for name, rows in seed["lines"].items():
+        assert all({"reward", "clicked", "wanted", "other 1"} <= row.keys() for row in rows), name
+    assert abs(start["clicked"]) < 0.2 and seed["lines"]["PPO"][0]["clicked"] == pytest.approx(0, abs=1e-9)
+    json.dumps(seed)
+    goodhart.draw([seed, seed])
+    goodhart.findings([seed, seed])
 
 
 # ---- amplification -------------------------------------------------------------------------------
