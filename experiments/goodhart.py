@@ -130,7 +130,7 @@ def findings(seeds: list[dict]) -> dict[str, list]:
 def draw(seeds: list[dict]):
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     for ax, who in zip(axes, ("clicked", "wanted")):
-        lines(ax, [s["lines"] for s in seeds], STYLES, "reward", who, ylim=(-0.4, 1.2),
+        lines(ax, [s["lines"] for s in seeds], STYLES, "reward", who, ylim=(-0.1, 1.2),
               title=f"what she {who}: sd of the base", xlabel="mean log p(happy)")
     axes[0].legend(fontsize=8)
     arms = list(seeds[0]["repair"])
@@ -140,7 +140,7 @@ def draw(seeds: list[dict]):
         axes[2].errorbar(mean, np.arange(len(arms)) + 0.15 * i, xerr=half, fmt="o", color=colour,
                          capsize=3, label=f"on samples of the {where}")
     axes[2].set(yticks=range(len(arms)), yticklabels=arms, title="AUC against what she wanted")
-    axes[2].legend(fontsize=8, loc="lower right")
+    axes[2].legend(fontsize=8, loc="center left")
     return fig
 
 
