@@ -312,7 +312,7 @@ def train(model: GPT, phase: Phase, cfg: Config, log=None, first: int = 0) -> in
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if log:
             log(phase=phase.name, step=first + step, loss=loss.item(), lr_scale=scale)
-    require(math.isfinite(loss), "the loss is not a number: lower --lr and --embed-lr")
+    require(math.isfinite(loss.item()), "the loss is not a number: lower --lr and --embed-lr")
     return steps
 
 
