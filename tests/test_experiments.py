@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import amplification, frontier, goodhart, load_run, over_seeds, overseers, ppo
+from experiments import amplification, debate, frontier, goodhart, judges, load_run, over_seeds, overseers, ppo
 from experiments import gradient_protection as gp
 from experiments import where_the_kl_goes as where
+from experiments.judges import Judge, additive_value, sets, train, value
 from experiments.prefixes import block_kl, expected, logistic, posterior_kl, profile
 from experiments.reweight import at, kept, small_step, tilt
 from model import kl_nats, load
@@ -304,3 +305,102 @@ def test_amplification_at_toy_size():
     assert min(a[0] for a in run["accuracy"][-1]) > 0.9 > 0.2 > max(a[8] for a in run["accuracy"][-1])
     run = amplification.train(amplification.Arm("truth", unlock=0), 2, 50)
     assert run["labels"] == 50 * 128 and run["oracle calls"] / run["labels"] == pytest.approx(1 / 9, abs=0.02)
+
+
+# ---- debate --------------------------------------------------------------------------------------
+def by_hand(lead: dict, left: frozenset, shown: frozenset, order: str) -> float:
+    """Best play by the definition: every move of every player, one after the other."""
+    if not order:
+        return lead[shown]
+    each = [by_hand(lead, left - {i}, shown | {i}, order[1:]) for i in left]
+    return max(each) if order[0] == "H" else min(each)
+
+
+@pytest.mark.parametrize("order", ("H", "LH", "HLH", "LLH", "HLHL", "LHLH", "HHHH"))
+def test_best_play(order):
+    """The tables of sets against all games one by one, on six words, with leads that are noise; where the lead
+    is a sum, both against its closed form, by which at even k it does not matter who begins."""
+    rng, k = np.random.default_rng(len(order)), len(order)
+    for n in (6, k):
+        for each in (None, rng.normal(size=n)):
+            lead = rng.normal(size=math.comb(n, k)) if each is None else each[sets(n, k)].sum(1)
+            table = {frozenset(row): x for row, x in zip(sets(n, k).tolist(), lead)}
+            game = by_hand(table, frozenset(range(n)), frozenset(), order)
+            assert value(lead, n, order) == pytest.approx(game)
+            if each is not None:
+                assert additive_value(each, order) == pytest.approx(game)
+                assert additive_value(each, order[::-1]) == pytest.approx(game)
+
+
+def test_a_judge_learns_the_odds_of_a_word():
+    """Word 2 stands in three of four happy texts and in one of four sad ones: at k = 1 the odds are 3 to 1, and
+    of word 3 1 to 3, though there are nine times as many happy texts."""
+    texts = torch.tensor([[2, 0], [2, 0], [2, 0], [3, 0]] * 90 + [[3, 0], [3, 0], [3, 0], [2, 0]] * 10)
+    label = torch.tensor([0] * 360 + [1] * 40)
+    torch.manual_seed(0)
+    judge, seen = Judge(4, 2), []
+    judge.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    train(judge, texts, label, 1, 150)
+    assert torch.cat(seen).shape == (150 * 256, 1) and torch.cat(seen).min() == 2  # no place without a word
+    logits = judge(torch.tensor([[2], [3]])).detach()
+    np.testing.assert_allclose(logits[:, 0] - logits[:, 1], [math.log(3), -math.log(3)], atol=0.2)
+    torch.testing.assert_close(judge(torch.tensor([[2, 0, 0]])).detach(), logits[:1])
+
+
+def test_naming_the_lie():
+    """Word 2 refutes one lie, word 3 the other, word 4 speaks for both. The truth beats the lie that was named,
+    by the word that refutes it, and loses if the liar may wait for which word she takes."""
+    judge = Judge(5, 3)
+    judge.word.weight.data[2:] = torch.tensor([[0.0, -3, 0], [0, 0, -3], [0, 1, 1]])
+    with torch.no_grad():
+        won = debate.play(judge, torch.tensor([2, 3, 4]), 0, 2)
+    assert won["H first"] and won["L first"] and not won["H first, any lie"] and not won["L first, any lie"]
+    assert won["H alone, any lie"] and not won["L alone"]
+    assert won["random words"] == pytest.approx(1 / 3) and won["random words, lie named"] == pytest.approx(2 / 3)
+    judge.word.weight.data[4, 1] = 4.0  # too much to be refuted: he names that lie, not the other
+    with torch.no_grad():
+        won = debate.play(judge, torch.tensor([2, 3, 4]), 0, 2)
+    assert not won["H first"] and not won["L first"] and won["random words, lie named"] == pytest.approx(1 / 3)
+
+
+def test_the_short_way_for_two_answers():
+    """Of eight words: the closed form, with a bias that three words may outweigh, and enumeration."""
+    torch.manual_seed(0)
+    judge, verdicts = Judge(100, 2), set()
+    judge.word.weight.data.normal_()
+    judge.bias.data[0] = 1.0
+    for text in torch.randint(2, 100, (40, 8)):
+        lead = debate.leads(judge, text[torch.tensor(sets(8, 3))], 1)[:, 0]
+        won = debate.play(judge, text, 1, 3)
+        for arm, order in debate.ARMS.items():
+            assert won[arm] == (value(lead, 8, order[:3]) > 0)
+        verdicts |= {(arm, won[arm].item()) for arm in ("H first", "L first")}
+    assert len(verdicts) == 4
+
+
+def test_debate_at_toy_size(tmp_path, monkeypatch):
+    """Texts of eight words of which "good", "bad" or "so" decides: the judge is right on all words, and so is
+    debate. Precommitment harms no truth; no judge learns from a text it is asked about."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(300):
+        answer, others = judges.ANSWERS[i % 3], [chr(97 + j) * 3 for j in rng.choice(12, 7, replace=False)]
+        word = {"positive": "good", "negative": "bad", "neutral": "so"}[answer]
+        rows.append(json.dumps({"text": " ".join(rng.permutation([*others, word])), "label": answer}))
+    (tmp_path / "labels-vader.jsonl").write_text("\n".join(rows + [json.dumps({"text": "too few", "label": "neutral"})]))
+    torch.manual_seed(0)
+    sizes = []
+    monkeypatch.setattr(debate, "train", lambda judge, *a: (sizes.append(len(a[0])), train(judge, *a)))
+    monkeypatch.setattr(debate, "JUDGES", dict.fromkeys(debate.JUDGES, (1, 4)))
+    cfg = debate.Settings(runs=(tmp_path,), test=5, steps=200)
+    vocabulary, texts, label = judges.read(cfg.runs, cfg.seed)
+    assert texts.shape == (300, 8) and sorted(vocabulary[2:]) == sorted(
+        {"good", "bad", "so"} | {chr(97 + j) * 3 for j in range(12)})
+    seed = debate.measure(cfg, texts, label, vocabulary)
+    assert sizes == [190] * 3 + [95] * 3 + [190] * 3 + [285] * 3  # of them, misled: 95; three answers: 285
+    assert seed["lexicon: all words"] == seed["lexicon, k = 4: H first"] == 1
+    assert seed["logistic: all words"] == seed["three answers: all words"] == 1 == seed["logistic, k = 1: H alone"]
+    for arm in debate.ARMS:
+        assert seed[f"three answers, k = 4: {arm}{debate.ANY}"] <= seed[f"three answers, k = 4: {arm}"]
+    assert seed["logistic, k = 4: H first"] == seed["logistic, k = 4: L first"]
+    assert seed["logistic, k = 1: L first"] == seed["logistic, k = 1: L alone"] < seed["logistic, k = 1: H first"]
+    debate.draw({what: [x, x] for what, x in seed.items()})
