@@ -66,7 +66,7 @@ class Config:
     kl_samples: int = 512     # completions of an iteration on which the KL is computed
 
     @property
-    def name(self):
+    def name(self):  # part of the name of every file that this run writes
         return self.target if self.reward == "model" else f"{self.target}-{self.reward}"
 
 

@@ -5,7 +5,7 @@
 # make experiments  one question each, after make seeds: docs/experiments.md
 # make gpu        on a GPU: check the kernels, then time them and the scripts; PART=pipeline,decode
 #                 some parts; DRY=1 a rehearsal without a GPU; CORPUS=FILE the text for 01
-# make clean      delete .venv and out/, but for labels, comparisons and ratings
+# make clean      delete .venv, out-gpu/ and out/, but for labels, comparisons and ratings
 # make help       this list
 #
 # VENV= PYTHON=python3 make ...   use an existing environment, for example one with a CUDA torch
@@ -65,5 +65,5 @@ gpu: | $(READY)
 	DRY=$(DRY) CORPUS=$(CORPUS) $(RUN) -m benchmarks.gpu $(if $(PART),--part $(PART))
 
 clean:
-	rm -rf $(VENV) .triton-3.6
+	rm -rf $(VENV) .triton-3.6 out-gpu
 	find $(OUT) -type f ! -name 'labels-*' ! -name 'comparisons-*' ! -name 'ratings-*' ! -name 'key-*' -delete

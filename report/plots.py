@@ -1,5 +1,6 @@
 """The figures of the report: each an SVG within the page, and a file of its own."""
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from markupsafe import Markup
@@ -42,7 +43,7 @@ def by_people(results: dict) -> list[Line]:
     return lines
 
 
-def by_kl(title: str, ylabel: str, results: dict, keys: dict[str, str], more: list[Line] = (),
+def by_kl(title: str, ylabel: str, results: dict, keys: dict[str, str], more: Iterable[Line] = (),
           **how) -> Markup:
     """Measures of the happy policies against KL, each a line, and of best of n, a broken line of
     the same colour. keys: a key of the rows -> its name. more: other lines."""

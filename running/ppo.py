@@ -64,11 +64,16 @@ class Keeper:
     measured last of those within kl_stop."""
 
     def __init__(self, cfg, state, tokenizer, inputs: dict):
-        self.cfg, self.state, self.policy, self.tokenizer = cfg, state, state.model, tokenizer
+        self.cfg = cfg
+        self.state = state
         self.run = state.memory
+        self.policy = state.model
+        self.tokenizer = tokenizer
         self.header = {"settings": settings_of(cfg), "inputs": inputs}
-        self.final, self.row = None, None
-        self.taken_back, self.done = 0.0, False  # the share of the last update
+        self.final = None       # weights of the policy measured last of those within kl_stop,
+        self.row = None         # and what was measured
+        self.taken_back = 0.0   # share of the last update
+        self.done = False
         require(self.run.step < cfg.max_iterations and self.run.kl_max < NEAR * cfg.kl_stop,
                 f"{state.path} is beyond --max-iterations or --kl-stop already")
         if self.run.step == 0:
@@ -87,7 +92,9 @@ class Keeper:
         """row: what was measured of the policy -> whether to train it further; else it is logged.
         If the last update led beyond kl_stop, a part of it is taken back, to be measured in the
         next iteration; near kl_stop the run is `done`. Raises UserError if the KL has jumped."""
-        kl, kl_stop, run = row["kl"], self.cfg.kl_stop, self.run
+        run = self.run
+        kl = row["kl"]
+        kl_stop = self.cfg.kl_stop
         jump = f"the KL jumped from {run.kl_max:.1f} to {kl:.1f} nats"
         require(kl < run.kl_max + 5, DIVERGED.format(step=row["step"], why=jump))
         if kl > kl_stop:

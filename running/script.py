@@ -66,7 +66,8 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     print("settings:", ", ".join(f"{k} {v}" for k, v in asdict(cfg).items()))
     print(f"device: {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, "
           f"{world()[1]} processes, kernels: {path}", flush=True)
-    start.time, start.cfg = time.time(), cfg
+    start.time = time.time()
+    start.cfg = cfg
     return cfg, device, dtype
 
 
@@ -110,7 +111,8 @@ class Log:
 
 def record(out: Path) -> dict:
     """Add this script's settings and seconds to out/stages.json -> those of all stages so far."""
-    path, script = out / "stages.json", Path(sys.argv[0]).name
+    path = out / "stages.json"
+    script = Path(sys.argv[0]).name
     settings = {k: v for k, v in asdict(start.cfg).items()
                 if k not in ("corpus", "labels", "out", "resume")}  # the report tells no paths
     for knob in ("target", "reward"):  # several runs of 04 stand beside one another
