@@ -50,7 +50,7 @@ class Config:
     corpus: str = ""         # a UTF-8 text; empty: look in data/, ../shared/data/, then download
     out: Path = Path("out")  # where all stages write
     seed: int = 0
-    resume: bool = False     # continue a killed run from its last complete checkpoint
+    resume: bool = False     # continue a killed run from its last saved state
     vocab_size: int = 4096   # reserved tokens included
     context: int = 128       # tokens of a training sequence
     n_layer: int = 4
@@ -65,17 +65,18 @@ class Config:
     head_lr: float = 8e-3
     warmup: int = 20         # steps of linear warm-up
     cooldown: float = 0.7    # last share of the steps, in which all rates fall linearly to 0
-    save_every: int = 225    # steps between checkpoints and held-out measurements
+    measure_every: int = 225  # steps between held-out measurements
+    save_s: float = 30       # seconds between saved states, for --resume
     n_samples: int = 512     # samples drawn at the end to count real words
 
 
 # 12 M parameters
 ON_GPU = dict(n_layer=6, n_head=6, d_model=384, batch=128, steps=320, muon_lr=0.03,
-              weight_decay=0.3, embed_lr=0.07, head_lr=0.01, save_every=80, n_samples=4096)
+              weight_decay=0.3, embed_lr=0.07, head_lr=0.01, measure_every=80, n_samples=4096)
 
 
 def check(cfg: Config) -> None:
-    for knob in ("batch", "steps", "warmup", "save_every", "context", "cooldown", "n_samples",
+    for knob in ("batch", "steps", "warmup", "measure_every", "context", "cooldown", "n_samples",
                  "n_layer", "n_head", "n_kv_head", "d_model"):
         require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
     require(cfg.batch % world()[1] == 0, "--batch must divide among the processes")
@@ -269,14 +270,12 @@ if __name__ == "__main__":
         seconds += time.time() - began
         tokens_per_s = (step + 1 - first) * cfg.batch * cfg.context / seconds
         bar.set_postfix(nats=f"{row['nats_per_token']:.3f}", refresh=False)
-        save_now = (step + 1) % cfg.save_every == 0
-        if save_now:
+        if (step + 1) % cfg.measure_every == 0:
             nats, bits = held_out(model, test_ids, token_bytes)
             row |= {"held_out_nats": nats, "held_out_bits_per_byte": bits}
             tqdm.write(f"step {step + 1}: held out {bits:.3f} bits per byte")
         log(**row, tokens_per_s=tokens_per_s)
-        if save_now:
-            state.save(step=step + 1)
+        state.save(step=step + 1)
 
     # -- what came of it
     nats, bits = held_out(model, test_ids, token_bytes)

@@ -62,6 +62,7 @@ class Config:
     kl_coef: float = 0.0      # of a KL penalty, in units of log p(target)
     kl_stop: float = 10.0     # nats per completion
     max_iterations: int = 60
+    save_s: float = 30        # seconds between saved states, for --resume
     reward_samples: int = 4096  # samples of the base model behind reward_mean and reward_std
     kl_samples: int = 512     # completions of an iteration on which the KL is computed
 

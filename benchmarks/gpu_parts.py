@@ -26,7 +26,7 @@ OUT = ROOT / "out-gpu"
 SCRIPTS = ("01_pretrain.py", "02_sample_label.py", "03_reward_model.py", "04_ppo.py", "05_eval.py")
 TOY = dict(zip(SCRIPTS, (
     "--vocab-size 300 --context 16 --n-layer 1 --n-head 2 --n-kv-head 1 --d-model 32 --batch 8 "
-    "--steps 20 --warmup 2 --save-every 20 --n-samples 8",
+    "--steps 20 --warmup 2 --measure-every 20 --n-samples 8",
     "--n 256 --length 12 --pieces 1", "",
     "--batch 16 --max-batch 16 --minibatch 8 --max-iterations 3 --kl-samples 8 --reward-samples 16",
     "--n 16 --n-best 16")))

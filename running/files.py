@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and the state from which --resume goes on."""
 import json
 import os
+import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
-from running.processes import world
+from running.processes import gather, world
 
 
 class UserError(Exception):
@@ -23,9 +24,10 @@ def require(condition: bool, otherwise: str) -> None:
         raise UserError(otherwise)
 
 
-def write(path: Path, data: bytes | str) -> None:
-    """To a temporary name, then rename: `path` holds the old or the new content, whole. Of several
-    processes the first writes, and the others return when it has."""
+def write(path: Path, data: bytes | str, sync: bool = True) -> None:
+    """To a temporary name, then rename: `path` holds the old or the new content, whole; with sync
+    after a power cut too. Of several processes the first writes, and the others return when it has.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     if world()[0] == 0:
@@ -34,7 +36,8 @@ def write(path: Path, data: bytes | str) -> None:
             with open(temporary, "wb") as f:
                 f.write(data.encode() if isinstance(data, str) else data)
                 f.flush()
-                os.fsync(f.fileno())
+                if sync:
+                    os.fsync(f.fileno())
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -52,9 +55,9 @@ def remove(folder: Path, pattern: str) -> None:
 
 
 # ---- Tensors by name, with a JSON header ---------------------------------------------------------
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **header) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], sync=True, **header) -> None:
     data = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write(path, safetensors_bytes(data, metadata={"rlhf-shakespeare": json.dumps(header)}))
+    write(path, safetensors_bytes(data, metadata={"rlhf-shakespeare": json.dumps(header)}), sync)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -78,15 +81,16 @@ def readable(path: Path, made_by: str):
 
 # ---- Resuming ------------------------------------------------------------------------------------
 def settings_of(cfg) -> dict:
-    """Those that a resumed run may not change: all but where files lie, how often states are saved,
-    and where the run ends."""
-    free = ("corpus", "labels", "out", "resume", "save_every", "kl_stop", "max_iterations")
+    """Those that a resumed run may not change: all but where files lie, how often it measures and
+    saves, and where it ends."""
+    free = ("corpus", "labels", "out", "resume", "measure_every", "save_s", "kl_stop",
+            "max_iterations")
     return {k: v for k, v in asdict(cfg).items() if k not in free}
 
 
 class State:
     """What --resume goes on from, in one file: weights, optimizers, and `memory`, whatever else the
-    run must know, JSON-able."""
+    run must know, JSON-able. Written every cfg.save_s seconds."""
 
     def __init__(self, cfg, name: str, inputs: dict, model, optimizers, **memory):
         """memory: as at the start of a run. With cfg.resume, model, optimizers and memory are
@@ -96,6 +100,7 @@ class State:
         self.header = {"settings": settings_of(cfg), "inputs": inputs}
         self.model, self.optimizers = model, optimizers
         self.memory = SimpleNamespace(**memory)
+        self.save_s, self.saved = cfg.save_s, time.time()
         if cfg.resume and self.path.exists():
             with readable(self.path, "the same command without --resume"):
                 self.fill(*read_tensors(self.path))
@@ -119,14 +124,19 @@ class State:
         self.memory = SimpleNamespace(**header["memory"])
         print(f"resuming at step {self.memory.step}")
 
-    def save(self, **changed) -> None:
-        """changed: entries of memory to set first."""
+    def save(self, now: bool = False, **changed) -> None:
+        """If it is time to, or `now`. changed: entries of memory to set first."""
         vars(self.memory).update(changed)
+        device = next(self.model.parameters()).device
+        seconds = gather(torch.tensor([time.time() - self.saved], device=device))
+        if not now and seconds[0] < self.save_s:  # all processes by the first one's clock
+            return
+        self.saved = time.time()
         tensors = {"model." + k: v for k, v in self.model.state_dict().items()}
         for i, optimizer in enumerate(self.optimizers):
             for parameter, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{i}.{parameter}.{k}": v for k, v in state.items()}
-        write_tensors(self.path, tensors, memory=vars(self.memory), **self.header)
+        write_tensors(self.path, tensors, sync=False, memory=vars(self.memory), **self.header)
 
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)

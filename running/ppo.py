@@ -14,8 +14,7 @@ CROSSINGS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)  # nats
 NEAR = 0.97  # of kl_stop: where a run may end
 SHOWN = ("batch {batch}  KL {kl:.2f} +- {kl_se:.2f}  k1 {kl_k1:.2f}  score {score:.3f}  "
          "p {p_target:.3f}  entropy {entropy:.3f}  clipped {clip_fraction:.2%}")
-DIVERGED = ("diverged at iteration {step}: {why}; lower --lr. The state before is saved: see "
-            "--resume")
+DIVERGED = "diverged at iteration {step}: {why}; lower --lr"
 
 
 def policy_figures(run, kl, k1, entropy, score, reward, kind: str) -> dict[str, float]:
@@ -114,7 +113,7 @@ class Keeper:
         if self.done:
             self.log(**row, taken_back=self.taken_back)
         else:
-            self.state.save()
+            self.state.save(now=run.step + 1 == self.cfg.max_iterations)
         return not self.done
 
     def finish(self) -> None:

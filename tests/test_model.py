@@ -2,6 +2,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,6 +273,7 @@ def test_optimizers_continue_exactly(tmp_path, tokenizer):
         out: Path = tmp_path
         resume: bool = True
         lr: float = 0.01
+        save_s: float = 0
     State(Config(), "s", {"corpus": "x"}, gpt, optimizers, step=0, seen=[1]).save(step=3)
     again = tiny(vocab=tokenizer.get_vocab_size(), seed=9)
     more = make(again)
@@ -289,6 +291,24 @@ def test_optimizers_continue_exactly(tmp_path, tokenizer):
         State(Config(), "s", {"corpus": "x"}, again, more, step=0)
     resumed.delete()
     assert State(Config(), "s", {"corpus": "x"}, again, more, step=0).memory.step == 0
+
+
+def test_a_state_is_saved_by_the_clock(tmp_path, monkeypatch):
+    """Guards against a run that saves at every step, and one that never does. No fsync: a state need not outlive a power cut."""
+    @dataclass
+    class Config:
+        out: Path = tmp_path
+        resume: bool = False
+        save_s: float = 30
+    now, saved = [1000.0], []
+    monkeypatch.setattr(running.files, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("fsync"))
+    state = State(Config(), "s", {}, tiny(), (), step=0)
+    for step in range(1, 9):
+        now[0] += 10
+        state.save(now=step == 8, step=step)
+        saved.append(running.read_tensors(state.path)[1]["memory"]["step"] if state.path.exists() else 0)
+    assert saved == [0, 0, 3, 3, 3, 6, 6, 8]
 
 
 def test_load_refuses_what_it_cannot_use(tmp_path, tokenizer):

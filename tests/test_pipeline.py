@@ -22,11 +22,13 @@ from running.stages import fingerprint
 ROOT = Path(__file__).parent.parent
 STAGES = {
     "01_pretrain.py": ["--vocab-size", "300", "--context", "32", "--n-layer", "1", "--n-head", "2", "--n-kv-head",
-                       "1", "--d-model", "32", "--batch", "32", "--steps", "200", "--save-every", "20", "--n-samples", "64"],
+                       "1", "--d-model", "32", "--batch", "32", "--steps", "200", "--measure-every", "20", "--n-samples", "64",
+                       "--save-s", "0.1"],
     "02_sample_label.py": ["--n", "3000", "--length", "24", "--corpus-fraction", "0.2", "--pieces", "4"],
     "03_reward_model.py": ["--epochs", "2"],
     "04_ppo.py": ["--batch", "256", "--max-batch", "512", "--minibatch", "64", "--lr", "0.05", "--warmup", "5",
-                  "--kl-stop", "3", "--max-iterations", "12", "--kl-samples", "64", "--reward-samples", "512"],
+                  "--kl-stop", "3", "--max-iterations", "12", "--kl-samples", "64", "--reward-samples", "512",
+                  "--save-s", "0.1"],
     "05_eval.py": ["--n", "256", "--n-best", "256"],
 }
 ARTEFACT = {"01_pretrain.py": "base.safetensors", "02_sample_label.py": "labels-vader.jsonl",
@@ -179,7 +181,7 @@ def test_pretraining_stopped_after_its_last_step_still_ends(pipeline, corpus, tm
     samples and two files come after it. A folder where the first of them should be stops the run there."""
     out = tmp_path / "out"
     (out / "corpus.txt").mkdir(parents=True)
-    done = run("01_pretrain.py", out, "--corpus", str(corpus))
+    done = run("01_pretrain.py", out, "--corpus", str(corpus), "--save-s", "0")
     assert done.returncode == 2 and "corpus.txt: Is a directory" in done.stderr, done.stderr
     assert running.read_tensors(out / "01-state.safetensors")[1]["memory"]["step"] == 200 and not (out / "base.safetensors").exists()
     (out / "corpus.txt").rmdir()
