@@ -45,7 +45,7 @@ from model import GPT, chunked, load, save
 from running import (Log, UserError, auc, auc_lead, bootstrap, calibration, finish, require,
                      settings_of, start, wilson)
 from running.stages import fingerprint
-from running.text import pad, texts_of
+from running.text import pad, parse_labels, sides
 
 TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label asks for
           "left": 1.0, "tie": 0.5, "right": 0.0}             # p(left is happier), of a comparison
@@ -83,21 +83,16 @@ def check(cfg: Config) -> None:
 # ---- Labels --------------------------------------------------------------------------------------
 def read_labels(path: Path) -> list[dict]:
     """Rows of one label file, the last line about an item counting; undone and skipped ones left
-    out. Raises UserError that names the first bad line."""
+    out. Raises UserError that names a bad line."""
     require(path.exists(), f"{path} is missing: run 02_sample_label.py first")
-    rows: dict[str, dict] = {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            key, label, *_ = (str(row[k]) for k in ("id", "label", "labeller", "source", "text"))
-            tokens = np.array(row["tokens"], dtype=int)  # (length,), or (2, length) of a comparison
-            single = isinstance(row["text"], str)
-            if not tokens.size or tokens.min() < 0 or tokens.ndim != (1 if single else 2):
-                raise ValueError("tokens")
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it") \
-                from error
+    found = parse_labels(lines)
+    if found is None:
+        number, line = next((n, x) for n, x in enumerate(lines, 1) if parse_labels([x]) is None)
+        raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it")
+    rows: dict[str, dict] = {}
+    for number, row in enumerate(found, 1):
+        key, label = str(row["id"]), str(row["label"])
         rows.pop(key, None)
         if label in TARGET:
             rows[key] = row
@@ -117,8 +112,7 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
         right_kind = all(isinstance(row["text"], str) != cfg.comparisons for row in new)
         change = "leave out" if cfg.comparisons else "use"
         require(right_kind, f"{path} does not hold {kind}: {change} --comparisons")
-        tokens = [side for row in new for side in np.atleast_2d(row["tokens"]).tolist()]
-        texts = [side for row in new for side in texts_of(row)]
+        tokens, texts = sides(new)
         known = all(max(side) < base.n_text for side in tokens)
         require(known and tokenizer.decode_batch(tokens) == texts,
                 f"{path} was made with another tokenizer than {cfg.out}/base.safetensors: label "
@@ -210,7 +204,7 @@ def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
         phases = [Phase("all", samples, cfg.epochs)]
     phases = [phase for phase in phases if phase.items]
     for phase in phases:
-        n, lengths = len(phase.items), {np.shape(item["tokens"]) for item in phase.items}
+        n, lengths = len(phase.items), {len(side) for side in sides(phase.items)[0]}
         targets = {item["target"] for item in phase.items}
         more = f"({phase.name}); label more with 02_sample_label.py"
         require(n >= 20, f"only {n} labels, at least 20 are needed {more}")
@@ -278,7 +272,7 @@ def predict(model: GPT, items: list[dict]) -> np.ndarray:
 
 def tensors(items: list[dict], device) -> tuple[torch.Tensor, ...]:
     """-> tokens (N, T), or (N, 2, T) of pairs; prompt (N, P), P may be 0; target, weight (N,)."""
-    return (torch.tensor([item["tokens"] for item in items], device=device),
+    return (torch.tensor(np.array([item["tokens"] for item in items]), device=device),
             pad([item.get("prompt_tokens", []) for item in items]).to(device),
             torch.tensor([item["target"] for item in items], device=device),
             torch.tensor([item["weight"] for item in items], device=device))
@@ -377,7 +371,8 @@ if __name__ == "__main__":
     print(f"calibration: p({answer}) predicted -> labelled (n):",
           ", ".join(f"{r['predicted']:.2f} -> {r['target']:.2f} ({r['n']})" for r in table))
 
-    labels = hashlib.sha256(json.dumps(items).encode()).hexdigest()
+    labelled = [(item["id"], item["target"], item["weight"]) for item in items]
+    labels = hashlib.sha256(json.dumps(labelled).encode()).hexdigest()
     save(cfg.out / "reward.safetensors", model, tokenizer, step=steps,
          kind="comparisons" if cfg.comparisons else "labels", prompted="prompt" in whole[0],
          length=np.shape(test[0]["tokens"])[-1], metrics=metrics, calibration=table,

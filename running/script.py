@@ -1,5 +1,6 @@
 """How a script starts, logs, ends, and fails in one line instead of a traceback."""
 import ctypes
+import gc
 import json
 import os
 import re
@@ -50,6 +51,7 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     cfg = tyro.cli(Config, description=doc, default=defaults)
     require(0 <= cfg.seed < 2**31, "--seed must be in [0, 2^31)")
     keep_freed_pages()
+    gc.set_threshold(100_000)  # at 700, the default, reading rows is mostly a search for cycles
     if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":

@@ -1,8 +1,10 @@
-"""Words, and prompts as rows of token ids."""
+"""Words, prompts as rows of token ids, and the lines of a label file."""
 import json
 import re
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -18,6 +20,29 @@ def texts_of(item: dict) -> list[str]:
     return [item["text"]] if isinstance(item["text"], str) else item["text"]
 
 
+def sides(rows: list[dict]) -> tuple[list[list[int]], list[str]]:
+    """The tokens and the text of each row, and of a comparison those of both its sides."""
+    tokens, texts = [], []
+    for row in rows:
+        tokens += [row["tokens"]] if isinstance(row["text"], str) else row["tokens"]
+        texts += texts_of(row)
+    return tokens, texts
+
+
+def parse_labels(lines: list[str]) -> list[dict] | None:
+    """JSON lines of a label file -> rows; None if one of them, any, is broken. All are looked at as
+    columns: row by row that takes several times as long."""
+    try:
+        rows = [json.loads(line) for line in lines]
+        [[row[column] for row in rows] for column in ("id", "label", "labeller", "source")]
+        tokens, texts = sides(rows)
+        ids = [*chain.from_iterable(tokens)]
+    except (ValueError, TypeError, KeyError):
+        return None
+    right = all(tokens) and {*map(type, ids)} <= {int} and min(ids, default=0) >= 0
+    return rows if right and len(tokens) == len(texts) else None
+
+
 def read_prompts(path: Path, part: str) -> torch.Tensor:
     """Prompts that 02 --prompts found in the "train" or "held_out" part of the corpus -> (n, P)."""
     require(path.exists(), f"{path} is missing: run 02_sample_label.py --prompts first")
@@ -27,7 +52,8 @@ def read_prompts(path: Path, part: str) -> torch.Tensor:
 def pad(prompts: list[list[int]]) -> torch.Tensor:
     """Prompts of several lengths -> (n, P), padded with -1 at the end."""
     longest = max(map(len, prompts))
-    return torch.tensor([row + [-1] * (longest - len(row)) for row in prompts], dtype=torch.long)
+    rows = np.array([row + [-1] * (longest - len(row)) for row in prompts], dtype=np.int64)
+    return torch.from_numpy(rows)  # torch.tensor takes as long for empty rows as for full ones
 
 
 def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tensor:

@@ -84,7 +84,10 @@ def test_the_last_line_about_an_item_counts(tmp_path):
 
 
 @pytest.mark.parametrize("bad, why", [('{"id": 1,', "line 2 is broken"), ("[]", "line 2 is broken"),
-                                      (json.dumps({"id": "x"}), "line 2 is broken"),
+                                      (json.dumps({"id": "x"}), "line 2 is broken"), ("7", "line 2 is broken"),
+                                      *((json.dumps(row(2, "positive") | change), "line 2 is broken") for change in (
+                                          {"tokens": []}, {"tokens": [1, -1]}, {"tokens": [1.5]}, {"tokens": ["1"]},
+                                          {"tokens": [[1], [2]]}, {"tokens": 1}, {"text": ["a", "b"]}, {"text": None})),
                                       (json.dumps(row(2, "joyful")), "line 2: label 'joyful' is not one of")])
 def test_a_bad_line_is_named(tmp_path, bad, why):
     path = tmp_path / "labels-anna.jsonl"
