@@ -34,13 +34,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import people
 from model import GPT, load
 from running import finish, require, start, write
 from running.stages import fingerprint
-from running.text import decode_prompts, draw_prompts, read_prompts
+from running.text import decode_prompts, draw_prompts, read_prompts, sides
+from running.vader import compound_scores
 
 
 @dataclass
@@ -171,18 +171,13 @@ def cut_up(items: list[dict], pieces: int, tokenizer: Tokenizer) -> list[dict]:
 
 def label_by_vader(items: list[dict], path: Path) -> list[str]:
     """Writes path: each item with its label."""
-    vader = SentimentIntensityAnalyzer()
-
-    def compound(text):
-        return vader.polarity_scores(text)["compound"]
-
+    scores = iter(compound_scores(sides(items)[1], "label"))
     labels = []
-    for item in tqdm(items, desc="label", mininterval=1):
+    for item in items:
         if isinstance(item["text"], str):
-            labels.append(feeling(compound(item["text"])))
+            labels.append(feeling(next(scores)))
         else:
-            left, right = item["text"]
-            labels.append(happier(compound(left), compound(right)))
+            labels.append(happier(next(scores), next(scores)))
     rows = [item | {"label": label, "labeller": "vader"} for item, label in zip(items, labels)]
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
     return labels

@@ -35,13 +35,13 @@ from typing import Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from model import chunked, kl_nats
 from running import State, average_gradients, finish, gather, require, share, start, world
 from running.ppo import Keeper, policy_figures, show, update_figures
 from running.stages import load_base_and_reward, score_of
 from running.text import draw_prompts, read_prompts
+from running.vader import compound_scores
 
 
 @dataclass
@@ -126,8 +126,7 @@ def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple
 
 def vader_score(texts: list[str], target: str) -> torch.Tensor:
     """B texts -> (B,): log p(target) as if (1 + VADER's compound score) / 2 were p(happy)."""
-    vader = SentimentIntensityAnalyzer()
-    p_happy = torch.tensor([(1 + vader.polarity_scores(text)["compound"]) / 2 for text in texts])
+    p_happy = torch.tensor([(1 + compound) / 2 for compound in compound_scores(texts)])
     return (p_happy if target == "happy" else 1 - p_happy).clamp_min(1e-4).log()
 
 

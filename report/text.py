@@ -4,9 +4,9 @@ from collections import Counter
 import numpy as np
 from afinn import Afinn
 from textblob.en import sentiment as pattern
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from running.text import words
+from running.vader import compound_scores
 
 WORDS = 4000  # of which distinct-n is measured
 
@@ -14,8 +14,8 @@ WORDS = 4000  # of which distinct-n is measured
 def judge(texts: list[str]) -> dict[str, np.ndarray]:
     """Judge -> score of each text. VADER's compound score and Pattern's polarity lie in [-1, 1],
     AFINN-165 (Nielsen 2011) is the sum of the valences, -5 to 5, of all words."""
-    vader, afinn = SentimentIntensityAnalyzer(), Afinn()
-    return {"vader": np.array([vader.polarity_scores(text)["compound"] for text in texts]),
+    afinn = Afinn()
+    return {"vader": np.array(compound_scores(texts)),
             "afinn": np.array([afinn.score(text) for text in texts]),
             "pattern": np.array([pattern(text)[0] for text in texts])}
 

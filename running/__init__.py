@@ -7,6 +7,7 @@
     complete.py    completions of a prompt by any checkpoint: `python model.py`
     stages.py      the models that the stages hand to one another, and which stems from which
     text.py        words, prompts as rows of token ids, the lines of a label file
+    vader.py       VADER's score of many texts, on more than two cores by processes
     ppo.py         what 04 logs, shows and keeps of its run, and how the run ends
 """
 from running.files import (State, UserError, read_tensors, readable, remove, require, settings_of,

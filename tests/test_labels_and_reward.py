@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.bag_of_words import bag_of_words
 from running import UserError, auc, bootstrap, newcombe, wilson
+
+from running import vader
 
 from people.agreement import cohen_kappa
 from people.answers import read_answers, read_jsonl
@@ -29,6 +32,30 @@ def write_rows(path, rows):
 def test_vader_thresholds():
     assert [label.feeling(c) for c in (-1, -0.05, -0.049, 0, 0.049, 0.05)] == [
         "negative", "negative", "neutral", "neutral", "neutral", "positive"]
+
+
+def test_vader_by_processes_is_vader(tmp_path):
+    """As on a machine with many cores: the same labels in the same order, of texts and of pairs, whatever process had
+    them; also of texts that JSON has to escape."""
+    words = "love hate good death joy grief kind cruel so not very ! \u2019 \x00 \U0001f600 \ud800".split(" ")
+    texts = [f"{words[i % 16]} {words[i // 16 % 16]} {words[i // 256 % 16]}, {i}" for i in range(1000)]
+    items = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
+    pairs = [{"id": str(i), "text": [a, b]} for i, (a, b) in enumerate(zip(texts, reversed(texts)))]
+    one = SentimentIntensityAnalyzer()
+    alone = [one.polarity_scores(text)["compound"] for text in texts]
+    elsewhere = []
+
+    def counted(texts, really=vader.score_elsewhere):
+        elsewhere.append(len(texts))
+        return really(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vader, "CHUNK", 300)
+        patch.setattr(vader, "score_elsewhere", counted)
+        for threads, expected in ((2, []), (4, [300, 300, 300, 100])):
+            patch.setattr(torch, "get_num_threads", lambda: threads)
+            assert vader.compound_scores(texts) == alone and elsewhere == expected
+        assert label.label_by_vader(items, tmp_path / "a") == [label.feeling(c) for c in alone]
+        assert label.label_by_vader(pairs, tmp_path / "b") == [label.happier(a, b) for a, b in zip(alone, alone[::-1])]
 
 
 def test_vader_compares():
