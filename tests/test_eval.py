@@ -1,10 +1,12 @@
 import importlib
 import itertools
 import math
+import random
 import re
 
 import numpy as np
 import pytest
+from afinn import Afinn
 
 from people import ratings
 from report import findings, text
@@ -136,6 +138,17 @@ def test_a_skipped_item_is_not_an_answer():
     row, = ratings.compare_arms(key, {"anna": answers})
     assert (row["base"], row["of_base"], row["other"], row["of_other"]) == (1, 2, 2, 2)
     assert row["p"] == ratings.fisher_exact(1, 2, 2, 2) and row["difference_interval"][0] < 0.5 < row["difference_interval"][1]
+
+
+def test_the_quick_afinn_finds_what_afinn_finds():
+    """Guards against a grouping that lets a short word win over a long one, or over a phrase: of "does not work", "can't
+    stand" and the like, of all its words in a row, and of those that only begin like one."""
+    slow, quick, rng = Afinn(), text.QuickAfinn(), random.Random(0)
+    known = [*slow._dict]
+    texts = [" ".join(known), " ".join(reversed(known)), "-".join(known), "It does not  work; I can't\nstand GOOD good's goods"]
+    texts += [" ".join(w[:rng.randint(1, len(w))] for w in rng.choices(known, k=60)) for _ in range(50)]
+    assert all(slow.find_all(x) == quick.find_all(x) for x in texts)
+    assert [slow.score(x) for x in texts] == [quick.score(x) for x in texts] and len(quick.find_all(texts[0])) > 3000
 
 
 def test_three_judges():
