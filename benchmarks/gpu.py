@@ -4,7 +4,7 @@
     make gpu PART=first              # or second: each fits ten minutes; or names: PART=warm,decode
     make gpu CORPUS=shakespeare.txt  # if the text does not lie where 01 looks
     make gpu DRY=1                   # rehearsal: on the CPU, in Triton's interpreter, at toy size
-    python -m benchmarks.gpu --tables   # the table of gpu.json into README.md and docs/kernels.md
+    python -m benchmarks.gpu --tables   # the table of gpu.json into docs/kernels.md
 
 Each part is a process of its own with a time limit, so that one failure spoils nothing. Its log is
 out-gpu/PART.log; its figures are in benchmarks/results/gpu.json as soon as it ends. `smoke` goes
@@ -22,10 +22,11 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+os.environ["PATH"] += ":/usr/local/cuda/bin"  # compute-sanitizer
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "out-gpu"
 DRY = os.environ.get("DRY") == "1"
@@ -35,19 +36,21 @@ PARTS = {  # call, limit in seconds, function of gpu_parts and its arguments, {f
     "pipeline": ("first", 150, "pipeline cold", {"five scripts, s": ("at most", 60)}),
     "warm": ("first", 80, "pipeline warm", {"five scripts, s": ("at most", 60)}),
     "profile": ("first", 40, "profile", {"decode step, us": ("at most", 385)}),
-    "decode": ("first", 35, "decode_peers", {"of floor": ("at least", 0.35),
-                                             "times SDPA": ("at least", 2)}),
-    "sample": ("first", 35, "sample_peers", {"times compiled Gumbel race": ("at least", 1)}),
+    "decode": ("first", 35, "peers decode", {"decode, of floor": ("at least", 0.35),
+                                             "decode, times SDPA, whole cache": ("at least", 2)}),
+    "sample": ("first", 35, "peers sample",
+               {"sample, times Gumbel, torch.compile": ("at least", 1)}),
     "iteration": ("first", 30, "iteration", {"PPO iteration, ms": ("at most", 220)}),
     "memcheck": ("first", 50, "sanitizer memcheck all", {"errors": ("at most", 0)}),
     "racecheck": ("second", 60, "sanitizer racecheck logprob", {"errors": ("at most", 0)}),
     "variants": ("second", 130, "variants", {}),
-    "attention": ("second", 90, "attention_peers",
-                  {"backward, times FlashAttention-2": ("at least", 1.3)}),
-    "logprob": ("second", 90, "logprob_peers", {"forward, times torch.compile": ("at least", 1.6)}),
+    "attention": ("second", 90, "peers attention",
+                  {"attention backward, times SDPA flash": ("at least", 1.3)}),
+    "logprob": ("second", 90, "peers logprob",
+                {"log-prob forward, times torch.compile": ("at least", 1.6)}),
     "rollout": ("second", 130, "rollout", {"times Hugging Face": ("at least", 3),
                                            "of sum floor": ("at least", 0.5)}),
-    "sad": ("second", 60, "sad", {"04, s": ("at most", 15)}),
+    "sad": ("second", 60, "script 04_ppo.py --target sad", {"04_ppo.py, s": ("at most", 15)}),
 }
 
 
@@ -66,32 +69,27 @@ def missing() -> tuple[list[str], list[str]]:
     import torch
     if not torch.cuda.is_available():
         return [*first, "torch sees no GPU: DRY=1 rehearses without one"], []
-    texts = (os.environ.get("CORPUS") or "-", ROOT / "data/shakespeare.txt",
-             ROOT.parent / "shared/data/shakespeare.txt")
-    tools = [shutil.which(f"{path}compute-sanitizer") for path in ("", "/usr/local/cuda/bin/")]
-    return first, [line for there, line in (
-        (has("xdist"), "pytest-xdist is not installed: the tests of values will not end in time"),
-        (has("transformers"), "transformers is not installed: no rollout to compare with"),
-        (any(tools), "compute-sanitizer is not installed: no memcheck, no racecheck"),
-        (any(map(os.path.isfile, texts)), "no corpus: CORPUS=FILE; the shipped model is not timed"),
-    ) if not there]
+    texts = (os.environ.get("CORPUS", ""), ROOT / "data/shakespeare.txt",
+             ROOT / "../shared/data/shakespeare.txt")
+    wanted = {"pytest-xdist: the tests of values will not end in time": has("xdist"),
+              "transformers: no rollout to compare with": has("transformers"),
+              "compute-sanitizer: no memcheck, no racecheck": shutil.which("compute-sanitizer"),
+              "the corpus, CORPUS=FILE: the shipped model is not timed": any(
+                  map(os.path.isfile, texts))}
+    return first, [line for line, there in wanted.items() if not there]
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    from benchmarks.kernels import versions_of_packages
+    found = {"python": platform.python_version()} | versions_of_packages()
     if DRY:
         return found | {"GPU": "none: a rehearsal, whose figures mean nothing"}
     import torch
     from triton.backends.nvidia.compiler import get_ptxas
     major, minor = torch.cuda.get_device_capability()
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                            capture_output=True, text=True).stdout.split("\n")[0]
-    return found | {"GPU": torch.cuda.get_device_name(), "driver": driver,
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return found | {"GPU": torch.cuda.get_device_name(),
+                    "driver": subprocess.check_output(ask, text=True).split("\n")[0],
                     "ptxas": get_ptxas(10 * major + minor).version}
 
 
@@ -99,45 +97,36 @@ def versions() -> dict[str, str]:
 def run(name: str, smoke: dict) -> dict:
     """One part, with all that it starts -> passed, seconds, figures, and why if it has failed."""
     _, limit, command, _ = PARTS[name]
-    env = os.environ | {"TRITON_CACHE_DIR": str(OUT / "triton")}
-    env |= {key: value for key, value in smoke.items() if key.isupper() and value}
+    chosen = {key: value for key, value in smoke.items() if key.isupper() and value}
+    env = os.environ | chosen | {"TRITON_CACHE_DIR": str(OUT / "triton")}
     if DRY:
         env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     began, log = time.time(), OUT / f"{name}.log"
     with open(log, "w") as f:
-        process = subprocess.Popen(
+        code, process = f"over {limit} s", subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu_parts", *command.split()], cwd=ROOT, env=env,
             stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = f"over {limit} s"
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # also what a finished part has left behind
-        except ProcessLookupError:
-            pass
-    lines = log.read_text().splitlines() or [""]
-    result = {"passed": code == 0, "seconds": time.time() - began, "figures": {}}
-    return result | ({"figures": json.loads(lines[-1])} if code == 0 else
-                     {"why": f"{code}: {lines[-1][:80]}"})
+    last = (log.read_text().splitlines() or [""])[-1]
+    said = {"figures": {}, "why": f"{code}: {last[:80]}"} if code else {"figures": json.loads(last)}
+    return {"passed": code == 0, "seconds": time.time() - began} | said
 
 
 def rows(name: str, result: dict) -> list[str]:
     """A line of the table for each goal of a part; of goal: above 1 it is reached."""
     lines = []
-    for figure, (bound, goal) in (PARTS[name][3] or {"": ("", None)}).items():
-        x, ratio = result["figures"].get(figure), ""
-        passed = "yes" if result["passed"] else "failed"
-        said = result.get("why", f"{figure}: not measured" if figure else "")
+    for figure, (bound, goal) in (PARTS[name][3] or {"": ("", "")}).items():
+        x, said, ratio, reached = result["figures"].get(figure), figure, "", not figure
         if x is not None:
-            said = f"{figure}: {x:.4g}"
-            if x and goal:
-                ratio = f"{x / goal if bound == 'at least' else goal / x:.2f}"
-        if result["passed"] and figure and (
-                x is None or (x < goal if bound == "at least" else x > goal)):
-            passed = "missed"
-        aim = f"{bound} {goal}" if figure else ""
-        lines.append(f"| {name} | {passed} | {result['seconds']:.0f} | {said} | {aim} | {ratio} |")
+            said, reached = f"{figure}: {x:.4g}", x >= goal if bound == "at least" else x <= goal
+            ratio = f"{x / goal if bound == 'at least' else goal / x:.2f}" if x and goal else ""
+        passed = "failed" if not result["passed"] else "yes" if reached else "missed"
+        cells = (name, passed, f"{result['seconds']:.0f}", result.get("why", said),
+                 f"{bound} {goal}".strip(), ratio)
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -148,29 +137,21 @@ def table(report: dict) -> str:
                       *(line for name, r in report["parts"].items() for line in rows(name, r))])
 
 
-def fill_tables(report: dict) -> None:
-    """Between <!-- gpu --> and <!-- /gpu -->, where a page has them."""
-    for page in (ROOT / "README.md", ROOT / "docs/kernels.md"):
-        before, mark, rest = page.read_text().partition("<!-- gpu -->\n")
-        if mark:
-            after = rest[rest.index("<!-- /gpu -->"):]
-            page.write_text(f"{before}{mark}{table(report)}\n{after}")
-            print(f"filled {page}")
+def fill_table(report: dict) -> None:
+    page, marks = ROOT / "docs/kernels.md", r"(?s)(<!-- gpu -->\n).*(<!-- /gpu -->)"
+    page.write_text(re.sub(marks, lambda m: f"{m[1]}{table(report)}\n{m[2]}", page.read_text()))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="first,second", help="parts or calls, with commas")
-    parser.add_argument("--results", type=Path, help="instead of benchmarks/results/gpu.json")
-    parser.add_argument("--tables", action="store_true", help="run nothing, fill the tables")
+    parser.add_argument("--tables", action="store_true", help="run nothing, fill the table")
     args = parser.parse_args()
-    results = args.results or (OUT if DRY else ROOT / "benchmarks/results") / "gpu.json"
+    results = (OUT if DRY else ROOT / "benchmarks/results") / "gpu.json"
     report = json.loads(results.read_text()) if results.exists() else {"parts": {}}
-    if args.tables and not report["parts"]:
-        sys.exit(f"error: {results} is missing: make gpu first")
     if args.tables:
-        return fill_tables(report)
+        return fill_table(report) if report["parts"] else f"error: {results} is missing: make gpu"
     asked = args.part.split(",")
     if unknown := [x for x in asked if x not in PARTS and x not in ("first", "second")]:
         sys.exit(f"error: no such part: {', '.join(unknown)}; there are first, second, "

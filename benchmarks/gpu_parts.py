@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
@@ -23,17 +24,23 @@ from running import UserError, require
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "out-gpu"
-SCRIPTS = ("01_pretrain.py", "02_sample_label.py", "03_reward_model.py", "04_ppo.py", "05_eval.py")
-TOY = dict(zip(SCRIPTS, (
-    "--vocab-size 300 --context 16 --n-layer 1 --n-head 2 --n-kv-head 1 --d-model 32 --batch 8 "
-    "--steps 20 --warmup 2 --measure-every 20 --n-samples 8",
-    "--n 256 --length 12 --pieces 1", "",
-    "--batch 16 --max-batch 16 --minibatch 8 --max-iterations 3 --kl-samples 8 --reward-samples 16",
-    "--n 16 --n-best 16")))
+TOY = {  # the scripts, and how small they are in a rehearsal
+    "01_pretrain.py": "--vocab-size 300 --context 16 --n-layer 1 --n-head 2 --n-kv-head 1 "
+                      "--d-model 32 --batch 8 --steps 20 --warmup 2 --measure-every 20 "
+                      "--n-samples 8",
+    "02_sample_label.py": "--n 256 --length 12 --pieces 1", "03_reward_model.py": "",
+    "04_ppo.py": "--batch 16 --max-batch 16 --minibatch 8 --max-iterations 3 --kl-samples 8 "
+                 "--reward-samples 16", "05_eval.py": "--n 16 --n-best 16"}
 DRY = os.environ.get("DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
 HALF = torch.float16 if DRY else torch.bfloat16  # which the interpreter does not have
 FAMILIES = ("attention", "decode", "logprob", "sample", "elementwise")
+
+
+def part(*arguments: str, prefix=(), env=None) -> subprocess.Popen:
+    """A function of this file in a process of its own."""
+    command = [*prefix, sys.executable, "-m", "benchmarks.gpu_parts", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=env)
 
 
 # ---- Are the kernels right? ----------------------------------------------------------------------
@@ -115,23 +122,21 @@ def assemblers() -> dict[str, str]:
 
 def all_smoke() -> dict:
     """Every family with every assembler, all at once, each in a process and cache of its own."""
-    running = {}
-    for name, path in assemblers().items():
+    running, paths = {}, assemblers()
+    for name, path in paths.items():
         for family in FAMILIES if not DRY else ("all",):
             env = os.environ | {"TRITON_CACHE_DIR": str(OUT / f"triton-{name}-{family}")}
             if path:
                 env |= {"TRITON_PTXAS_PATH": path, "TRITON_PTXAS_BLACKWELL_PATH": path}
-            running[name, family] = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu_parts", "each_smoke", family],
-                env=env, cwd=ROOT)
-    right = {key: process.wait() == 0 for key, process in running.items()}
-    names = list(dict.fromkeys(name for name, _ in right))
-    best = max(names, key=lambda name: sum(ok for (n, _), ok in right.items() if n == name))
-    wrong = [family for (n, family), ok in right.items() if n == best and not ok]
-    to_torch = sorted({"attention" if family == "decode" else family for family in wrong})
-    return {"families wrong": len(wrong), "ptxas": best, "TORCH_KERNELS": ",".join(to_torch),
-            "TRITON_PTXAS_PATH": (path := assemblers()[best]), "TRITON_PTXAS_BLACKWELL_PATH": path,
-            "by ptxas": {f"{n} {family}": ok for (n, family), ok in right.items()}}
+            running[name, family] = part("each_smoke", family, env=env)
+    wrong = {name: [] for name in paths}
+    for (name, family), process in running.items():
+        wrong[name] += [family] if process.wait() else []
+    best = min(wrong, key=lambda name: len(wrong[name]))
+    to_torch = {"attention" if family == "decode" else family for family in wrong[best]}
+    return {"families wrong": len(wrong[best]), "TORCH_KERNELS": ",".join(sorted(to_torch)),
+            "TRITON_PTXAS_PATH": paths[best], "TRITON_PTXAS_BLACKWELL_PATH": paths[best],
+            "ptxas": best, "wrong by ptxas": wrong}
 
 
 def each_smoke(family: str, sequences: str = "512", repeats: str = "2" if DRY else "50") -> dict:
@@ -140,11 +145,10 @@ def each_smoke(family: str, sequences: str = "512", repeats: str = "2" if DRY el
 
 
 def values() -> dict:
-    workers = ["-n", "14"] if find_spec("xdist") and not DRY else []
-    some = ["-k", "extreme"] if DRY else []
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *some,
-         "tests/triton_values.py"], cwd=ROOT, capture_output=True, text=True)
+    how = ["-k", "extreme"] if DRY else ["-n", "14"] if find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *how]
+    done = subprocess.run([*command, "tests/triton_values.py"], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE)
     print(done.stdout)
     count = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
     require(count.get("passed", 0) > 0, "no test has passed")
@@ -153,16 +157,13 @@ def values() -> dict:
 
 
 def sanitizer(tool: str, family: str) -> dict:
-    tools = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
-    found = next(filter(None, map(shutil.which, tools)), None)
-    require(found or DRY, "compute-sanitizer is not installed")
-    command = [sys.executable, "-m", "benchmarks.gpu_parts", "each_smoke", family, "32", "2"]
-    prefix = [] if DRY else [found, "--tool", tool, "--error-exitcode", "9"]
-    return {"errors": int(subprocess.run([*prefix, *command], cwd=ROOT).returncode != 0)}
+    require(DRY or shutil.which("compute-sanitizer"), "compute-sanitizer is not installed")
+    prefix = [] if DRY else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    return {"errors": int(part("each_smoke", family, "32", "2", prefix=prefix).wait() != 0)}
 
 
 # ---- The scripts ---------------------------------------------------------------------------------
-def script(name: str, *arguments: str) -> float:
+def script(name: str, *arguments: str) -> dict:
     """Seconds of one script on the GPU; raises if it fails, runs elsewhere, or takes a minute."""
     began = time.time()
     toy = TOY[name].split() if DRY else []
@@ -172,7 +173,7 @@ def script(name: str, *arguments: str) -> float:
     print(done.stdout, flush=True)
     require(done.returncode == 0, f"{name} has failed: {done.stdout.strip().splitlines()[-1]}")
     require(f"device: {DEVICE}" in done.stdout, f"{name} did not run on {DEVICE}")
-    return time.time() - began
+    return {f"{name}, s": time.time() - began}
 
 
 def pipeline(cache: str) -> dict:
@@ -183,10 +184,10 @@ def pipeline(cache: str) -> dict:
     if cache == "cold":
         shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
     seconds = {}
-    for name in SCRIPTS:
+    for name in TOY:
         corpus = "README.md" if DRY else os.environ.get("CORPUS")
         given = ["--corpus", corpus] if corpus and name.startswith("01") else []
-        seconds[f"{name}, s"] = script(name, *given)
+        seconds |= script(name, *given)
         if name.startswith("01"):
             model, _, header = load(OUT / "run/base.safetensors", name)
             size = model.config.d_model
@@ -205,40 +206,23 @@ def bench(only: str) -> dict:
     return json.loads(path.read_text())
 
 
-def of_peer(row: dict, peer: str) -> float | None:
-    """How many times as long the peer takes; None if it was not run, or has failed."""
-    ours, theirs = row["providers"]["ours"], row["providers"].get(peer, {})
-    require("ms" in ours, f"ours: {ours}")
-    return theirs["ms"] / ours["ms"] if "ms" in theirs else None
-
-
-def attention_peers() -> dict:
-    forward, backward = bench("attention")["rows"][:2]
-    return {"forward, times FlashAttention-2": of_peer(forward, "SDPA flash"),
-            "backward, times FlashAttention-2": of_peer(backward, "SDPA flash")}
-
-
-def decode_peers() -> dict:
-    row = bench("decode")["rows"][0]
-    return {"times SDPA": of_peer(row, "SDPA, whole cache"),
-            "of floor": row["floor_ms"] / row["providers"]["ours"]["ms"]}
-
-
-def logprob_peers() -> dict:
-    found = bench("logprob")["rows"]
-    return {"forward, times torch.compile": of_peer(found[0], "torch.compile")} | {
-        f"{row['kernel']}, {row['shape']}": of_peer(row, "torch.compile") for row in found}
-
-
-def sample_peers() -> dict:
-    row, = bench("sample")["rows"]
-    return {"times compiled Gumbel race": of_peer(row, "Gumbel, torch.compile")}
+def peers(family: str) -> dict:
+    """At the first shape of each kernel: how near ours is to the floor, and how many times as long
+    each peer takes, unless it has failed."""
+    found = {}
+    for row in reversed(bench(family)["rows"]):  # so that the first shape stays
+        ours = row["providers"].pop("ours")
+        require("ms" in ours, f"ours: {ours}")
+        found[f"{row['kernel']}, of floor"] = row["floor_ms"] / ours["ms"]
+        found |= {f"{row['kernel']}, times {peer}": theirs["ms"] / ours["ms"]
+                  for peer, theirs in row["providers"].items() if "ms" in theirs}
+    return found
 
 
 def iteration() -> dict:
-    report = bench("ppo")["ppo"]
-    each = {name: kernel["ms"] for name, kernel in report["kernels"].items()}
-    return {"PPO iteration, ms": report["iteration_ms"]} | each
+    ppo = bench("ppo")["ppo"]
+    return {"PPO iteration, ms": ppo["iteration_ms"]} | {
+        name: kernel["ms"] for name, kernel in ppo["kernels"].items()}
 
 
 def preset():
@@ -275,15 +259,14 @@ def profile() -> dict:
         model.zero_grad()
     work = {"rollout": lambda: model.generate(n, length, seed=0),
             "minibatch": lambda: update(y[:512]), "pretraining step": lambda: update(y[:256])}
-    seconds = speed.medians(work, 3)
-    kind = torch.profiler.ProfilerActivity
+    seconds, kinds = speed.medians(work, 3), torch.profiler.ProfilerActivity
     for name, call in work.items():
-        with torch.profiler.profile(activities=[kind.CPU if DRY else kind.CUDA]) as profiler:
+        with torch.profiler.profile(activities=[kinds.CPU if DRY else kinds.CUDA]) as profiler:
             call()
         table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25)
         print(f"\n{name}\n{table}", flush=True)
-    each = {f"{name}, ms": 1e3 * s for name, s in seconds.items()}
-    return {"decode step, us": 1e6 * seconds["rollout"] / length} | each
+    return {"decode step, us": 1e6 * seconds["rollout"] / length} | {
+        f"{name}, ms": 1e3 * s for name, s in seconds.items()}
 
 
 def variants() -> dict:
@@ -294,43 +277,31 @@ def variants() -> dict:
     target, base = torch.arange(N, device=DEVICE) % V, triton_head.config(D, HALF)
     q, k, v, cache = (x.to(HALF) for x in inputs_and_call("decode", 4096)[0][:4])
     pos = torch.tensor(cache.size(3) // 2, device=DEVICE)
-
-    def forward(i):
-        with torch.no_grad():
-            linear_logprob(hidden, weight, target, backend="triton")
-
-    def both(i):
-        linear_logprob(hidden, weight, target, backend="triton")[0].sum().backward()
-
-    def draw(i):
-        sample(hidden[:4096], weight, pos, target[:4096], pos, backend="triton")
-
-    def step(i):
-        decode_attention(q, k, v, *cache, pos, backend="triton")
+    logprob = partial(linear_logprob, hidden, weight, target, backend="triton")
+    draw = partial(sample, hidden[:4096], weight, pos, target[:4096], pos, backend="triton")
+    calls = {"log-prob": torch.no_grad()(lambda i: logprob()), "sample": lambda i: draw(),
+             "log-prob, forward and backward": lambda i: logprob()[0].sum().backward(),
+             "decode": lambda i: decode_attention(q, k, v, *cache, pos, backend="triton")}
     tiles = ({}, dict(num_stages=1), dict(num_stages=3), dict(BLOCK_M=64, num_warps=4),
              dict(BLOCK_M=64, num_warps=4, num_stages=1))
-    tries = [(what, call, triton_head, "config", lambda *_, c=base | x: dict(c), x)
-             for what, call in (("log-prob", forward), ("sample", draw)) for x in tiles]
-    tries += [("log-prob, forward and backward", both, triton_head, "RECOMPUTE_UP_TO", x, x)
+    tries = [(what, triton_head, "config", lambda *_, c=base | x: dict(c), x)
+             for what in ("log-prob", "sample") for x in tiles]
+    tries += [("log-prob, forward and backward", triton_head, "RECOMPUTE_UP_TO", x, x)
               for x in (384, 0)]
-    tries += [("decode", step, triton_attention, "DECODE", dict(num_warps=w, num_stages=s), (w, s))
+    tries += [("decode", triton_attention, "DECODE", dict(num_warps=w, num_stages=s), (w, s))
               for w, s in ((4, 2), (4, 1), (2, 1), (2, 2), (1, 1))]
     found = {}
-    for what, call, module, name, value, label in tries:
+    for what, module, name, value, label in tries:
         try:
             with patch.object(module, name, value):
-                call(0)
-                ms = min(milliseconds(call, 1) for _ in range(1 if DRY else 15))
+                calls[what](0)
+                ms = min(milliseconds(calls[what], 1) for _ in range(1 if DRY else 15))
         except Exception as error:  # what does not fit this GPU is a result as well
             ms = None
             print(error)
         found[f"{what} {label}"] = ms
         print(f"{what} {label}: {ms} ms", flush=True)
     return {"variants that ran": sum(ms is not None for ms in found.values())} | found
-
-
-def sad() -> dict:
-    return {"04, s": script("04_ppo.py", "--target", "sad")}
 
 
 if __name__ == "__main__":

@@ -394,17 +394,22 @@ def row(result: dict, floor: float) -> list[str]:
             "; ".join(cell(k, r) for k, r in result.items() if k != "ours")]
 
 
+def versions_of_packages() -> dict[str, str]:
+    found = {}
+    for package in ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
 def main(cfg: Config) -> None:
     if GPU:
         from torch._functorch import config as functorch
         functorch.donated_buffer = False  # so that a backward pass can be repeated
     device = torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads, {platform.machine()}"
-    versions = {}
-    for package in ("torch", "triton", "liger-kernel", "cut-cross-entropy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
+    versions = versions_of_packages()
     bandwidth, peak = ceilings(cfg.rounds, cfg.shapes == "toy")
     shapes = SHAPES[cfg.shapes if cfg.shapes != "all" else "gpu" if GPU else "cpu"]
     report = {"device": device, "ours": "Triton" if GPU else "PyTorch path: no GPU here", "versions": versions,
