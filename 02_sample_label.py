@@ -39,7 +39,7 @@ import people
 from model import GPT, load
 from running import finish, require, start, write
 from running.stages import fingerprint
-from running.text import decode_prompts, draw_prompts, read_prompts, sides
+from running.text import decode_prompts, draw_prompts, read_prompts, texts_of
 from running.vader import compound_scores
 
 
@@ -171,7 +171,7 @@ def cut_up(items: list[dict], pieces: int, tokenizer: Tokenizer) -> list[dict]:
 
 def label_by_vader(items: list[dict], path: Path) -> list[str]:
     """Writes path: each item with its label."""
-    scores = iter(compound_scores(sides(items)[1], "label"))
+    scores = iter(compound_scores([text for item in items for text in texts_of(item)], "label"))
     labels = []
     for item in items:
         if isinstance(item["text"], str):

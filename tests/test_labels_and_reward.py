@@ -51,9 +51,9 @@ def test_vader_by_processes_is_vader(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vader, "CHUNK", 300)
         patch.setattr(vader, "score_elsewhere", counted)
-        for threads, expected in ((2, []), (4, [300, 300, 300, 100])):
+        for threads, expected in ((2, []), (4, [100, 300, 300, 300])):
             patch.setattr(torch, "get_num_threads", lambda: threads)
-            assert vader.compound_scores(texts) == alone and elsewhere == expected
+            assert vader.compound_scores(texts) == alone and sorted(elsewhere) == expected
         assert label.label_by_vader(items, tmp_path / "a") == [label.feeling(c) for c in alone]
         assert label.label_by_vader(pairs, tmp_path / "b") == [label.happier(a, b) for a, b in zip(alone, alone[::-1])]
 
