@@ -55,24 +55,20 @@ PARTS = {  # call, limit in seconds, function of gpu_parts and its arguments, {f
 
 
 # ---- The machine ---------------------------------------------------------------------------------
-def has(module: str) -> bool:
-    return find_spec(module) is not None
-
-
 def missing() -> tuple[list[str], list[str]]:
     """What is not there, a line each: what nothing runs without, and what some part would want."""
     needed = re.findall(r"(?m)^([\w-]+)", (ROOT / "requirements.txt").read_text())
     first = [f"{name} is not installed: pip install {name}" for name in dict.fromkeys(needed)
-             if not has(name) and name != "selenium"]  # which drives a browser
-    if DRY or not has("torch"):
+             if not find_spec(name) and name != "selenium"]  # which drives a browser
+    if DRY or not find_spec("torch"):
         return first, []
     import torch
     if not torch.cuda.is_available():
         return [*first, "torch sees no GPU: DRY=1 rehearses without one"], []
     texts = (os.environ.get("CORPUS", ""), ROOT / "data/shakespeare.txt",
              ROOT / "../shared/data/shakespeare.txt")
-    wanted = {"pytest-xdist: the tests of values will not end in time": has("xdist"),
-              "transformers: no rollout to compare with": has("transformers"),
+    wanted = {"pytest-xdist: the tests of values will not end in time": find_spec("xdist"),
+              "transformers: no rollout to compare with": find_spec("transformers"),
               "compute-sanitizer: no memcheck, no racecheck": shutil.which("compute-sanitizer"),
               "the corpus, CORPUS=FILE: the shipped model is not timed": any(
                   map(os.path.isfile, texts))}

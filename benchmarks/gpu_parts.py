@@ -17,21 +17,19 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.gpu import DRY, OUT, ROOT
 from benchmarks.kernels import ceilings, milliseconds
 from kernels import attention, decode_attention, linear_logprob, rotate, sample, squared_relu
 from model import GPTConfig, load
 from running import UserError, require
 
-ROOT = Path(__file__).parent.parent
-OUT = ROOT / "out-gpu"
 TOY = {  # the scripts, and how small they are in a rehearsal
     "01_pretrain.py": "--vocab-size 300 --context 16 --n-layer 1 --n-head 2 --n-kv-head 1 "
                       "--d-model 32 --batch 8 --steps 20 --warmup 2 --measure-every 20 "
-                      "--n-samples 8",
+                      "--n-samples 8 --corpus README.md",
     "02_sample_label.py": "--n 256 --length 12 --pieces 1", "03_reward_model.py": "",
     "04_ppo.py": "--batch 16 --max-batch 16 --minibatch 8 --max-iterations 3 --kl-samples 8 "
                  "--reward-samples 16", "05_eval.py": "--n 16 --n-best 16"}
-DRY = os.environ.get("DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
 HALF = torch.float16 if DRY else torch.bfloat16  # which the interpreter does not have
 FAMILIES = ("attention", "decode", "logprob", "sample", "elementwise")
@@ -157,7 +155,6 @@ def values() -> dict:
 
 
 def sanitizer(tool: str, family: str) -> dict:
-    require(DRY or shutil.which("compute-sanitizer"), "compute-sanitizer is not installed")
     prefix = [] if DRY else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     return {"errors": int(part("each_smoke", family, "32", "2", prefix=prefix).wait() != 0)}
 
@@ -166,10 +163,9 @@ def sanitizer(tool: str, family: str) -> dict:
 def script(name: str, *arguments: str) -> dict:
     """Seconds of one script on the GPU; raises if it fails, runs elsewhere, or takes a minute."""
     began = time.time()
-    toy = TOY[name].split() if DRY else []
-    done = subprocess.run(
-        [sys.executable, name, "--out", str(OUT / "run"), *arguments, *toy], cwd=ROOT, text=True,
-        timeout=60, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, name, "--out", str(OUT / "run"), *arguments]
+    done = subprocess.run(command + TOY[name].split() * DRY, cwd=ROOT, text=True, timeout=60,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     print(done.stdout, flush=True)
     require(done.returncode == 0, f"{name} has failed: {done.stdout.strip().splitlines()[-1]}")
     require(f"device: {DEVICE}" in done.stdout, f"{name} did not run on {DEVICE}")
@@ -185,9 +181,8 @@ def pipeline(cache: str) -> dict:
         shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
     seconds = {}
     for name in TOY:
-        corpus = "README.md" if DRY else os.environ.get("CORPUS")
-        given = ["--corpus", corpus] if corpus and name.startswith("01") else []
-        seconds |= script(name, *given)
+        corpus = os.environ.get("CORPUS") if name.startswith("01") else ""
+        seconds |= script(name, *(["--corpus", corpus] if corpus else []))
         if name.startswith("01"):
             model, _, header = load(OUT / "run/base.safetensors", name)
             size = model.config.d_model

@@ -16,7 +16,7 @@ def test_each_call_fits_ten_minutes_and_every_part_is_there():
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(gpu, "has", lambda module: module != "tyro")
+    monkeypatch.setattr(gpu, "find_spec", lambda module: module != "tyro")
     needed, _ = gpu.missing()
     assert "tyro is not installed: pip install tyro" in needed and len(needed) <= 2  # and no GPU
 
