@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import amplification, debate, frontier, goodhart, judges, load_run, over_seeds, overseers, ppo
+from benchmarks.bag_of_words import bag_of_words
+from experiments import amplification, debate, frontier, goodhart, judges, labellers, load_run, over_seeds, overseers, ppo
 from experiments import gradient_protection as gp
+from experiments import recursive_reward_modelling as rrm
 from experiments import where_the_kl_goes as where
 from experiments.judges import Judge, additive_value, sets, train, value
 from experiments.prefixes import block_kl, expected, logistic, posterior_kl, profile
@@ -404,3 +406,86 @@ def test_debate_at_toy_size(tmp_path, monkeypatch):
     assert seed["logistic, k = 4: H first"] == seed["logistic, k = 4: L first"]
     assert seed["logistic, k = 1: L first"] == seed["logistic, k = 1: L alone"] < seed["logistic, k = 1: H first"]
     debate.draw({what: [x, x] for what, x in seed.items()})
+
+
+# ---- recursive_reward_modelling ------------------------------------------------------------------
+TEXTS = ["What love, what JOY is this!", "A sad day: my heart-ache is not sweet.", "My lord of York,", "Sweet sad hate, O",
+         "good good hope and no war", "", "Kill! They kill the fair, the true and the good; they love to"]
+
+
+def test_she_who_reads_all_words_is_the_gold_labeller():
+    """Whoever points, with truth or lies; split at whitespace and joined again, VADER feels the same."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    texts = [text.split() for text in TEXTS]
+    whole = [SentimentIntensityAnalyzer().polarity_scores(text)["compound"] for text in TEXTS]
+    assert [labellers.compound(text) for text in texts] == whole
+    gold = overseers.targets(np.array(whole))
+    assert set(gold) == {0, 0.5, 1}
+    for aim in ("first", "random", "critique", "flattery", "yes-man", "liar"):
+        rng = np.random.default_rng(0)
+        assert (labellers.labels(texts, gold, aim, labellers.LEXICON, 99, rng) == gold).all()
+    few = labellers.labels(texts, gold, "liar", labellers.LEXICON, 1, rng)
+    assert few[3] == 1 - gold[3] and few[4] == 0 and few[0] == 0.5  # where no word lies, one that says nothing
+
+
+def test_a_change_is_what_the_score_loses_without_the_word():
+    """And the whole is what the baseline of 03 itself predicts."""
+    rng = np.random.default_rng(0)
+    texts = [[str(word) for word in rng.choice(["love,", "hate", "heart-ache", "--", "Ill", "day"], 7)] for _ in range(50)]
+    target = rng.random(50)
+    model = labellers.fit(texts, target)
+    rows = [{"text": " ".join(text), "target": t, "weight": 1.0} for text, t in zip(texts, target)]
+    np.testing.assert_allclose(labellers.scores(model, texts), bag_of_words(rows, rows), atol=1e-5)
+    for text in texts[:5]:
+        without = labellers.scores(model, [text[:i] + text[i + 1:] for i in range(7)])
+        np.testing.assert_allclose(labellers.changes(model, text), labellers.scores(model, [text]) - without, atol=1e-9)
+
+
+def test_at_which_words_assistants_point():
+    """Of eight different changes each set of three is tried: the critique's has the largest sum of |change|, the
+    flatterer's the happiest, the liar's the one that speaks most against the truth; of equal ones, any."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        change, every = rng.normal(size=8), sets(8, 3)
+        for aim, truth, verdict, worth in (
+                ("critique", 1, 1, np.abs(change)), ("flattery", -1, -1, change), ("yes-man", 1, -1, -change),
+                ("liar", 1, 1, -change), ("liar", -1, 1, change), ("liar", 0, 1, np.abs(change)), ("first", 1, 1, -np.arange(8))):
+            best = every[worth[every].sum(1).argmax()]
+            assert labellers.pointed(aim, change, truth, verdict, 3, rng).tolist() == best.tolist()
+    drawn = [tuple(labellers.pointed("random", change, 1, 1, 3, rng)) for _ in range(5600)]
+    count = np.unique(drawn, axis=0, return_counts=True)[1]
+    assert len(count) == 56 and abs(count - 100).max() < 45
+
+
+def test_what_is_said_of_a_reward_model():
+    """Of one that is VADER's lexicon itself, of its opposite, and of none; the best of 16 by playing it."""
+    rng = np.random.default_rng(0)
+    texts = [[str(word)] for word in rng.choice(["love", "good", "sad", "hate", "lord", "fair"], 500)]
+    gold = np.array([labellers.compound(text) for text in texts])
+    for sign in (1, -1, 0):
+        row = labellers.judged({word: sign * x for word, x in labellers.LEXICON.items()}, texts, gold)
+        assert row["AUC"] == row["happy words known"] == row["sad words known"] == (sign + 1) / 2
+    model = {"": 0.3, "love": 1.0, "sad": 2.0, "lord": -1.0, "fair": -2.0, "good": 0.5}
+    score = np.array([model.get(word, 0.0) for word, in texts]) + 1e-9 * np.arange(500)  # of equal ones, the later
+    played = [gold[max(rng.choice(500, 16, replace=False), key=lambda i: score[i])] for _ in range(3000)]
+    assert labellers.judged(model, texts, gold)["gold"] == pytest.approx((np.mean(played) - gold.mean()) / gold.std(), abs=0.05)
+
+
+def test_recursive_reward_modelling_at_toy_size(pipeline):
+    """Of all words every label is right, and of the words that the lexicon's critic chooses more than of those its
+    liar does; PPO begins at the base model and earns reward."""
+    cfg = rrm.Settings(n=128, aided=2)
+    texts, gold = labellers.read(pipeline[0])
+    rows, models = rrm.measure(cfg, texts[:1000], gold[:1000])
+    assert set(rows) == {"start", *rrm.AIDED, *rrm.FIXED}
+    assert [row["round"] for row in rows["critique"]] == [1, 2]
+    assert rows["all words"][0]["label accuracy"] == 1
+    accuracy = {name: rows[name][0]["label accuracy"] for name in rrm.FIXED}
+    assert accuracy["lexicon's critique"] > max(accuracy["first 4"], 0.8) > accuracy["lexicon's lies"]
+    ppo_rows = labellers.optimise(models["all words"], gold, pipeline[0], *CPU, batch=256, kl_stop=0.5)
+    assert ppo_rows[0]["kl"] == 0 and abs(ppo_rows[0]["gold"]) < 0.3
+    assert ppo_rows[-1]["kl"] > 0.5 and ppo_rows[-1]["reward"] > ppo_rows[0]["reward"]
+    json.dumps([rows, ppo_rows])
+    trained = [{"critique": ppo_rows, "first 4": ppo_rows}] * 2
+    rrm.findings([rows, rows], trained)
+    rrm.draw([rows, rows], trained)
