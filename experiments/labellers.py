@@ -12,8 +12,9 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.bag_of_words import bag_of_words
 from experiments import load_run
-from experiments.overseers import targets
+from experiments.overseers import rm, targets
 from experiments.ppo import ppo, stage
+from model import load
 from running import auc, require
 from running.text import words
 
@@ -29,12 +30,13 @@ def compound(text: list[str]) -> float:
     return VADER.polarity_scores(" ".join(text))["compound"]
 
 
-def read(run) -> tuple[list[list[str]], np.ndarray]:
-    """The samples of a run, as lists of words, and how VADER feels about each, (N,)."""
+def read(run) -> tuple[list[list[str]], list[list[int]], np.ndarray]:
+    """The samples of a run, as lists of words and of tokens; how VADER feels about each, (N,)."""
     path = run / "labels-vader.jsonl"
     require(path.exists(), f"{path} is missing: make seeds first, or name runs with --runs")
-    texts = [json.loads(line)["text"].split() for line in path.read_text().splitlines()]
-    return texts, np.array([compound(text) for text in texts])
+    rows = list(map(json.loads, path.read_text().splitlines()))
+    texts = [row["text"].split() for row in rows]
+    return texts, [row["tokens"] for row in rows], np.array([compound(text) for text in texts])
 
 
 # ---- The reward model ----------------------------------------------------------------------------
@@ -57,26 +59,28 @@ def scores(model: dict[str, float], texts: list[list[str]]) -> np.ndarray:
     return np.array([model[""] + changes(model, text).sum() for text in texts])
 
 
-def judged(model: dict[str, float], texts, gold: np.ndarray) -> dict:
-    """A reward model on fresh texts: its AUC; how VADER feels about the best of 16 by it, and of
-    any n, in standard deviations of gold (N,); of how many words that VADER feels about it has the
-    sign."""
-    score, z = scores(model, texts), (gold - gold.mean()) / gold.std()
-    ranked = z[np.argsort(score, kind="stable")]
-    row = {"AUC": auc(score, targets(gold)), "best of n": [
-        {"n": n, "kl": ev.best_of_n_kl(n), "gold": ev.best_of_n_weights(len(score), n) @ ranked}
-        for n in ev.BEST_OF if n <= len(score)]}
-    row["gold"] = next(best["gold"] for best in row["best of n"] if best["n"] == 16)
-    counts = Counter(name for text in texts for word in text for name in parts(word))
+def judged(score: np.ndarray, gold: np.ndarray) -> dict:
+    """Of a reward model's scores (N,) of fresh texts: AUC; and how VADER feels about the best of 16
+    by it, and of any n, in standard deviations of gold (N,)."""
+    ranked = ((gold - gold.mean()) / gold.std())[np.argsort(score, kind="stable")]
+    best = [{"n": n, "kl": ev.best_of_n_kl(n), "gold": ev.best_of_n_weights(len(score), n) @ ranked}
+            for n in ev.BEST_OF if n <= len(score)]
+    return {"AUC": auc(score, targets(gold)), "best of n": best,
+            "gold": next(row["gold"] for row in best if row["n"] == 16)}
+
+
+def known(model: dict[str, float], texts) -> dict:
+    """Of the words in these texts that VADER feels about: of how many the model has the sign."""
+    counts, found = Counter(x for text in texts for word in text for x in parts(word)), {}
     for sign, feeling in ((1, "happy"), (-1, "sad")):
         names = [name for name in counts if LEXICON.get(name, 0.0) * sign > 0]
         right = [np.sign(model.get(name, 0.0)) * sign / 2 + 0.5 for name in names]
-        row[f"{feeling} words known"] = np.average(right, weights=[counts[name] for name in names])
-    return row
+        found[f"{feeling} words known"] = np.average(right, weights=[counts[x] for x in names])
+    return found
 
 
-def optimise(model: dict[str, float], gold: np.ndarray, run, device, dtype, batch: int,
-             kl_stop: float) -> list[dict]:
+def optimise(model: dict[str, float], gold: np.ndarray, run, device, dtype, batch: int = 2048,
+             kl_stop: float = 6.0) -> list[dict]:
     """PPO against log p(happy) by this model -> before each update KL, reward, and how VADER feels
     about the batch, in standard deviations of gold (N,)."""
     reference, _, _, tokenizer, report = load_run(run, device, dtype)
@@ -93,6 +97,16 @@ def optimise(model: dict[str, float], gold: np.ndarray, run, device, dtype, batc
         if row["kl"] > kl_stop:
             break
     return rows
+
+
+def transformer(tokens, given, asked, run, device, dtype) -> np.ndarray:
+    """The base model after one epoch of 03 on these labels (N,) of tokens (N, T) -> the log-odds
+    that each of `asked` (M, T) is happy, (M,)."""
+    model = load(run / "base.safetensors", "01_pretrain.py", device, dtype)[0]
+    items = [{"tokens": y, "target": x, "weight": 1.0} for y, x in zip(tokens, given)]
+    rm.train(model, rm.Phase("samples", items, 1.0), rm.Config())
+    log_p = rm.predict(model, [{"tokens": y, "target": 0.5, "weight": 1.0} for y in asked])
+    return log_p[:, 0] - log_p[:, 1]
 
 
 # ---- The labeller and her assistants -------------------------------------------------------------

@@ -25,7 +25,9 @@ ones teaches which they are; accuracy 60 %, AUC .65, 85 % of happy words known, 
 (6) Yes-man: the labels agree with the model, which learns nothing: AUC .62 to .64 in each round.
 (7) The liar loses track: 46 % right, so the next model is upside down and its lies are true, 56 %,
 then below 50 again. With the lexicon: 15 %, AUC .25, gold -.8. (8) PPO says what best-of-16 says,
-at 1.84 nats with half the gold; at 6 nats .8 unaided, 1.1 by critique.
+at 1.84 nats with half the gold; at 6 nats .8 unaided, 1.1 by critique. (9), after (1) to (8) were
+found: a transformer, the base model after 12,288 labels, has an AUC of .64 unaided, .75 by critique
+of the last bag of words, .82 by all words; gold, best of 16: .5, .8, 1.0.
 """
 from dataclasses import dataclass
 
@@ -34,7 +36,8 @@ from tqdm import tqdm
 
 from experiments import (BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Config, keep,
                          over_seeds, plt)
-from experiments.labellers import LEXICON, fit, judged, labels, optimise, read
+from experiments.labellers import (LEXICON, fit, judged, known, labels, optimise, read, scores,
+                                   transformer)
 from experiments.overseers import targets
 from experiments.reweight import at
 from running import require, start
@@ -53,8 +56,6 @@ COLOURS = {"critique": BLUE, "from nothing": SKY, "flattery": ORANGE, "yes-man":
 class Settings(Config):
     n: int = 2048          # labels a round
     aided: int = 3         # rounds after the first
-    batch: int = 2048      # of PPO
-    kl_stop: float = 6.0   # nats
 
 
 def measure(cfg: Settings, texts, gold: np.ndarray) -> tuple[dict, dict]:
@@ -72,7 +73,8 @@ def measure(cfg: Settings, texts, gold: np.ndarray) -> tuple[dict, dict]:
         rows.setdefault(name, []).append({
             "round": t, "label accuracy": 1 - np.abs(given - true)[true != 0.5].mean(),
             "labels not neutral": (given != 0.5).mean(),
-            **judged(models[name], texts[rest], gold[rest])})
+            **judged(scores(models[name], texts[rest]), gold[rest]),
+            **known(models[name], texts[rest])})
         return given
 
     given = ask("start", 0, "first", LEXICON)
@@ -86,7 +88,20 @@ def measure(cfg: Settings, texts, gold: np.ndarray) -> tuple[dict, dict]:
     return rows, models
 
 
-def findings(seeds: list[dict], trained: list[dict]) -> dict[str, list]:
+def students(cfg: Settings, texts, tokens, gold, model: dict, run, device, dtype) -> dict:
+    """Transformers that learn from labels of the first half of a run: arm -> `judged` on the rest
+    of its second half, of which the assistant has its model."""
+    half, found, rng = len(texts) // 2, {}, np.random.default_rng(cfg.seed)
+    rest = slice(half + (cfg.aided + 1) * cfg.n, None)
+    for name, aim, k in (("first 4", "first", K), ("critique", "critique", K),
+                         ("all words", "first", 10**6)):
+        given = labels(texts[:half], targets(gold[:half]), aim, model, k, rng)
+        odds = transformer(tokens[:half], given, tokens[rest], run, device, dtype)
+        found[name] = judged(odds, gold[rest])
+    return found
+
+
+def findings(seeds: list[dict], trained: list[dict], learned: list[dict]) -> dict[str, list]:
     found = {}
     for what in ("label accuracy", "AUC", "gold", "happy words known", "sad words known"):
         for name, rows in seeds[0].items():
@@ -94,24 +109,32 @@ def findings(seeds: list[dict], trained: list[dict]) -> dict[str, list]:
                 found[f"{what}: {name}, round {row['round']}"] = [s[name][i][what] for s in seeds]
             found[f"{what}: critique ahead of {name}"] = [s["critique"][-1][what]
                                                           - s[name][-1][what] for s in seeds]
-    return found | {f"gold: PPO at {kl} nats, {name}": [at(s[name], "kl", kl, "gold")
+    for name in learned[0]:
+        for what in ("AUC", "gold"):
+            found[f"{what}: transformer, {name}"] = [s[name][what] for s in learned]
+    for kl in (1.84, 4, 6):
+        for name in trained[0]:
+            found[f"gold: PPO at {kl} nats, {name}"] = [at(s[name], "kl", kl, "gold")
                                                         for s in trained]
-                    for kl in (1.84, 4, 6) for name in trained[0]}
+        found[f"gold: PPO at {kl} nats, critique ahead"] = [
+            at(s["critique"], "kl", kl, "gold") - at(s["first 4"], "kl", kl, "gold")
+            for s in trained]
+    return found
 
 
 def draw(seeds: list[dict], trained: list[dict]):
     fig, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
     for i, (name, colour) in enumerate(COLOURS.items()):
         style = {"color": colour, "ls": "-" if name in AIDED else "--"}
+        each = [s[name] if name == "from nothing" else s["start"] + s[name] for s in seeds]
         for ax, what in zip(axes, ("label accuracy", "AUC")):
-            each = [[s["start"][0][what], *(row[what] for row in s[name])] for s in seeds]
-            mean, half = zip(*map(over_seeds, zip(*each)))
+            mean, half = zip(*(over_seeds(row[what] for row in rows) for rows in zip(*each)))
             if name in FIXED:
                 ax.axhline(mean[-1], **style, label=name)
             else:
-                ax.errorbar(np.arange(len(mean)) + 0.04 * i, mean, half, **style, marker="o", ms=4,
-                            capsize=3, label=name)
-        best = [s[name][-1]["best of n"] for s in seeds]
+                ax.errorbar([row["round"] + 0.04 * i for row in each[0]], mean, half, **style,
+                            marker="o", ms=4, capsize=3, label=name)
+        best = [rows[-1]["best of n"] for rows in each]
         gold = np.mean([[row["gold"] for row in line] for line in best], 0)
         axes[2].plot([row["kl"] for row in best[0]], gold, **style)
         for rows in (s[name] for s in trained if name in s):
@@ -127,14 +150,15 @@ def draw(seeds: list[dict], trained: list[dict]):
 
 if __name__ == "__main__":
     cfg, device, dtype = start(Settings, __doc__)
-    seeds, trained = [], []
+    seeds, trained, learned = [], [], []
     for run in tqdm(cfg.runs, desc="runs"):
-        texts, gold = read(run)
+        texts, tokens, gold = read(run)
         half = len(texts) // 2
         for part in (slice(half), slice(half, None)):
             rows, models = measure(cfg, texts[part], gold[part])
             seeds.append(rows)
-        trained.append({name: optimise(models[name], gold, run, device, dtype, cfg.batch,
-                                       cfg.kl_stop) for name in ("first 4", "critique")})
-    keep(cfg, "recursive_reward_modelling", findings(seeds, trained),
-         {"halves": seeds, "PPO": trained}, draw(seeds, trained))
+        trained.append({name: optimise(models[name], gold, run, device, dtype)
+                        for name in ("first 4", "critique")})
+        learned.append(students(cfg, texts, tokens, gold, models["critique"], run, device, dtype))
+    keep(cfg, "recursive_reward_modelling", findings(seeds, trained, learned),
+         {"halves": seeds, "PPO": trained, "transformers": learned}, draw(seeds, trained))

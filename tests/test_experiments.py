@@ -463,19 +463,20 @@ def test_what_is_said_of_a_reward_model():
     texts = [[str(word)] for word in rng.choice(["love", "good", "sad", "hate", "lord", "fair"], 500)]
     gold = np.array([labellers.compound(text) for text in texts])
     for sign in (1, -1, 0):
-        row = labellers.judged({word: sign * x for word, x in labellers.LEXICON.items()}, texts, gold)
+        model = {word: sign * x for word, x in labellers.LEXICON.items()}
+        row = labellers.judged(labellers.scores(model, texts), gold) | labellers.known(model, texts)
         assert row["AUC"] == row["happy words known"] == row["sad words known"] == (sign + 1) / 2
     model = {"": 0.3, "love": 1.0, "sad": 2.0, "lord": -1.0, "fair": -2.0, "good": 0.5}
     score = np.array([model.get(word, 0.0) for word, in texts]) + 1e-9 * np.arange(500)  # of equal ones, the later
     played = [gold[max(rng.choice(500, 16, replace=False), key=lambda i: score[i])] for _ in range(3000)]
-    assert labellers.judged(model, texts, gold)["gold"] == pytest.approx((np.mean(played) - gold.mean()) / gold.std(), abs=0.05)
+    assert labellers.judged(labellers.scores(model, texts), gold)["gold"] == pytest.approx((np.mean(played) - gold.mean()) / gold.std(), abs=0.05)
 
 
 def test_recursive_reward_modelling_at_toy_size(pipeline):
     """Of all words every label is right, and of the words that the lexicon's critic chooses more than of those its
     liar does; PPO begins at the base model and earns reward."""
     cfg = rrm.Settings(n=128, aided=2)
-    texts, gold = labellers.read(pipeline[0])
+    texts, tokens, gold = labellers.read(pipeline[0])
     rows, models = rrm.measure(cfg, texts[:1000], gold[:1000])
     assert set(rows) == {"start", *rrm.AIDED, *rrm.FIXED}
     assert [row["round"] for row in rows["critique"]] == [1, 2]
@@ -485,7 +486,8 @@ def test_recursive_reward_modelling_at_toy_size(pipeline):
     ppo_rows = labellers.optimise(models["all words"], gold, pipeline[0], *CPU, batch=256, kl_stop=0.5)
     assert ppo_rows[0]["kl"] == 0 and abs(ppo_rows[0]["gold"]) < 0.3
     assert ppo_rows[-1]["kl"] > 0.5 and ppo_rows[-1]["reward"] > ppo_rows[0]["reward"]
-    json.dumps([rows, ppo_rows])
+    learned = rrm.students(cfg, texts, tokens, gold, models["all words"], pipeline[0], *CPU)
+    assert learned["all words"]["AUC"] > 0.9
     trained = [{"critique": ppo_rows, "first 4": ppo_rows}] * 2
-    rrm.findings([rows, rows], trained)
+    json.dumps([rows, learned, rrm.findings([rows, rows], trained, [learned, learned])])
     rrm.draw([rows, rows], trained)
