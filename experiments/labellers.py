@@ -63,10 +63,9 @@ def judged(score: np.ndarray, gold: np.ndarray) -> dict:
     """Of a reward model's scores (N,) of fresh texts: AUC; and how VADER feels about the best of 16
     by it, and of any n, in standard deviations of gold (N,)."""
     ranked = ((gold - gold.mean()) / gold.std())[np.argsort(score, kind="stable")]
-    best = [{"n": n, "kl": ev.best_of_n_kl(n), "gold": ev.best_of_n_weights(len(score), n) @ ranked}
-            for n in ev.BEST_OF if n <= len(score)]
-    return {"AUC": auc(score, targets(gold)), "best of n": best,
-            "gold": next(row["gold"] for row in best if row["n"] == 16)}
+    best = {n: ev.best_of_n_weights(len(score), n) @ ranked
+            for n in ev.BEST_OF if n <= len(score)}
+    return {"AUC": auc(score, targets(gold)), "gold": best[16], "best of n": best}
 
 
 def known(model: dict[str, float], texts) -> dict:
@@ -99,16 +98,6 @@ def optimise(model: dict[str, float], gold: np.ndarray, run, device, dtype, batc
     return rows
 
 
-def transformer(tokens, given, asked, run, device, dtype) -> np.ndarray:
-    """The base model after one epoch of 03 on these labels (N,) of tokens (N, T) -> the log-odds
-    that each of `asked` (M, T) is happy, (M,)."""
-    model = load(run / "base.safetensors", "01_pretrain.py", device, dtype)[0]
-    items = [{"tokens": y, "target": x, "weight": 1.0} for y, x in zip(tokens, given)]
-    rm.train(model, rm.Phase("samples", items, 1.0), rm.Config())
-    log_p = rm.predict(model, [{"tokens": y, "target": 0.5, "weight": 1.0} for y in asked])
-    return log_p[:, 0] - log_p[:, 1]
-
-
 # ---- The labeller and her assistants -------------------------------------------------------------
 def pointed(aim: str, change: np.ndarray, truth: float, verdict: float, k: int, rng) -> np.ndarray:
     """The places, ascending, of the k words that she is to read; ties at random. change (n,) as the
@@ -127,3 +116,14 @@ def labels(texts, target, aim: str, model: dict[str, float], k: int, rng) -> np.
         places = pointed(aim, changes(model, text), truth, verdict, k, rng)
         felt.append(compound([text[i] for i in places]))
     return targets(np.array(felt))
+
+
+def transformer(texts, tokens, gold: np.ndarray, n: int, rest: slice, aim: str, k: int,
+                model: dict[str, float], run, device, dtype) -> dict:
+    """The base model after an epoch of 03 on labels of the first n texts, `judged` on the rest."""
+    given = labels(texts[:n], targets(gold[:n]), aim, model, k, np.random.default_rng(0))
+    items = [{"tokens": y, "target": x, "weight": 1.0} for y, x in zip(tokens, [*given, *gold[n:]])]
+    learner = load(run / "base.safetensors", "01_pretrain.py", device, dtype)[0]
+    rm.train(learner, rm.Phase("samples", items[:n], 1.0), rm.Config())
+    log_p = rm.predict(learner, items[rest])
+    return judged(log_p[:, 0] - log_p[:, 1], gold[rest])

@@ -1,42 +1,47 @@
 """Can the reward model that she trains help a labeller who reads four words of each text?
 
-    python -m experiments.recursive_reward_modelling    # after `make seeds`; half an hour
+    python -m experiments.recursive_reward_modelling    # after `make seeds`; half an hour, one core
 
 Claim (Leike et al. 2018, arXiv:1811.07871): a reward model helps people to evaluate what they could
-not evaluate alone; from that they train a better one, and so on. Saunders et al. 2022
-(arXiv:2206.05802): shown a model's critique, people find flaws that they would have missed.
-Design: VADER is the labeller; the truth is what it feels about all words of a text (36 on average),
-the label what it feels about the four that it reads. Round 0: the first four. On those labels of
-2,048 samples a reward model is trained, 03's bag of words; in each of three more rounds, on fresh
-samples, an assistant with the last model says which four words are read, and a new model learns
-from these labels alone. *Critique*: the words at which the score changes most; *flattery*: the
-happiest; *yes-man*: those for the model's own verdict; *liar*: those against the truth, which it
-knows. Controls: random words; *from nothing*, the critique of a model that first learned shuffled
-labels; all words; and the critique and the lies of one who knows VADER's lexicon. Judged on 4,096
-samples that nobody labelled: AUC, and what VADER feels (sd of the base) about the best of 16, which
-is 1.84 nats away whatever the reward; then PPO against the unaided and the aided model. Six halves
-of the samples of three runs; PPO on three runs.
-Predicted (known, half 0: labels of the first 4, 8, all words make AUC .62, .64, .78; 28 and 49 %
-of 4 and 8 words are not neutral): (1) Label accuracy (neutral: half): 58 % unaided; critique 64,
-68, 70 %, as good as the first 16 words; AUC .62, then .67, .70, .71. (2) From nothing is one round
-behind. (3) Lexicon: 93 %, AUC .77, as good as all words. (4) Gold, best of 16: .35 unaided, .6 by
-critique, .8 by all words. (5) Flattery does not collapse: words are true, and who points at happy
-ones teaches which they are; accuracy 60 %, AUC .65, 85 % of happy words known, half of the sad.
-(6) Yes-man: the labels agree with the model, which learns nothing: AUC .62 to .64 in each round.
-(7) The liar loses track: 46 % right, so the next model is upside down and its lies are true, 56 %,
-then below 50 again. With the lexicon: 15 %, AUC .25, gold -.8. (8) PPO says what best-of-16 says,
-at 1.84 nats with half the gold; at 6 nats .8 unaided, 1.1 by critique. (9), after (1) to (8) were
-found: a transformer, the base model after 12,288 labels, has an AUC of .64 unaided, .75 by critique
-of the last bag of words, .82 by all words; gold, best of 16: .5, .8, 1.0.
+not alone, and so to train a better one; (Saunders et al. 2022, arXiv:2206.05802) shown a model's
+critique, they find flaws they would have missed.
+Design: VADER labels; the truth is what it feels about all words (36 on average), the label what it
+feels about the four it reads. Round 0: the first four of 2,048 samples train a reward model, 03's
+bag of words. In each of three more, on fresh samples, an assistant with the last model says which
+four, and a new model learns from these labels alone. *Critique*: where the score changes most;
+*flattery*: the happiest; *yes-man*: those for its own verdict; *liar*: against the truth. Controls:
+random words; *from nothing*, critique of a model of shuffled labels; all words; critique and lies
+by VADER's lexicon. Judged on 4,096 other samples: AUC, and gold, VADER (sd of the base) of the best
+of 16, at most 1.84 nats away for all; then PPO. Six halves of three runs; PPO on three.
+Predicted (known, half 0: labels of the first 4, 8, all words make AUC .62, .64, .78; 28 and 49 % of
+4 and 8 words are not neutral): (1) Labels right (neutral: half): 58 % unaided; critique 64, 68, 70,
+as the first 16 words; AUC .62, then .67, .70, .71. (2) From nothing is one round behind. (3)
+Lexicon: 93 %, AUC .77, as all words. (4) Gold: .35 unaided, .6 critique, .8 all words. (5) Flattery
+does not collapse, since words are true: 60 %, AUC .65, 85 % of happy words known, half of the sad.
+(6) Yes-man learns nothing: AUC .62 to .64 in each round. (7) The liar loses track: 46 % right, so
+the next model is upside down and its lies are true, 56 %, then below 50; by the lexicon 15 %, AUC
+.25, gold -.8. (8) PPO says the same, at 1.84 nats with half the gold; at 6 nats .8 unaided, 1.1
+critique. (9), after (1) to (8): the base model after 12,288 labels, AUC .64 unaided, .75 by the
+last critique, .82 by all words; gold .5, .8, 1.0.
+Found, +- half the 95 % interval: (1) 56 %; 69.5, 73.4, 73.6 +- .9 %, the first 16 words 73; AUC
+.63, .71, .735, .740 +- .015. Yet it knows no more words: it has the sign of 79 +- 3 % of the happy,
+73 +- 3 of the sad, unaided of 78 and 71, by the first 16 of 88 and 79. (2) So: 62, 70, 73 %; but 62
+is more than by random words (56). (3) So: 90 %, .77. (4) .45 +- .05, .86 +- .06, .92 +- .04. (5)
+So, and better: 69.5 %, .71, 84 and 50 +- 7 %; gold .81 +- .03. (6) Wrong: 68 %, .72 +- .02. (7) So:
+42, 63.5, 45 %; AUC .50, .68, .53; lexicon 22 %, .34, -.54. (8) Unaided .34 +- .15, critique .45 +-
+.19; at 6 nats .62 +- .38, .83 +- .20, ahead on each run. (9) Unaided, less than predicted: .52,
+.77, .82 +- .02; gold .06 +- .06, .77 +- .08, .94 +- .03.
+Left out: people; forged words; flaws that no four words show. Take away: an assistant that can only
+point at true words helps even when it flatters, unless it points against a truth that it knows; it
+never points at what it does not know. What would change my mind: critique that teaches new words.
 """
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from experiments import (BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Config, keep,
-                         over_seeds, plt)
-from experiments.labellers import (LEXICON, fit, judged, known, labels, optimise, read, scores,
+from experiments import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Config, keep, over_seeds, plt
+from experiments.labellers import (LEXICON, ev, fit, judged, known, labels, optimise, read, scores,
                                    transformer)
 from experiments.overseers import targets
 from experiments.reweight import at
@@ -48,8 +53,9 @@ FIXED = {"first 4": ("first", K), "first 8": ("first", 8), "first 16": ("first",
          "lexicon's critique": ("critique", K), "lexicon's lies": ("liar", K)}
 AIDED = {"critique": "critique", "from nothing": "critique", "flattery": "flattery",
          "yes-man": "yes-man", "liar": "liar"}
+LEARNED = {name: FIXED[name] for name in ("first 4", "all words")} | {"critique": ("critique", K)}
 COLOURS = {"critique": BLUE, "from nothing": SKY, "flattery": ORANGE, "yes-man": PINK, "liar": RED,
-           "first 4": BLACK, "first 16": YELLOW, "all words": GREEN}
+           "first 4": BLACK, "first 16": "grey", "all words": GREEN}
 
 
 @dataclass
@@ -59,8 +65,7 @@ class Settings(Config):
 
 
 def measure(cfg: Settings, texts, gold: np.ndarray) -> tuple[dict, dict]:
-    """texts, lists of words; gold (N,), compound scores -> arm -> a row for each of its rounds; arm
-    -> its last reward model."""
+    """texts, lists of words; gold (N,) -> arm -> a row for each round; arm -> its last model."""
     rng, target, rows, models = np.random.default_rng(cfg.seed), targets(gold), {}, {}
     rounds = [slice(t * cfg.n, (t + 1) * cfg.n) for t in range(cfg.aided + 1)]
     rest = slice(rounds[-1].stop, None)
@@ -72,7 +77,6 @@ def measure(cfg: Settings, texts, gold: np.ndarray) -> tuple[dict, dict]:
         models[name] = fit(texts[rounds[t]], given)
         rows.setdefault(name, []).append({
             "round": t, "label accuracy": 1 - np.abs(given - true)[true != 0.5].mean(),
-            "labels not neutral": (given != 0.5).mean(),
             **judged(scores(models[name], texts[rest]), gold[rest]),
             **known(models[name], texts[rest])})
         return given
@@ -88,45 +92,26 @@ def measure(cfg: Settings, texts, gold: np.ndarray) -> tuple[dict, dict]:
     return rows, models
 
 
-def students(cfg: Settings, texts, tokens, gold, model: dict, run, device, dtype) -> dict:
-    """Transformers that learn from labels of the first half of a run: arm -> `judged` on the rest
-    of its second half, of which the assistant has its model."""
-    half, found, rng = len(texts) // 2, {}, np.random.default_rng(cfg.seed)
-    rest = slice(half + (cfg.aided + 1) * cfg.n, None)
-    for name, aim, k in (("first 4", "first", K), ("critique", "critique", K),
-                         ("all words", "first", 10**6)):
-        given = labels(texts[:half], targets(gold[:half]), aim, model, k, rng)
-        odds = transformer(tokens[:half], given, tokens[rest], run, device, dtype)
-        found[name] = judged(odds, gold[rest])
-    return found
-
-
 def findings(seeds: list[dict], trained: list[dict], learned: list[dict]) -> dict[str, list]:
     found = {}
     for what in ("label accuracy", "AUC", "gold", "happy words known", "sad words known"):
         for name, rows in seeds[0].items():
             for i, row in enumerate(rows):
                 found[f"{what}: {name}, round {row['round']}"] = [s[name][i][what] for s in seeds]
-            found[f"{what}: critique ahead of {name}"] = [s["critique"][-1][what]
-                                                          - s[name][-1][what] for s in seeds]
-    for name in learned[0]:
-        for what in ("AUC", "gold"):
-            found[f"{what}: transformer, {name}"] = [s[name][what] for s in learned]
-    for kl in (1.84, 4, 6):
-        for name in trained[0]:
-            found[f"gold: PPO at {kl} nats, {name}"] = [at(s[name], "kl", kl, "gold")
-                                                        for s in trained]
-        found[f"gold: PPO at {kl} nats, critique ahead"] = [
-            at(s["critique"], "kl", kl, "gold") - at(s["first 4"], "kl", kl, "gold")
-            for s in trained]
-    return found
+            if name != "critique":
+                found[f"{what}: critique ahead of {name}"] = [
+                    s["critique"][-1][what] - s[name][-1][what] for s in seeds]
+    found |= {f"gold: PPO at {kl} nats, {name}": [at(s[name], "kl", kl, "gold") for s in trained]
+              for kl in (1.84, 4, 6) for name in trained[0]}
+    return found | {f"{what}: transformer, {name}": [s[name][what] for s in learned]
+                    for what in ("AUC", "gold") for name in learned[0]}
 
 
 def draw(seeds: list[dict], trained: list[dict]):
     fig, axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
     for i, (name, colour) in enumerate(COLOURS.items()):
-        style = {"color": colour, "ls": "-" if name in AIDED else "--"}
         each = [s[name] if name == "from nothing" else s["start"] + s[name] for s in seeds]
+        style = {"color": colour, "ls": "--" if name in FIXED else "-"}
         for ax, what in zip(axes, ("label accuracy", "AUC")):
             mean, half = zip(*(over_seeds(row[what] for row in rows) for rows in zip(*each)))
             if name in FIXED:
@@ -134,16 +119,14 @@ def draw(seeds: list[dict], trained: list[dict]):
             else:
                 ax.errorbar([row["round"] + 0.04 * i for row in each[0]], mean, half, **style,
                             marker="o", ms=4, capsize=3, label=name)
-        best = [rows[-1]["best of n"] for rows in each]
-        gold = np.mean([[row["gold"] for row in line] for line in best], 0)
-        axes[2].plot([row["kl"] for row in best[0]], gold, **style)
+        best = [list(rows[-1]["best of n"].values()) for rows in each]
+        axes[2].plot([*map(ev.best_of_n_kl, each[0][-1]["best of n"])], np.mean(best, 0), **style)
         for rows in (s[name] for s in trained if name in s):
-            axes[2].plot(*zip(*[(row["kl"], row["gold"]) for row in rows]), "o:", color=colour)
-    for ax, title in zip(axes, ("her labels that are right (neutral: half)", "AUC",
-                                "gold, sd of the base: best of n; dotted: PPO")):
-        ax.set(title=title, xlabel="round", xticks=range(4))
-        ax.grid(alpha=0.3)
-    axes[2].set(xlabel="KL, nats", xlim=(0, 6.2), xticks=range(7))
+            axes[2].plot(*zip(*[(x["kl"], x["gold"]) for x in rows]), "o:", color=colour)
+    axes[0].set(title="her labels that are right (neutral: half)", xlabel="round", xticks=range(4))
+    axes[1].set(title="AUC of the reward model", xlabel="round", xticks=range(4))
+    axes[2].set(title="gold, sd of the base: best of n; dotted: PPO", xlabel="KL, nats",
+                xlim=(0, 6.2))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     return fig
 
@@ -159,6 +142,9 @@ if __name__ == "__main__":
             seeds.append(rows)
         trained.append({name: optimise(models[name], gold, run, device, dtype)
                         for name in ("first 4", "critique")})
-        learned.append(students(cfg, texts, tokens, gold, models["critique"], run, device, dtype))
+        rest = slice(half + (cfg.aided + 1) * cfg.n, None)
+        learned.append({name: transformer(texts, tokens, gold, half, rest, aim, k,
+                                          models["critique"], run, device, dtype)
+                        for name, (aim, k) in LEARNED.items()})
     keep(cfg, "recursive_reward_modelling", findings(seeds, trained, learned),
          {"halves": seeds, "PPO": trained, "transformers": learned}, draw(seeds, trained))
