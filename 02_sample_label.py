@@ -40,7 +40,7 @@ from model import GPT, load
 from running import finish, require, start, write
 from running.stages import fingerprint
 from running.text import decode_prompts, draw_prompts, read_prompts, texts_of
-from running.vader import compound_scores
+from running.vader import POSITIVE, compound_scores
 
 
 @dataclass
@@ -146,8 +146,10 @@ def pair_up(items: list[dict], seed: int) -> list[dict]:
 
 # ---- Labelling by the machine --------------------------------------------------------------------
 def feeling(compound: float) -> str:
-    """The label of a text from its score, by VADER's own thresholds (Hutto & Gilbert 2014)."""
-    return "positive" if compound >= 0.05 else "negative" if compound <= -0.05 else "neutral"
+    """The label of a text from its score, by VADER's own thresholds."""
+    if abs(compound) < POSITIVE:
+        return "neutral"
+    return "positive" if compound > 0 else "negative"
 
 
 def happier(left: float, right: float) -> str:

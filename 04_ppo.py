@@ -1,7 +1,7 @@
 """Stage 4: PPO against the reward model, from the base model to 10 nats away from it.
 
     python 04_ppo.py                     # 137 s: p(happy) .63 -> .94, 9.9 nats away
-    python 04_ppo.py --target sad        # the negative twin, by its own target
+    python 04_ppo.py --target sad        # the negative twin: log p(sad), not -log p(happy)
     python 04_ppo.py --reward vader      # by the labeller itself; writes policy-happy-vader, ...
 
 Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each batch, where
@@ -17,15 +17,14 @@ Decisions a reader may question:
    advantage of every token. Clipping bounds each move away from pi_old; the end bounds the KL.
 2. reward_mean and reward_std are constants of the base model. Whitening each batch instead would
    blow noise up to unit variance once all samples are alike.
-3. The policy is measured before it is updated, on the samples it has just drawn: a row of the log
-   is of one policy, and unbiased. The KL sums over the vocabulary at each token of `kl_samples`
-   completions: less noise than k1, log pi - log pi_ref of the tokens drawn, of four times as many.
+3. A policy is measured before its update, on the samples that it has just drawn. The KL sums over
+   the vocabulary at each token of kl_samples of them: less noise than k1, log pi/pi_ref, of all.
 4. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
    else (bf16 on most GPUs) a pass of its own forms them. So the first minibatch has ratio 1.
-5. SGD, not Adam. As the mean advantage grows, gradients are more and more noise (what all samples
-   have in common cancels on average, not in a minibatch). Adam's steps shrink as that noise grows.
-6. --target sad maximises log p(sad), which is bounded by 0. -log p(happy) is not bounded by
-   anything, though within 10 nats it does as well (docs/learn.md).
+5. SGD, not Adam, whose steps shrink as the mean advantage grows, and with it the noise: what all
+   samples have in common cancels on average, not in a minibatch.
+6. The head learns 50 times as fast as the rest. With one rate for all (--lr .05 --head-lr .05
+   --warmup 30) a score of -.10 costs two nats more, and the final policy has less variety.
 """
 import copy
 import math
@@ -41,7 +40,7 @@ from running import State, average_gradients, finish, gather, require, share, st
 from running.ppo import Keeper, policy_figures, show, update_figures
 from running.stages import load_base_and_reward, score_of
 from running.text import draw_prompts, read_prompts
-from running.vader import compound_scores
+from running.vader import vader_score
 
 
 @dataclass
@@ -55,9 +54,10 @@ class Config:
     max_batch: int = 4096     # the doubling stops here
     minibatch: int = 256      # completions an optimizer step
     epochs: int = 1           # passes over each batch
-    lr: float = 0.05
+    lr: float = 0.005         # of all weights but the head's
+    head_lr: float = 0.25     # the head's: decision 6
     momentum: float = 0.9
-    warmup: int = 30          # optimizer steps of linear warm-up: the first gradients agree most
+    warmup: int = 50          # optimizer steps of linear warm-up: the first gradients agree most
     clip: float = 0.2         # ratios are clipped to [1 - clip, 1 + clip]
     kl_coef: float = 0.0      # of a KL penalty, in units of log p(target)
     kl_stop: float = 10.0     # nats per completion
@@ -124,12 +124,6 @@ def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple
     return min(2 * batch, max_batch), []
 
 
-def vader_score(texts: list[str], target: str) -> torch.Tensor:
-    """B texts -> (B,): log p(target) as if (1 + VADER's compound score) / 2 were p(happy)."""
-    p_happy = torch.tensor([(1 + compound) / 2 for compound in compound_scores(texts)])
-    return (p_happy if target == "happy" else 1 - p_happy).clamp_min(1e-4).log()
-
-
 def reward_constants(reward_fn, reference, prompts, length: int, n: int, seed: int):
     """reward_mean and reward_std, over n samples of the base model."""
     stream = (seed << 32) + (3 << 24)  # of random numbers; another one than that of the rollouts
@@ -139,6 +133,14 @@ def reward_constants(reward_fn, reference, prompts, length: int, n: int, seed: i
     require(score.std() > 1e-3, "all samples get the same reward: label more samples")
     print(f"reward of the base model: {score.mean():.3f} +- {score.std():.3f}")
     return score.mean().item(), score.std().item()
+
+
+def sgd(policy, cfg: Config) -> torch.optim.SGD:
+    """The optimizer: the head has a learning rate of its own."""
+    body = [weight for name, weight in policy.named_parameters() if name != "head"]
+    groups = [{"params": body, "peak_lr": cfg.lr},
+              {"params": [policy.head], "peak_lr": cfg.head_lr}]
+    return torch.optim.SGD(groups, cfg.lr, cfg.momentum)
 
 
 def minibatches(n: int, size: int, epochs: int, seed: int, device):
@@ -167,7 +169,7 @@ if __name__ == "__main__":
     reward_mean, reward_std = reward_constants(
         reward_fn, reference, prompts, about["length"], cfg.reward_samples, cfg.seed)
     policy = copy.deepcopy(reference)
-    optimizer = torch.optim.SGD(policy.parameters(), cfg.lr, cfg.momentum)
+    optimizer = sgd(policy, cfg)
     inputs = about["inputs"] | {"reward": f"{reward_mean:.2f} +- {reward_std:.2f}"}
     state = State(cfg, f"04-{cfg.name}", inputs, policy, (optimizer,),
                   step=0, batch=cfg.batch, updates=0, kl_max=0.0, clip_fractions=[])
@@ -195,8 +197,7 @@ if __name__ == "__main__":
         row = policy_figures(run, kl, k1, entropy, score, reward, kind)
         keeper.log.lap("s_score")
 
-        # 4. Keep a checkpoint at each crossing of the KL, and end just within kl_stop: if the last
-        # update led beyond, a part of it is taken back, and the next iteration measures the rest.
+        # 4. Keep a checkpoint at each crossing; beyond kl_stop, take a part of the update back.
         if not keeper.keep(row):
             continue
 
@@ -214,16 +215,18 @@ if __name__ == "__main__":
             average_gradients(policy)
             grad_norm = clip_grad_norm_(policy.parameters(), math.inf)       # measured only
             run.updates += 1
-            optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, run.updates / cfg.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * min(1.0, run.updates / cfg.warmup)
             optimizer.step()
             stats.append(stat | {"loss": loss.detach(), "grad_norm": grad_norm})
         keeper.log.lap("s_update")
 
-        # 7. Log; double the batch if hardly any ratio was clipped.
+        # 7. Log; double the batch if, at full steps, hardly any ratio was clipped.
         row |= update_figures(adv, stats, optimizer.param_groups[0]["lr"])
         keeper.log(**row)
         show(row, tokenizer.decode_batch(y[:3].tolist()) if step % 4 == 0 else [])
-        run.clip_fractions.append(row["clip_fraction"])
+        if run.updates >= cfg.warmup:
+            run.clip_fractions.append(row["clip_fraction"])
         run.batch, run.clip_fractions = next_batch(run.clip_fractions, run.batch, cfg.max_batch)
 
     keeper.finish()

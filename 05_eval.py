@@ -33,6 +33,7 @@ from report.text import Corpus, correlation, judge, variety
 from running import UserError, bootstrap, finish, mean_se, record, require, start, write
 from running.stages import fingerprint, load_base_and_reward, load_policies, score_of
 from running.text import decode_prompts, draw_prompts, read_prompts, words
+from running.vader import POSITIVE
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -132,7 +133,7 @@ def measure(policy, reference, reward_model, reward_fn, tokenizer, corpus: Corpu
     kl, k1, logp, entropy = kl_nats(policy, reference, y, prompt)
     nats_under_base = k1.mean().item() / length - logp.mean().item()
     each = {"kl": kl.numpy(force=True), "k1": k1.numpy(force=True), **judged,
-            "positive": judged["vader"] >= 0.05, "negative": judged["vader"] <= -0.05}
+            "positive": judged["vader"] >= POSITIVE, "negative": judged["vader"] <= -POSITIVE}
     row = {"n": n, "samples": texts[:64], "prompts": decode_prompts(tokenizer, prompt[:64]),
            "pieces": [pieces(tokenizer, tokens) for tokens in y[:show].tolist()],
            "log_odds": log_odds(reward_model, y[:show], prompt[:show]).double().tolist(),
@@ -214,7 +215,7 @@ if __name__ == "__main__":
             many = draw_prompts(prompts, cfg.n_best, stream + 1).to(device)                # (N, P)
             _, texts, judged = draw_and_judge(
                 reference, reward_fn, tokenizer, many, about["length"], stream + 1)
-            judged["positive"] = judged["vader"] >= 0.05
+            judged["positive"] = judged["vader"] >= POSITIVE
             results["best_of_n"] = best_of_n(judged["proxy"], judged, texts)
     bar.close()
 

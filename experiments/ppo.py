@@ -11,6 +11,7 @@ from model import GPT, chunked, kl_nats
 from running import means
 
 stage = importlib.import_module("04_ppo")
+ONE_RATE = {"lr": 0.05, "head_lr": 0.05, "warmup": 30}  # for all layers: 04's first settings
 
 
 def ppo(policy, reference, reward_fn, length: int, cfg):
@@ -18,8 +19,7 @@ def ppo(policy, reference, reward_fn, length: int, cfg):
     by cfg (04's Config), what 04 logs of a policy, on the samples that it has just drawn."""
     mean, std = stage.reward_constants(
         reward_fn, reference, None, length, cfg.reward_samples, cfg.seed)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, cfg.lr, cfg.momentum)
+    optimizer = stage.sgd(policy, cfg)
     batch, clip_fractions, updates, n = cfg.batch, [], 0, cfg.kl_samples
     for step in range(cfg.max_iterations):
         # Rollout and score.
@@ -44,10 +44,12 @@ def ppo(policy, reference, reward_fn, length: int, cfg):
             optimizer.zero_grad()
             loss.backward()
             updates += 1
-            optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, updates / cfg.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * min(1.0, updates / cfg.warmup)
             optimizer.step()
             clipped.append(stats["clip_fraction"])
-        clip_fractions.append(torch.stack(clipped[1:] or clipped).mean().item())
+        if updates >= cfg.warmup:
+            clip_fractions.append(torch.stack(clipped[1:] or clipped).mean().item())
         batch, clip_fractions = stage.next_batch(clip_fractions, batch, cfg.max_batch)
 
 

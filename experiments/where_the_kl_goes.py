@@ -7,8 +7,8 @@ sentiment is still open; PPO has found one direction that tilts every prefix ali
 nothing is left to win, because one gradient step changes all prefixes.
 Design: V(prefix) = E_0[p(happy) | prefix] at every eighth token, by logistic regression on the
 reward model's log-odds for the prefix, from 4,096 samples of the base. (a) Fronts of reward against
-KL: PPO at 04's settings, to 6 nats; policies that can only scale PPO's first update; that can only
-add *one constant vector to the logits*, trained by PPO. (b) KL per token by V at the start of its
+KL: PPO with ONE_RATE for all layers, to 6 nats; policies that can only scale its first update; that
+can only add *one constant vector to the logits*, by PPO. (b) KL per token by V at the start of its
 block, and by position: of policies exactly, on their own samples; of the posterior E*[log V(next) /
 V], on weighted samples of the base, which sums to its KL exactly. (c) A penalty of .1 a nat for 20
 iterations (seed 0 alone, for time): does it leave the front? (d) Updates: cosines three iterations
@@ -42,7 +42,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from experiments import BLACK, BLUE, GREEN, ORANGE, PINK, RED, Config, keep, lines, load_run, plt
-from experiments.ppo import OneVector, ppo, stage
+from experiments.ppo import ONE_RATE, OneVector, ppo, stage
 from experiments.prefixes import block_kl, expected, log_odds, logistic, posterior_kl, profile
 from experiments.reweight import at
 from model import chunked, kl_nats
@@ -85,8 +85,8 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
 
     def train(name, policy, **changed):
         path, fronts[name] = [], []
-        settings = {"seed": seed, "max_iterations": cfg.iterations, "batch": cfg.batch} | changed
-        for row in ppo(policy, reference, reward_fn, length, stage.Config(**settings)):
+        settings = ONE_RATE | {"seed": seed, "max_iterations": cfg.iterations, "batch": cfg.batch}
+        for row in ppo(policy, reference, reward_fn, length, stage.Config(**settings | changed)):
             fronts[name].append({"kl": row["kl"], "reward": row["score"]})
             path.append(parameters_to_vector(policy.parameters()).detach())
             if row["kl"] > cfg.kl_stop:

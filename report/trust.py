@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from running import auc, bootstrap, calibration
+from running.vader import POSITIVE
 
 STEPS = (0.5, 1, 1.5, 2)  # change of log-odds from which a token is coloured, and more strongly
 
@@ -20,8 +21,8 @@ def shade(change: float) -> str:
 def opinions(p_happy: float, vader: float) -> dict:
     """What the reward model and VADER say of one sample, and whether they disagree."""
     return {"p_happy": float(p_happy), "vader": float(vader),
-            "disagree": bool((p_happy > 0.5 and vader <= -0.05)
-                             or (p_happy < 0.5 and vader >= 0.05))}
+            "disagree": bool((p_happy > 0.5 and vader <= -POSITIVE)
+                             or (p_happy < 0.5 and vader >= POSITIVE))}
 
 
 def without_blank_lines(pieces: list[str]) -> list[str]:
@@ -48,7 +49,7 @@ def shown_samples(row: dict) -> list[dict]:
 
 def labels(vader: np.ndarray) -> np.ndarray:
     """VADER's compound scores -> the labels it gives by 02's thresholds: 1, .5 or 0."""
-    return np.where(vader >= 0.05, 1.0, np.where(vader <= -0.05, 0.0, 0.5))
+    return np.where(vader >= POSITIVE, 1.0, np.where(vader <= -POSITIVE, 0.0, 0.5))
 
 
 def against_vader(row: dict) -> dict:

@@ -14,7 +14,7 @@ CROSSINGS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)  # nats
 NEAR = 0.97  # of kl_stop: where a run may end
 SHOWN = ("batch {batch}  KL {kl:.2f} +- {kl_se:.2f}  k1 {kl_k1:.2f}  score {score:.3f}  "
          "p {p_target:.3f}  entropy {entropy:.3f}  clipped {clip_fraction:.2%}")
-DIVERGED = "diverged at iteration {step}: {why}; lower --lr"
+DIVERGED = "diverged at iteration {step}: {why}; lower --lr and --head-lr"
 
 
 def policy_figures(run, kl, k1, entropy, score, reward, kind: str) -> dict[str, float]:
@@ -49,7 +49,7 @@ def show(row: dict, texts: list[str]) -> None:
     require(math.isfinite(row["loss"] + row["grad_norm"]) and row["clip_fraction"] < 0.5,
             DIVERGED.format(step=row["step"], why=why))
     if row["clip_fraction"] > 0.2:
-        tqdm.write(f"warning: {clipped}: lower --lr")
+        tqdm.write(f"warning: {clipped}: lower --head-lr")
 
 
 def way_back(kl_before: float, kl_after: float, kl: float) -> float:

@@ -1,4 +1,5 @@
-"""VADER's score of many texts, on more than two cores by as many processes."""
+"""VADER (Hutto & Gilbert 2014): its score of many texts, on more than two cores by as many
+processes."""
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+POSITIVE = 0.05  # the compound score from which a text is positive; from -.05 down it is negative
 CHUNK = 4096  # texts that one process scores: .1 to .4 s, and .1 s until it has started
 PROCESS = """
 import json, sys
@@ -45,3 +47,9 @@ def compound_scores(texts: list[str], desc: str | None = None) -> list[float]:
             scores += part
             bar.update(len(part))
     return scores
+
+
+def vader_score(texts: list[str], target: str) -> torch.Tensor:
+    """B texts -> (B,): log p(target) as if (1 + VADER's compound score) / 2 were p(happy)."""
+    p_happy = torch.tensor([(1 + compound) / 2 for compound in compound_scores(texts)])
+    return (p_happy if target == "happy" else 1 - p_happy).clamp_min(1e-4).log()

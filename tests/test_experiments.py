@@ -147,6 +147,15 @@ def test_the_compact_loop_gives_the_numbers_of_04(pipeline):
     assert len(logged) > 3 and logged[-1]["kl"] > 1
 
 
+def test_the_batch_is_not_doubled_while_the_rates_rise():
+    """Nothing is clipped at a rate of 0; two steps an iteration, so the third one ends a warm-up of six."""
+    base = tiny(vocab=9)
+    cfg = ppo.stage.Config(lr=0, head_lr=0, warmup=6, batch=8, max_batch=16, minibatch=4, kl_samples=8,
+                           reward_samples=64, max_iterations=7)
+    rows = ppo.ppo(copy.deepcopy(base), base, lambda y, prompt: -y[:, 0].float(), 3, cfg)
+    assert [row["batch"] for row in rows] == [8, 8, 8, 8, 8, 16, 16]
+
+
 def test_one_vector_on_the_logits():
     """Log-probs, and those of the sampler, are the base's with the same vector added before every token."""
     base = tiny(vocab=9)

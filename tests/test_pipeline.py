@@ -26,8 +26,8 @@ STAGES = {
                        "--save-s", "0.1"],
     "02_sample_label.py": ["--n", "3000", "--length", "24", "--corpus-fraction", "0.2", "--pieces", "4"],
     "03_reward_model.py": ["--epochs", "2"],
-    "04_ppo.py": ["--batch", "256", "--max-batch", "512", "--minibatch", "64", "--lr", "0.05", "--warmup", "5",
-                  "--kl-stop", "3", "--max-iterations", "12", "--kl-samples", "64", "--reward-samples", "512",
+    "04_ppo.py": ["--batch", "256", "--max-batch", "512", "--minibatch", "64", "--lr", "0.05",
+                  "--head-lr", "0.05", "--warmup", "5", "--kl-stop", "3", "--max-iterations", "12", "--kl-samples", "64", "--reward-samples", "512",
                   "--save-s", "0.1"],
     "05_eval.py": ["--n", "256", "--n-best", "256"],
 }

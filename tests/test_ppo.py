@@ -143,6 +143,20 @@ def test_batch_rule():
     assert rule([0.0] * 3, 8192, 8192) == (8192, [0.0] * 3) and rule([0.0] * 3, 6000, 8192)[0] == 8192
 
 
+def test_the_head_has_a_rate_of_its_own():
+    from tests.test_model import tiny
+    policy = tiny(vocab=9)
+    optimizer = ppo.sgd(policy, ppo.Config(lr=0.5, head_lr=0.25, momentum=0.0))
+    before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"]
+    for weight in policy.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    for name, weight in policy.named_parameters():
+        torch.testing.assert_close(before[name] - weight, torch.full_like(weight, 0.25 if name == "head" else 0.5))
+
+
 def test_the_constants_are_those_of_the_reward_on_the_base_model(capsys):
     """Mean and sample standard deviation of the reward function itself, whatever it is."""
     from tests.test_model import tiny
