@@ -1,5 +1,6 @@
 """The arithmetic of experiments/, against closed forms and enumeration, and each once at toy size."""
 import copy
+import itertools
 import json
 import math
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from benchmarks.bag_of_words import bag_of_words
-from experiments import amplification, debate, frontier, goodhart, judges, labellers, load_run, over_seeds, overseers, ppo
+from experiments import (amplification, debate, frontier, goodhart, judges, labellers, load_run, over_seeds,
+                         overseers, ppo, proxies)
 from experiments import gradient_protection as gp
+from experiments import over_optimisation as over
 from experiments import recursive_reward_modelling as rrm
 from experiments import where_the_kl_goes as where
 from experiments.judges import Judge, additive_value, sets, train, value
@@ -501,3 +504,83 @@ def test_recursive_reward_modelling_at_toy_size(pipeline):
     trained = [{"critique": ppo_rows, "first 4": ppo_rows}] * 2
     json.dumps([rows, learned, rrm.findings([rows, rows], trained, [learned, learned])])
     rrm.draw([rows, rows], trained)
+
+
+# ---- over_optimisation ---------------------------------------------------------------------------
+@pytest.mark.parametrize("form", over.FORMS)
+def test_fits_recover_what_data_were_made_of(form):
+    """Alpha and beta of each form exactly; what lies beyond half the KL has no part in it, and is what the
+    form is then held against."""
+    kl = np.array([0.2, 0.7, 1.5, 2.5, 4.9, 6.0, 8.0, 10.0])
+    d = kl ** 0.5
+    gold = d * (0.9 - 0.3 * (np.log(d) if "log" in form else d))
+    gold[kl > 5] += 0.25
+    both, said = over.fit(kl, gold, over.FORMS[form])
+    np.testing.assert_allclose(both, (0.9, 0.3))
+    np.testing.assert_allclose(gold - said, 0.25 * (kl > 5), atol=1e-12)
+    facts = dict(zip(over.FACTS, over.facts(kl, gold)))
+    assert facts["at the end"] == gold[-1] and facts["added by the upper half"] == gold[-1] - gold[4]
+    assert facts[f"the end less {form}"] == pytest.approx(0.25)
+    other, = (f for f in over.FORMS if f != form)
+    assert abs(facts[f"the end less {other}"] - 0.25) > 0.05  # the two forms do not say the same
+
+
+def test_best_of_n_against_all_draws(monkeypatch):
+    """Of ten samples and two reward models, by taking the best of every two and every four of them; and
+    without the second fifth of the samples and the second model."""
+    rng = np.random.default_rng(0)
+    scores, said = rng.normal(size=(5, 10)), rng.normal(size=(10, 2))
+    monkeypatch.setattr(proxies, "NS", (2, 4))
+    proxies.weights.cache_clear()
+    line = proxies.best_of_n(scores, said)
+    proxies.weights.cache_clear()
+
+    def brute(scores, said, n):
+        drawn = list(itertools.combinations(range(len(said)), n))
+        best = [[max(i, key=lambda k: s[k]) for i in drawn] for s in scores]
+        return np.mean([[s[k] for k in b] for s, b in zip(scores, best)]), np.mean([said[b].mean(0) for b in best], 0)
+    left = np.arange(10) % 5 != 1
+    for k, n in enumerate((2, 4)):
+        score, judges = brute(scores, said, n)
+        np.testing.assert_allclose(line[0, k], (score, *judges))
+        score, judges = brute(scores[[0, 2, 3, 4]][:, left], said[left], n)
+        np.testing.assert_allclose(line[2, k], (score, *judges))
+    assert line.shape == (6, 2, 3)
+
+
+def test_the_jackknife_of_a_mean_is_students():
+    """Five numbers: the pseudo-values are the numbers; so mean and interval are those of over_seeds."""
+    x = np.array([1.0, 4.0, 2.0, 2.5, 7.0])
+    lines = np.stack([x.mean()] + [np.delete(x, i).mean() for i in range(5)])
+    np.testing.assert_allclose(proxies.jackknife(lambda a: a, lines), x)
+
+
+def test_ensembles_of_known_scores():
+    z = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 6.0]])
+    said = {rule: f(z).tolist() for rule, f in proxies.RULES.items()}
+    assert said == {"mean": [3.0, 2.0], "minimum": [1.0, 0.0], "less variance": [
+        pytest.approx(3 - 0.5 * 8 / 3), pytest.approx(2 - 0.5 * 8)]}
+
+
+def test_subsets_of_labels():
+    rows = list(range(103))
+    parts = [proxies.subset(rows, i, 20, seed=3) for i in range(5)]
+    assert len({k for part in parts for k in part}) == 100
+    longer = proxies.subset(rows, 4, 90, seed=3)
+    assert longer[:20] == parts[4] and len(set(longer)) == 90
+
+
+def test_over_optimisation_at_toy_size(pipeline):
+    """By the oracle itself nothing is lost, the judges of a line start near the base, and the ensemble of PPO
+    is the one of best-of-n."""
+    cfg = over.Settings(labels=(64, 300), n=2000, climbed=(300,), together=64, batch=256, iterations=3)
+    seed = over.measure(cfg, pipeline[0], *CPU)
+    assert {len(x) for x in seed["AUC"].values()} == {1, 5} and set(seed["lines"]) == {
+        "best of n, VADER", "PPO, 300", "PPO, 64, minimum", "PPO, 64, less variance", "best of n, 64, all five",
+        *(f"best of n, {n}{rule}" for n in (64, 300) for rule in ("", ", mean", ", minimum", ", less variance"))}
+    oracle = over.rows(*seed["lines"]["best of n, VADER"])
+    assert all(a["vader"] <= b["vader"] for a, b in zip(oracle, oracle[1:])) and oracle[0]["vader"] > 0.2
+    kl, line = seed["lines"]["PPO, 64, minimum"]
+    assert len(kl) == 2 and kl[0] > 0 and abs(line[0, 0, 1]) < 0.3
+    json.dumps(over.findings(seed) | {"rows": oracle}, default=list)
+    over.draw(seed)
