@@ -1,4 +1,4 @@
-"""Reward models of some of the labels, and what the judges say as each is followed.
+"""Reward models of some of the labels, what judges say as each is followed, and forms of that.
 
 A line: the means of F figures, of the score and then the judges, over K policies, (6, K, F): of all
 samples, and without each fifth of them in turn.
@@ -10,10 +10,14 @@ from functools import cache
 import numpy as np
 import torch
 
-from experiments.ppo import ppo, stage
+from experiments import over_seeds
+from experiments.ppo import ppo
 
 ev, rm = importlib.import_module("05_eval"), importlib.import_module("03_reward_model")
 NS = tuple(2 ** k for k in range(1, 11))
+FIGURES = ("reward", "vader", "afinn", "pattern")
+FORMS = {"d (a - b d)": lambda d: d, "d (a - b log d)": np.log}  # Gao et al. 2022: best-of-n, RL
+FACTS = ("at the end", "added by the upper half", *(f"the end less {form}" for form in FORMS))
 RULES = {"mean": lambda z: z.mean(0), "minimum": lambda z: z.amin(0),  # z (members, B) -> (B,)
          "less variance": lambda z: z.mean(0) - 0.5 * z.var(0, correction=0)}
 
@@ -80,3 +84,28 @@ def jackknife(figure, lines: np.ndarray) -> np.ndarray:
     interval are those of the figure (Tukey 1958)."""
     whole, *less = [figure(line) for line in lines]
     return np.stack([5 * whole - 4 * x for x in less])
+
+
+def fit(kl, gold, form) -> tuple[np.ndarray, np.ndarray]:
+    """One of FORMS, by least squares on the lower half of the KL (K,) -> its a and b, and what it
+    says of gold (K,) everywhere."""
+    d, low = kl ** 0.5, kl <= kl.max() / 2
+    terms = np.stack((d, -d * form(d)), 1)                                           # (K, 2)
+    both = np.linalg.lstsq(terms[low], gold[low], rcond=None)[0]
+    return both, terms @ both
+
+
+def facts(kl: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """The four FACTS of one judge."""
+    said = [fit(kl, gold, form)[1][-1] for form in FORMS.values()]
+    return gold[-1] - np.array([0, gold[kl <= kl.max() / 2][-1], *said])
+
+
+def table(kl: np.ndarray, lines: np.ndarray) -> list[dict]:
+    """Of each policy: KL, figures, and half their intervals."""
+    values = jackknife(lambda line: line, lines)                                     # (5, K, F)
+    rows = [{"kl": x} for x in kl]
+    for k, row in enumerate(rows):
+        for f, name in enumerate(FIGURES):
+            row[name], row[f"{name}_half"] = over_seeds(values[:, k, f])
+    return rows

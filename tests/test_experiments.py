@@ -507,7 +507,7 @@ def test_recursive_reward_modelling_at_toy_size(pipeline):
 
 
 # ---- over_optimisation ---------------------------------------------------------------------------
-@pytest.mark.parametrize("form", over.FORMS)
+@pytest.mark.parametrize("form", proxies.FORMS)
 def test_fits_recover_what_data_were_made_of(form):
     """Alpha and beta of each form exactly; what lies beyond half the KL has no part in it, and is what the
     form is then held against."""
@@ -515,13 +515,13 @@ def test_fits_recover_what_data_were_made_of(form):
     d = kl ** 0.5
     gold = d * (0.9 - 0.3 * (np.log(d) if "log" in form else d))
     gold[kl > 5] += 0.25
-    both, said = over.fit(kl, gold, over.FORMS[form])
+    both, said = proxies.fit(kl, gold, proxies.FORMS[form])
     np.testing.assert_allclose(both, (0.9, 0.3))
     np.testing.assert_allclose(gold - said, 0.25 * (kl > 5), atol=1e-12)
-    facts = dict(zip(over.FACTS, over.facts(kl, gold)))
+    facts = dict(zip(proxies.FACTS, proxies.facts(kl, gold)))
     assert facts["at the end"] == gold[-1] and facts["added by the upper half"] == gold[-1] - gold[4]
     assert facts[f"the end less {form}"] == pytest.approx(0.25)
-    other, = (f for f in over.FORMS if f != form)
+    other, = (f for f in proxies.FORMS if f != form)
     assert abs(facts[f"the end less {other}"] - 0.25) > 0.05  # the two forms do not say the same
 
 
@@ -578,7 +578,7 @@ def test_over_optimisation_at_toy_size(pipeline):
     assert {len(x) for x in seed["AUC"].values()} == {1, 5} and set(seed["lines"]) == {
         "best of n, VADER", "PPO, 300", "PPO, 64, minimum", "PPO, 64, less variance", "best of n, 64, all five",
         *(f"best of n, {n}{rule}" for n in (64, 300) for rule in ("", ", mean", ", minimum", ", less variance"))}
-    oracle = over.rows(*seed["lines"]["best of n, VADER"])
+    oracle = proxies.table(*seed["lines"]["best of n, VADER"])
     assert all(a["vader"] <= b["vader"] for a, b in zip(oracle, oracle[1:])) and oracle[0]["vader"] > 0.2
     kl, line = seed["lines"]["PPO, 64, minimum"]
     assert len(kl) == 2 and kl[0] > 0 and abs(line[0, 0, 1]) < 0.3
