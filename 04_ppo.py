@@ -24,7 +24,7 @@ Decisions a reader may question:
 5. SGD, not Adam, whose steps shrink as the mean advantage grows, and with it the noise: what all
    samples have in common cancels on average, not in a minibatch.
 6. The head learns 50 times as fast as the rest. With one rate for all (--lr .05 --head-lr .05
-   --warmup 30) a score of -.10 costs two nats more, and the final policy has less variety.
+   --warmup 30) a score of -.10 costs 7.9 +- 1.0 nats, not 6.3 +- 1.6 (mean and sd of three seeds).
 """
 import copy
 import math

@@ -5,13 +5,14 @@ samples, and without each fifth of them in turn.
 """
 import copy
 import importlib
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import torch
 
 from experiments import over_seeds
-from experiments.ppo import ppo
+from experiments.ppo import ONE_RATE, ppo
 
 ev, rm = importlib.import_module("05_eval"), importlib.import_module("03_reward_model")
 NS = tuple(2 ** k for k in range(1, 11))
@@ -61,7 +62,7 @@ def best_of_n(scores: np.ndarray, said: np.ndarray) -> np.ndarray:
 
 
 def climb(base, reward_fn, judged, length: int, cfg, kl_stop: float) -> tuple:
-    """PPO by this reward and cfg (04's Config) -> KL (K,) and the line of its rollouts, from after
+    """PPO by this reward, cfg (04's Config) and ONE_RATE -> KL (K,) and the line of its rollouts, from after
     the first update to just beyond kl_stop."""
     heard, kl, means, fifth = [], [], [], np.arange(cfg.batch) % 5
 
@@ -69,7 +70,7 @@ def climb(base, reward_fn, judged, length: int, cfg, kl_stop: float) -> tuple:
         score = reward_fn(y, prompt)
         heard.append(np.column_stack((score.numpy(force=True), judged(y))))
         return score.float()
-    for row in ppo(copy.deepcopy(base), base, hear, length, cfg):
+    for row in ppo(copy.deepcopy(base), base, hear, length, replace(cfg, **ONE_RATE)):
         said = np.concatenate(heard)[-cfg.batch:]  # before them stands what ppo standardises by
         heard.clear()
         kl.append(row["kl"])
