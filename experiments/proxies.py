@@ -62,8 +62,8 @@ def best_of_n(scores: np.ndarray, said: np.ndarray) -> np.ndarray:
 
 
 def climb(base, reward_fn, judged, length: int, cfg, kl_stop: float) -> tuple:
-    """PPO by this reward, cfg (04's Config) and ONE_RATE -> KL (K,) and the line of its rollouts, from after
-    the first update to just beyond kl_stop."""
+    """PPO by this reward and cfg (04's Config, but ONE_RATE) -> KL (K,) and the line of its
+    rollouts, from after the first update to just beyond kl_stop."""
     heard, kl, means, fifth = [], [], [], np.arange(cfg.batch) % 5
 
     def hear(y, prompt):

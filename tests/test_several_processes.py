@@ -34,7 +34,7 @@ def test_two_processes_do_what_one_does(script, inputs, log, keys, limit, pipeli
     wrapper = tmp_path / script
     wrapper.write_text("import runpy, sys, torch, running.script\nrunning.script.fast_dtype = lambda device: torch.float32\n"
                        f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n")
-    extra = {"01_pretrain.py": ["--corpus", str(corpus)], "04_ppo.py": ["--kl-stop", "0.3", "--lr", "0.02", "--head-lr", "0.02", "--warmup", "20"]}.get(script, [])
+    extra = {"01_pretrain.py": ["--corpus", str(corpus)], "04_ppo.py": ["--kl-stop", "0.3", "--lr", "0.02", "--head-lr", "0.02", "--warmup", "4"]}.get(script, [])
     logs, headers = [], []
     for processes in (1, 2):
         out = tmp_path / str(processes)
