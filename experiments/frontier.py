@@ -37,8 +37,9 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import BLACK, BLUE, GREEN, RED, Config, keep, lines, load_run, plt
+from experiments.ppo import part_way
 from experiments.reweight import at, kept, small_step, tilt
-from model import chunked, load
+from model import chunked
 from report.text import judge, variety
 from running import bootstrap, start
 
@@ -100,13 +101,9 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
         ppo.append({k: row[k] for k in ("kl", "kl_se", "distinct_2") if k in row} | {
             "reward": row["proxy"], "reward_se": row["proxy_se"],
             "afinn": (row["afinn"] - afinn.mean()) / afinn.std()})
-    # The control, in float32: bfloat16 would round the small parts away
-    logp = []
-    final = load(run / "policy-happy.safetensors", "04_ppo.py", device)[0].state_dict()
+    logp = []  # of the control
     for part in (0.0, *PARTS):
-        policy = load(run / "base.safetensors", "01_pretrain.py", device)[0]
-        for name, weight in policy.state_dict().items():
-            weight.lerp_(final[name], part)
+        policy = part_way(run, part, device)
         each = chunked(policy.logprob, 256, y[: cfg.n_part], prompt[: cfg.n_part])
         logp.append(each.double().sum(1).numpy(force=True))
     parts = [{"part": part} | small_step(x - logp[0], score[: cfg.n_part])

@@ -1,4 +1,5 @@
 """PPO as one generator: the loop of 04_ppo.py without its plumbing, for experiments that vary it.
+And the policies between the base model and 04's final one.
 
 At 04's settings and in one process it gives 04's numbers bit for bit (tests/test_experiments.py).
 """
@@ -7,16 +8,17 @@ import importlib
 import torch
 import torch.nn as nn
 
-from model import GPT, chunked, kl_nats
+from model import GPT, chunked, kl_nats, load
 from running import means
 
 stage = importlib.import_module("04_ppo")
 ONE_RATE = {"lr": 0.05, "head_lr": 0.05, "warmup": 30}  # for all layers: 04's first settings
 
 
-def ppo(policy, reference, reward_fn, length: int, cfg):
+def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False):
     """Trains the parameters of `policy` that need a gradient, in place. Yields, before each update
-    by cfg (04's Config), what 04 logs of a policy, on the samples that it has just drawn."""
+    by cfg (04's Config), what 04 logs of a policy, on the samples that it has just drawn.
+    batch_mean: the baseline is the batch's mean; but for n / (n - 1), that of the others, RLOO."""
     mean, std = stage.reward_constants(
         reward_fn, reference, None, length, cfg.reward_samples, cfg.seed)
     optimizer = stage.sgd(policy, cfg)
@@ -36,6 +38,8 @@ def ppo(policy, reference, reward_fn, length: int, cfg):
         logp_ref = logp_old
         if cfg.kl_coef:
             logp_ref = chunked(reference.logprob, cfg.minibatch, y, prompt)
+        if batch_mean:
+            mean = score.mean()
         adv = stage.advantage((score - mean) / std, logp_old, logp_ref, cfg.kl_coef, std)
         clipped = []
         for b in stage.minibatches(batch, cfg.minibatch, cfg.epochs, cfg.seed * 1000 + step,
@@ -51,6 +55,16 @@ def ppo(policy, reference, reward_fn, length: int, cfg):
         if updates >= cfg.warmup:
             clip_fractions.append(torch.stack(clipped[1:] or clipped).mean().item())
         batch, clip_fractions = stage.next_batch(clip_fractions, batch, cfg.max_batch)
+
+
+def part_way(run, part: float, device) -> GPT:
+    """base + part * (final policy - base), weight by weight. In float32: bfloat16 would round the
+    small parts away."""
+    policy = load(run / "base.safetensors", "01_pretrain.py", device)[0]
+    final = load(run / "policy-happy.safetensors", "04_ppo.py", device)[0].state_dict()
+    for name, weight in policy.state_dict().items():
+        weight.lerp_(final[name], part)
+    return policy
 
 
 class OneVector(GPT):

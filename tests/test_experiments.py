@@ -3,14 +3,15 @@ import copy
 import itertools
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.bag_of_words import bag_of_words
-from experiments import (amplification, debate, frontier, goodhart, judges, labellers, load_run, over_seeds,
-                         overseers, ppo, proxies)
+from experiments import (amplification, costs, debate, frontier, goodhart, judges, labellers, load_run, methods,
+                         over_seeds, overseers, ppo, proxies)
 from experiments import gradient_protection as gp
 from experiments import over_optimisation as over
 from experiments import recursive_reward_modelling as rrm
@@ -18,6 +19,7 @@ from experiments import where_the_kl_goes as where
 from experiments.judges import Judge, additive_value, sets, train, value
 from experiments.prefixes import block_kl, expected, logistic, posterior_kl, profile
 from experiments.reweight import at, kept, small_step, tilt
+from experiments.without_rl import descend, dpo, dpo_loss, figures_of, imitate, targets
 from model import kl_nats, load
 from running import fast_dtype
 from tests.test_model import tiny
@@ -229,6 +231,121 @@ def test_where_the_kl_goes_at_toy_size(pipeline):
     assert seed["fronts"]["PPO"][0]["kl"] == 0 < seed["fronts"]["PPO"][1]["kl"]
     json.dumps(seed)
     where.draw([seed])
+
+
+# ---- methods -------------------------------------------------------------------------------------
+def every_text(base) -> tuple[torch.Tensor, torch.Tensor]:
+    """All 36 texts of two of six tokens, and the model's log-prob of each, (36,)."""
+    y = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    with torch.no_grad():
+        return y, base.logprob(y).sum(1)
+
+
+def test_imitation_ends_at_the_tilted_base():
+    """Its weighted likelihood has one optimum, pi_0 exp(r / beta) / Z: here of all texts, exactly weighted."""
+    policy = tiny(vocab=9)
+    y, logp = every_text(policy)
+    r = torch.rand(36, generator=torch.Generator().manual_seed(1))
+    target = (logp + r / 0.3).log_softmax(0)
+
+    def distance():
+        return (target.exp() * (target - every_text(policy)[1])).sum().item()
+    assert distance() > 0.3
+    cfg = ppo.stage.Config(lr=0.2, minibatch=1024)
+    assert len(list(imitate(policy, y, target.exp().double().numpy(), 300, cfg))) == 3
+    assert distance() < 0.01
+
+
+def test_the_dpo_loss_by_its_definition_and_where_its_gradient_is_zero():
+    """Over all pairs of 36 texts whose better one is chosen with probability sigmoid(r - r'), that is at
+    pi_0 exp(r / beta) / Z (Rafailov et al., section 4), and not at pi_0."""
+    _, ref = every_text(tiny(vocab=9))
+    ref, r = ref.double(), torch.rand(36, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    i, j = torch.cartesian_prod(torch.arange(36), torch.arange(36)).T
+    for logits, zero in ((ref + r / 0.1, True), (ref, False), (ref + r, False)):
+        logits = logits.clone().requires_grad_()
+        logp = logits.log_softmax(0)
+        loss = dpo_loss(torch.stack((logp[i], logp[j])), torch.stack((ref[i], ref[j])), 0.1)
+        odds = (logp[i] - ref[i] - logp[j] + ref[j]) * 0.1
+        torch.testing.assert_close(loss, -(1 / (1 + (-odds).exp())).log())
+        ((r[i] - r[j]).sigmoid() * loss).mean().backward()
+        assert (logits.grad.abs().max() < 1e-12) == zero
+
+
+def test_dpo_pairs_the_best_and_the_worst_of_eight():
+    """The log-ratio of the best of each eight rises over that of the worst; that of the other six is left to chance."""
+    base, policy = tiny(vocab=9), tiny(vocab=9)
+    y = torch.randint(0, 6, (512, 2), generator=torch.Generator().manual_seed(0))
+    score = -(y[:, 0] - 2.0) ** 2 - 0.01 * y[:, 1]  # best: those that begin with 2
+    before = every_text(policy)[1].view(6, 6).exp().sum(1)
+    assert len(list(dpo(policy, base, y, score, ppo.stage.Config(minibatch=32), lr=1e-2))) == 6
+    ratio = every_text(policy)[1].view(6, 6).exp().sum(1) / before
+    assert ratio.argmax() == 2 and ratio.argmin() == 5 and ratio[2] > 1.2
+    torch.testing.assert_close(every_text(base)[1], every_text(tiny(vocab=9))[1])
+
+
+def test_what_the_imitations_imitate():
+    score = np.log(np.random.default_rng(0).beta(2, 1, 8000))
+    weights = targets(score)
+    found = {name: figures_of(w, score) for name, w in weights.items()}
+    assert found["best of 16"]["kl"] == pytest.approx(math.log(16) - 15 / 16, rel=0.01)
+    best = score.reshape(-1, 16).max(1)
+    assert found["best of 16"]["reward"] == pytest.approx(best.mean(), abs=4 * best.std() / 500 ** 0.5)
+    assert found["filtered"]["kl"] == pytest.approx(math.log(4))
+    assert found["filtered"]["reward"] == pytest.approx(np.sort(score)[6000:].mean())
+    kl, reward, *_ = tilt(score, np.array([10.0]), score[:, None])
+    assert found["weighted"] == {"kl": pytest.approx(kl[0]), "reward": pytest.approx(reward[0, 0])}
+
+
+def test_only_the_loop_is_timed():
+    def loop():
+        for _ in range(3):
+            time.sleep(0.02)
+            yield
+    seconds = []
+    for _, spent in costs.timed(loop()):
+        time.sleep(0.1)
+        seconds.append(spent)
+    assert 0.06 <= seconds[2] < 0.16 and seconds[0] < seconds[1] < seconds[2]
+    w = torch.nn.Parameter(torch.tensor(8.0))  # and a loop stops after each third of its six steps: w -= w b
+    batches = [torch.tensor(0.5)] * 6
+    left = [w.item() for _ in descend(torch.optim.SGD([w], 1.0), lambda b: b * w ** 2 / 2, batches, 3)]
+    assert left == [2.0, 0.5, 0.125]
+
+
+def test_the_baseline_of_the_batch_mean(pipeline):
+    """A constant that only the rewards of rollouts have leaves the batch mean's policy as it was, and sends
+    that with 04's constant baseline elsewhere."""
+    reference, reward_fn, _, _, report = load_run(pipeline[0], *CPU)
+    cfg = ppo.stage.Config(batch=256, minibatch=64, reward_samples=256)
+
+    def after_one(batch_mean, more):
+        policy, calls = copy.deepcopy(reference), []
+
+        def shifted(y, prompt):  # the first call is about the base model's constants
+            calls.append(len(y))
+            return reward_fn(y, prompt) + (more if len(calls) > 1 else 0)
+        loop = ppo.ppo(policy, reference, shifted, report["length"], cfg, batch_mean)
+        next(loop), next(loop)
+        return torch.nn.utils.parameters_to_vector(policy.parameters())
+    for batch_mean in (True, False):
+        off = (after_one(batch_mean, 3.0) - after_one(batch_mean, 0.0)).abs().max()
+        assert (off < 1e-5) == batch_mean
+
+
+def test_methods_at_toy_size(pipeline):
+    """The weights at a = 1 are the policy that 05 measured, on its very samples."""
+    cfg = methods.Settings(n=256, n_policy=64, batch=256, kl_stop=0.005, penalised=3, betas=(0.1, 1.0), steps=3)
+    seed = methods.measure(cfg, pipeline[0], *CPU)
+    assert set(seed) == {*methods.STYLES, "targets"} and len(seed["DPO"]) == len(seed["filtered"]) == 4
+    assert [row["beta"] for row in seed["penalty"]] == [0.1, 1.0]
+    last = json.loads((pipeline[0] / "report.json").read_text())["happy"][-1]
+    assert seed["PPO"][-1]["afinn"] == pytest.approx(last["afinn_sd"], abs=0.01)
+    assert seed["PPO"][-1]["samples"] > seed["PPO"][0]["samples"] == 0 == seed["PPO"][0]["kl"]
+    assert seed["between"][-1]["kl"] == pytest.approx(last["kl"], rel=0.3)
+    json.dumps(seed)
+    methods.draw([seed, seed])
+    assert methods.findings([seed, seed])["kl, penalty 1.0"] == [seed["penalty"][1]["kl"]] * 2
 
 
 # ---- goodhart ------------------------------------------------------------------------------------
