@@ -1,6 +1,6 @@
 """Which method wastes least: what does each of eight get for its KL, its samples and its seconds?
 
-    python -m experiments.methods        # after `make seeds`; three quarters of an hour on one core
+    python -m experiments.methods        # after `make seeds`; 42 minutes on one core, by estimate
 
 Claim, to be tested: RL spends more KL for a reward than best-of-n does (Gao et al. 2022,
 arXiv:2210.10760); fits to a Boltzmann target or to selected samples should not. The authors warn
