@@ -15,13 +15,15 @@ from experiments import (amplification, costs, debate, frontier, goodhart, judge
 from experiments import gradient_protection as gp
 from experiments import over_optimisation as over
 from experiments import recursive_reward_modelling as rrm
+from experiments import students
+from experiments import weak_to_strong as w2s
 from experiments import where_the_kl_goes as where
 from experiments.judges import Judge, additive_value, sets, train, value
 from experiments.prefixes import block_kl, expected, logistic, posterior_kl, profile
 from experiments.reweight import at, kept, small_step, tilt
 from experiments.without_rl import descend, dpo, dpo_loss, figures_of, imitate, targets
 from model import kl_nats, load
-from running import fast_dtype
+from running import UserError, fast_dtype
 from tests.test_model import tiny
 
 CPU = torch.device("cpu"), torch.float32
@@ -535,6 +537,104 @@ def test_debate_at_toy_size(tmp_path, monkeypatch):
     assert seed["logistic, k = 4: H first"] == seed["logistic, k = 4: L first"]
     assert seed["logistic, k = 1: L first"] == seed["logistic, k = 1: L alone"] < seed["logistic, k = 1: H first"]
     debate.draw({what: [x, x] for what, x in seed.items()})
+
+
+# ---- weak_to_strong ------------------------------------------------------------------------------
+def test_the_confidence_loss_by_hand():
+    """Teacher's mean .375 of four: the threshold lies between the second and the third, whatever the student
+    says of one half; a student that says happy to all is told that the lower two are sad; no gradient through
+    its own answers."""
+    p, teacher = torch.tensor([0.9, 0.6, 0.55, 0.2]), torch.tensor([0.8, 0.3, 0.1, 0.3])
+    for own, target in ((p, (0.9, 0.65, 0.05, 0.15)), (p.flip(0) / 4 + 0.7, (0.4, 0.15, 0.55, 0.65))):
+        x = own.clone().requires_grad_()
+        loss = students.confidence_loss(torch.stack((x, 1 - x), 1).log(), teacher, 0.5)
+        by_hand = [-(t * math.log(q) + (1 - t) * math.log(1 - q)) / 4 for t, q in zip(target, own.tolist())]
+        assert loss.item() == pytest.approx(sum(by_hand), rel=1e-5)
+        loss.backward()
+        slope = [(q - t) / (q * (1 - q)) / 4 for t, q in zip(target, own.tolist())]
+        torch.testing.assert_close(x.grad, torch.tensor(slope), rtol=1e-4, atol=1e-5)
+    naive = students.confidence_loss(torch.stack((p, 1 - p), 1).log(), teacher, 0.0)
+    assert naive.item() == pytest.approx(-(teacher * p.log() + (1 - teacher) * (1 - p).log()).mean().item())
+
+
+def test_a_naive_student_learns_as_03_does(monkeypatch):
+    """Weights bit for bit, over two epochs with an odd batch at the end of each; and the share of its own answers
+    rises to what it was told to be within a tenth of the 100 steps."""
+    y = torch.randint(9, (300, 8), generator=torch.Generator().manual_seed(0))
+    target = torch.rand(300, generator=torch.Generator().manual_seed(1))
+    here, there = tiny(vocab=12), tiny(vocab=12)
+    said = students.learn(here, y, target, 2, y[:7], moments=3)
+    items = [{"tokens": tokens, "target": p, "weight": 1.0} for tokens, p in zip(y.tolist(), target.tolist())]
+    students.rm.train(there, students.rm.Phase("all", items, 2), students.rm.Config())
+    for a, b in zip(here.parameters(), there.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert said.shape == (3, 7) and torch.equal(said[-1], students.p_happy(there, y[:7])) and (said[0] != said[2]).any()
+    shares, loss = [], students.confidence_loss
+    monkeypatch.setattr(students, "confidence_loss", lambda a, b, share: (shares.append(share), loss(a, b, share))[1])
+    cfg = students.rm.Config(batch_tokens=24)
+    monkeypatch.setattr(students.rm, "Config", lambda: cfg)
+    students.learn(tiny(vocab=12), y, target, 1, y[:7], confidence=0.5)
+    np.testing.assert_allclose(shares, np.minimum(0.5, np.arange(100) / 20))
+
+
+def test_a_cut_model_is_the_first_of_its_blocks():
+    base = tiny()
+    y = torch.randint(9, (5, 8), generator=torch.Generator().manual_seed(0))
+    one, both = students.cut(base, 1), students.cut(base, 2)
+    torch.testing.assert_close(both(y), base(y))
+    with torch.no_grad():
+        for p in (base.blocks[1].attention.proj.weight, base.blocks[1].mlp.down.weight):
+            p.zero_()  # a block that adds nothing
+    torch.testing.assert_close(one(y), base(y))
+    assert students.fresh(base, 3, n_layer=1, d_model=8)(y).shape == (5, 8, 8)
+
+
+def test_the_gap_recovered_and_its_refusal():
+    """60, 75 and 80 of 100 right; a ceiling k texts above the weak model has a gap of k / 100 and the standard
+    error sqrt(k (100 - k) / 99) / 100: two of them from k = 4 on."""
+    weak, student, ceiling = (np.arange(100) < k for k in (60, 75, 80))
+    assert students.recovered(weak, student, ceiling) == pytest.approx(0.75)
+    assert students.recovered(weak, weak, ceiling) == 0
+    assert students.recovered(weak, np.arange(100) < 50, ceiling) == pytest.approx(-0.5)
+    for k in range(-9, 9):
+        refused = math.isnan(students.recovered(weak, student, np.arange(100) < 60 + k))
+        assert refused == (k <= 2 * math.sqrt(abs(k) * (100 - abs(k)) / 99)) == (k < 4)
+    assert students.repeated(weak, student) == pytest.approx(25 / 40) and students.repeated(weak, ceiling) == 0.5
+
+
+def test_stopping_by_truth_sees_only_the_other_half():
+    """The second moment is best for the first half of the texts, the third for the second: each gets the other's.
+    What is the same at all moments is no better for being chosen."""
+    course = np.array([[0, 0, 0, 0, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 0, 0], [0, 1, 0, 0, 1, 1, 1, 0]], dtype=bool)
+    assert students.stopped(course).tolist() == [False, True, False, False, True, False, False, False]
+    luck = np.random.default_rng(0).random((50, 10_000)) < 0.5
+    assert students.stopped(luck).mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_weak_to_strong_at_toy_size(pipeline):
+    """Parts are disjoint and balanced. For two answers who repeats the share e of the weak model's errors, and is
+    wrong on the share f of what it gets right, is right on 1 - (1 - a) e - a f; PGR is as counted."""
+    parts = [students.read(pipeline[0], part, 2, 700) for part in (0, 1)]
+    assert not {item["id"] for item in parts[0]} & {item["id"] for item in parts[1]}
+    assert [item["target"] for item in parts[0]] == [1.0, 0.0] * 350
+    with pytest.raises(UserError, match="not 99999"):
+        students.read(pipeline[0], 0, 2, 99999)
+    cfg = w2s.Settings(runs=(pipeline[0],), seeds=2, labels=200, labels_of_bag=100, texts=256, test=128, moments=2)
+    right = [w2s.measure(cfg, seed, *CPU) for seed in range(2)]
+    found = [students.figures(x) for x in right]
+    for teacher in w2s.TEACHERS:
+        a, top = (found[0][f"accuracy, {what}"] for what in (f"{teacher}: itself", "truth: naive"))
+        weak = right[0][teacher]["teacher"][0]
+        for arm in ("naive", "bootstrapped"):
+            accuracy, pgr, e = (found[0][f"{what}, {teacher}: {arm}"]
+                                for what in ("accuracy", "PGR", "errors repeated"))
+            f = 1 - right[0][teacher][arm][-1][weak].mean()
+            assert right[0][teacher][arm].shape == (2, 128)
+            assert accuracy == pytest.approx(1 - (1 - a) * e - a * f, abs=1e-3)
+            assert math.isnan(pgr) or pgr == pytest.approx((accuracy - a) / (top - a), abs=0.01)
+    courses = [{t: {arm: x.mean(1).tolist() for arm, x in arms.items()} for t, arms in seed.items()} for seed in right]
+    json.dumps([found, courses])
+    w2s.draw({what: [x[what] for x in found] for what in found[0]}, courses)
 
 
 # ---- recursive_reward_modelling ------------------------------------------------------------------
