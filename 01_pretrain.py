@@ -1,6 +1,6 @@
 """Stage 1: train a small transformer on Shakespeare, from raw text to held-out bits per byte.
 
-    python 01_pretrain.py                   # 223 s: 1.913 bits per byte held out
+    python 01_pretrain.py                   # 227 s: 1.913 bits per byte held out
     python 01_pretrain.py --corpus my.txt   # any UTF-8 text
 
 Times and figures here and in 02 to 05: seed 0, two cores of an AMD EPYC (Zen 5), no GPU.

@@ -1,6 +1,6 @@
 """Stage 2: draw samples from the base model and have them labelled positive, negative or neutral.
 
-    python 02_sample_label.py                       # 62 s: 58.7 % of the samples positive
+    python 02_sample_label.py                       # 46 s: 58.7 % of the samples positive
     python 02_sample_label.py --labeller anna       # by you: one key per sample, in the terminal
     python 02_sample_label.py --compare             # pairs instead: which of two is the happier
 

@@ -1,6 +1,6 @@
 """Stage 3: fine-tune a copy of the base model into a reward model for sentiment.
 
-    python 03_reward_model.py               # 125 s: AUC .886 against VADER on held-out samples
+    python 03_reward_model.py               # 122 s: AUC .886 against VADER on held-out samples
     python 03_reward_model.py --labels out/labels-anna.jsonl out/labels-vader.jsonl
     python 03_reward_model.py --comparisons # from pairs: which is the happier
 

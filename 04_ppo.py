@@ -1,6 +1,6 @@
 """Stage 4: PPO against the reward model, from the base model to 10 nats away from it.
 
-    python 04_ppo.py                     # 137 s: p(happy) .63 -> .94, 9.9 nats away
+    python 04_ppo.py                     # 171 s: p(happy) .62 -> .95, 9.8 nats away
     python 04_ppo.py --target sad        # the negative twin: log p(sad), not -log p(happy)
     python 04_ppo.py --reward vader      # by the labeller itself; writes policy-happy-vader, ...
 

@@ -1,6 +1,6 @@
 """Stage 5: measure every checkpoint on fresh samples, and write the report.
 
-    python 05_eval.py                    # 92 s: VADER positive 58.2 -> 96.1 %
+    python 05_eval.py                    # 82 s: VADER positive 58.2 -> 97.5 %
 
 Reads   out/*.safetensors, out/checkpoints/*.safetensors, out/04-happy.jsonl; if they are there,
         out/corpus.txt, prompts.json, curve.json, ratings.json (`python -m people rate anna`)

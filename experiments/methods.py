@@ -11,7 +11,7 @@ its checkpoints as 05 measured them; *batch mean* subtracts that, not a constant
 0 alone, for time); *between*: weights between the base model's and 04's final ones. Without RL, on
 8,192 samples of the base: likelihood of texts drawn as *best of 16*, of the best quarter
 (*filtered*), by exp(r / .1) (*weighted*: its optimum is that of penalty .1), 36 steps of 256 by
-04's optimizer; *DPO* on best and worst of 8, its beta .1, Adam 5e-5, three passes, 128 pairs a
+SGD at .05; *DPO* on best and worst of 8, its beta .1, Adam 5e-5, three passes, 128 pairs a
 step. All are measured on their way. Controls: the best possible line; best-of-n, which trains
 nothing; the weights at a = 1, which are 04's policy.
 Predicted (known of seed 0: penalty .1 ends at 2 nats, .10 above PPO's front, weights between lie on
@@ -24,6 +24,7 @@ above PPO at its KL by .05 or more on each seed; .03 and .3 by .02 or more. (5) 
 follows the KL: imitations and DPO above PPO by .05 sd, penalty and best-of-n below it by as much.
 (6) At 1 nat imitations have more entropy than PPO by .03 a token, at 2 DPO as much less. (7) DPO
 has r = -.30 after fewer samples and seconds than batch mean.
+What was known is of PPO with one rate for all layers, as 04 had then. Not run in full yet.
 """
 import copy
 import time

@@ -43,11 +43,11 @@ def descend(optimizer, loss_of, batches: list[torch.Tensor], times: int):
             yield
 
 
-def imitate(policy, y, weights: np.ndarray, steps: int, cfg, times: int = 3):
-    """Likelihood of texts drawn from y (N, T) by weights (N,); rate and momentum of cfg, 04's."""
+def imitate(policy, y, weights: np.ndarray, steps: int, cfg, times: int = 3, lr: float = 0.05):
+    """Likelihood of texts drawn from y (N, T) by weights (N,); cfg: 04's Config."""
     g = torch.Generator().manual_seed(cfg.seed)
     drawn = torch.multinomial(torch.tensor(weights), steps * cfg.minibatch, True, generator=g)
-    optimizer = torch.optim.SGD(policy.parameters(), cfg.lr, cfg.momentum)
+    optimizer = torch.optim.SGD(policy.parameters(), lr, cfg.momentum)
     yield from descend(optimizer, lambda b: -policy.logprob(y[b]).mean(),
                        drawn.to(y.device).split(cfg.minibatch), times)
 

@@ -253,7 +253,7 @@ def test_imitation_ends_at_the_tilted_base():
     def distance():
         return (target.exp() * (target - every_text(policy)[1])).sum().item()
     assert distance() > 0.2
-    cfg = ppo.stage.Config(lr=0.05, minibatch=1024)
+    cfg = ppo.stage.Config(minibatch=1024)
     assert len(list(imitate(policy, y, target.exp().double().numpy(), 300, cfg))) == 3
     assert distance() < 0.01
 
