@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from model import load
+from report.findings import fit_line
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("01_pretrain.py", "02_sample_label.py", "03_reward_model.py", "04_ppo.py", "05_eval.py")
@@ -58,8 +59,8 @@ def figures(out: Path) -> dict[str, float]:
         "final policy: longest copied run, words": final["copied_run_max"],
         "final policy: perplexity under the base / base's own": final["base_perplexity"] / base["base_perplexity"],
         "sqrt KL against optimizer steps: R^2": report["sqrt_kl_fit"]["r2"],
+        "the same, until the score, mean log p(happy), reaches -.10": straight(ppo, -0.10),
         "KL at which 04's score, mean log p(happy), reaches -.10": kl_at(ppo, -0.10),
-        "PPO iterations": sum("clip_fraction" in row for row in ppo),
         "samples drawn by PPO": sum(row["batch"] for row in ppo),
         "checkpoints kept": len(report["happy"]) - 2,
         "clip fraction, mean over iterations, %": 100 * float(np.mean([r["clip_fraction"] for r in ppo if "clip_fraction" in r])),
@@ -83,6 +84,14 @@ def kl_at(ppo: list[dict], score: float) -> float:
         return float("nan")
     a, b = rows[i - 1], rows[i]
     return a["kl"] + (score - a["score"]) / (b["score"] - a["score"]) * (b["kl"] - a["kl"])
+
+
+def straight(ppo: list[dict], score: float) -> float:
+    """R^2 of the line through sqrt KL against optimizer steps, up to the first policy that reaches the score."""
+    rows = [row for row in ppo if not row.get("taken_back")]
+    until = next((i for i, row in enumerate(rows) if row["score"] >= score), len(rows)) + 1
+    steps, kl = zip(*((row["updates"], max(row["kl"], 0)) for row in rows[:until]))
+    return fit_line(steps, np.sqrt(kl))[2]
 
 
 def speeds(out: Path) -> dict[str, float]:
