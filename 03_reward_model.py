@@ -92,7 +92,7 @@ def read_labels(path: Path) -> list[dict]:
         raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it")
     rows: dict[str, dict] = {}
     for number, row in enumerate(found, 1):
-        key, label = str(row["id"]), str(row["label"])
+        key, label = row["id"], row["label"]
         rows.pop(key, None)
         if label in TARGET:
             rows[key] = row

@@ -17,8 +17,8 @@ Decisions a reader may question:
    advantage of every token. Clipping bounds each move away from pi_old; the end bounds the KL.
 2. reward_mean and reward_std are constants of the base model. Whitening each batch instead would
    blow noise up to unit variance once all samples are alike.
-3. A policy is measured before its update, on the samples that it has just drawn. The KL sums over
-   the vocabulary at each token of kl_samples of them: less noise than k1, log pi/pi_ref, of all.
+3. A policy is measured before its update, on samples it has just drawn: its KL exact at each token
+   (a sum over the vocabulary) of kl_samples of them, less noisy than mean log pi/pi_ref of all.
 4. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
    else (bf16 on most GPUs) a pass of its own forms them. So the first minibatch has ratio 1.
 5. SGD, not Adam, whose steps shrink as the mean advantage grows, and with it the noise: what all
@@ -115,9 +115,9 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
 
 def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple[int, list[float]]:
     """If hardly any ratio is clipped the gradient is too noisy to lead anywhere: draw more samples.
-    clip_fractions: of the iterations at this batch size. If on average over the last three fewer
-    than 1 % of the ratios were outside the clip range, double it, up to max_batch -> batch, and the
-    clip fractions at that size so far."""
+    clip_fractions: of the iterations at this batch size after the warm-up. If on average over the
+    last three fewer than 1 % of the ratios were outside the clip range, double it, up to max_batch
+    -> batch, and the clip fractions at that size so far."""
     quiet = len(clip_fractions) >= 3 and sum(clip_fractions[-3:]) / 3 < 0.01
     if not quiet or batch == max_batch:
         return batch, clip_fractions

@@ -26,7 +26,6 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-os.environ["PATH"] += ":/usr/local/cuda/bin"  # compute-sanitizer
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "out-gpu"
 DRY = os.environ.get("DRY") == "1"
@@ -144,6 +143,7 @@ def main() -> int:
     parser.add_argument("--part", default="first,second", help="parts or calls, with commas")
     parser.add_argument("--tables", action="store_true", help="run nothing, fill the table")
     args = parser.parse_args()
+    os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/local/cuda/bin"  # compute-sanitizer
     results = (OUT if DRY else ROOT / "benchmarks/results") / "gpu.json"
     report = json.loads(results.read_text()) if results.exists() else {"parts": {}}
     if args.tables:

@@ -18,7 +18,8 @@ ONE_RATE = {"lr": 0.05, "head_lr": 0.05, "warmup": 30}  # for all layers: 04's f
 def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False):
     """Trains the parameters of `policy` that need a gradient, in place. Yields, before each update
     by cfg (04's Config), what 04 logs of a policy, on the samples that it has just drawn.
-    batch_mean: the baseline is the batch's mean; but for n / (n - 1), that of the others, RLOO."""
+    batch_mean: the baseline is the mean of the batch, not a constant; times n / (n - 1) that is
+    RLOO, whose baseline is the mean of the other n - 1 samples."""
     mean, std = stage.reward_constants(
         reward_fn, reference, None, length, cfg.reward_samples, cfg.seed)
     optimizer = stage.sgd(policy, cfg)

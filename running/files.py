@@ -101,13 +101,16 @@ class State:
         self.model, self.optimizers = model, optimizers
         self.memory = SimpleNamespace(**memory)
         self.save_s, self.saved = cfg.save_s, time.time()
-        if cfg.resume and self.path.exists():
+        if not cfg.resume:
+            self.delete()  # else an earlier run's would outlive the log that this run writes
+        elif self.path.exists():
             with readable(self.path, "the same command without --resume"):
                 self.fill(*read_tensors(self.path))
 
     def fill(self, tensors: dict[str, torch.Tensor], header: dict) -> None:
         if header["inputs"] != self.header["inputs"]:
             print(f"{self.path} stems from other inputs: starting from the beginning")
+            self.delete()
             return
         settings = self.header["settings"]
         differ = [k for k in settings if header["settings"].get(k) != settings[k]]

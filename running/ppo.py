@@ -49,7 +49,7 @@ def show(row: dict, texts: list[str]) -> None:
     require(math.isfinite(row["loss"] + row["grad_norm"]) and row["clip_fraction"] < 0.5,
             DIVERGED.format(step=row["step"], why=why))
     if row["clip_fraction"] > 0.2:
-        tqdm.write(f"warning: {clipped}: lower --head-lr")
+        tqdm.write(f"warning: {clipped}: lower --lr and --head-lr")
 
 
 def way_back(kl_before: float, kl_after: float, kl: float) -> float:
@@ -75,8 +75,8 @@ class Keeper:
         self.done = False
         require(self.run.step < cfg.max_iterations and self.run.kl_max < NEAR * cfg.kl_stop,
                 f"{state.path} is beyond --max-iterations or --kl-stop already")
-        if self.run.step == 0:
-            remove(cfg.out / "checkpoints", f"{cfg.name}-kl-*.safetensors")  # of an earlier run
+        for c in (c for c in CROSSINGS if c > self.run.kl_max):  # of an earlier or a killed run
+            remove(cfg.out / "checkpoints", f"{cfg.name}-kl-{c:05.2f}.safetensors")
         self.log = Log(cfg.out / f"04-{cfg.name}.jsonl", self.run.step)
 
     def steps(self):
@@ -127,7 +127,8 @@ class Keeper:
                   "update was taken back")
             self.state.delete()
         else:
+            again = "--resume" if self.state.path.exists() else "start again"
             print(f"stopped after {cfg.max_iterations} iterations, below {cfg.kl_stop:g} nats: "
-                  "--resume with more --max-iterations goes on")
+                  f"{again} with more --max-iterations")
         print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
               "{entropy:.3f} nats per token".format(target=cfg.target, **self.row))

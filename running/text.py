@@ -34,13 +34,17 @@ def parse_labels(lines: list[str]) -> list[dict] | None:
     columns: row by row that takes several times as long."""
     try:
         rows = [json.loads(line) for line in lines]
-        [[row[column] for row in rows] for column in ("id", "label", "labeller", "source")]
+        names = [row[column] for column in ("id", "label", "labeller", "source") for row in rows]
+        names += [row["prompt"] for row in rows if "prompt" in row]
+        pairs = [row for row in rows if not isinstance(row["text"], str)]
+        two = all(len(row["text"]) == len(row["tokens"]) == 2 for row in pairs)
         tokens, texts = sides(rows)
         ids = [*chain.from_iterable(tokens)]
     except (ValueError, TypeError, KeyError):
         return None
+    strings = {*map(type, names), *map(type, texts)} <= {str}
     right = all(tokens) and {*map(type, ids)} <= {int} and min(ids, default=0) >= 0
-    return rows if right and len(tokens) == len(texts) else None
+    return rows if strings and two and right else None
 
 
 def read_prompts(path: Path, part: str) -> torch.Tensor:

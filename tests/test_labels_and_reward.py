@@ -114,7 +114,8 @@ def test_the_last_line_about_an_item_counts(tmp_path):
                                       (json.dumps({"id": "x"}), "line 2 is broken"), ("7", "line 2 is broken"),
                                       *((json.dumps(row(2, "positive") | change), "line 2 is broken") for change in (
                                           {"tokens": []}, {"tokens": [1, -1]}, {"tokens": [1.5]}, {"tokens": ["1"]},
-                                          {"tokens": [[1], [2]]}, {"tokens": 1}, {"text": ["a", "b"]}, {"text": None})),
+                                          {"tokens": [[1], [2]]}, {"tokens": 1}, {"text": ["a", "b"]}, {"text": None}, {"id": 5},
+                                          {"labeller": []}, {"prompt": 5}, {"text": ["a"], "tokens": [[1]]})),
                                       (json.dumps(row(2, "joyful")), "line 2: label 'joyful' is not one of")])
 def test_a_bad_line_is_named(tmp_path, bad, why):
     path = tmp_path / "labels-anna.jsonl"

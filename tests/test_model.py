@@ -282,8 +282,10 @@ def test_optimizers_continue_exactly(tmp_path, tokenizer):
     for s in range(3, 6):
         step(gpt, optimizers, s), step(again, more, s)
     assert fingerprint(gpt) == fingerprint(again)
-    assert State(Config(), "s", {"corpus": "y"}, again, more, step=0).memory.step == 0  # of other inputs
-    assert State(Config(resume=False), "s", {"corpus": "x"}, again, more, step=0).memory.step == 0
+    saved = resumed.path.read_bytes()
+    for cfg, corpus in ((Config(), "y"), (Config(resume=False), "x")):  # of other inputs; a new run: nothing of the old stays
+        assert State(cfg, "s", {"corpus": corpus}, again, more, step=0).memory.step == 0 and not resumed.path.exists()
+        resumed.path.write_bytes(saved)
     with pytest.raises(UserError, match="another lr"):
         State(Config(lr=0.1), "s", {"corpus": "x"}, again, more, step=0)
     resumed.path.write_bytes(resumed.path.read_bytes()[:-10])
