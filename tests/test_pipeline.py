@@ -191,16 +191,20 @@ def test_pretraining_stopped_after_its_last_step_still_ends(pipeline, corpus, tm
 
 
 def test_another_reward_and_a_new_run_start_from_the_beginning(pipeline, tmp_path):
-    """Guards against a run that goes on under another reward, and against checkpoints of an earlier run among new ones."""
+    """Guards against a run that goes on under another reward, and against checkpoints of an earlier run, or of a killed
+    run's lost iterations, among new ones."""
     out = tmp_path / "out"
     shutil.copytree(pipeline[0], out)
     assert run("04_ppo.py", out, "--max-iterations", "3").returncode == 0
     other = tmp_path / "04_ppo.py"
     other.write_text((ROOT / "04_ppo.py").read_text().replace("return score_of(", "return -7 * score_of("))
+    own = list((out / "checkpoints").glob("happy-*"))
     orphan = out / "checkpoints" / "happy-kl-08.00.safetensors"
     orphan.write_bytes(b"")
     done = run("04_ppo.py", out, "--max-iterations", "4", "--resume")
-    assert done.returncode == 0 and "resuming at step 2" in done.stdout and orphan.exists(), done.stderr
+    assert done.returncode == 0 and "resuming at step 2" in done.stdout and not orphan.exists(), done.stderr
+    assert own and all(path.exists() for path in own)
+    orphan.write_bytes(b"")
     done = subprocess.run([sys.executable, str(other), *STAGES["04_ppo.py"], "--out", str(out), "--resume"], timeout=200,
                           capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert "stems from other inputs: starting from the beginning" in done.stdout and not orphan.exists(), done.stderr
