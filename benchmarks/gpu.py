@@ -114,9 +114,13 @@ def rows(name: str, result: dict) -> list[str]:
     """A line of the table for each goal of a part; of goal: above 1 it is reached."""
     lines = []
     for figure, (bound, goal) in (PARTS[name][3] or {"": ("", "")}).items():
-        x, said, ratio, reached = result["figures"].get(figure), figure, "", not figure
+        x = result["figures"].get(figure)
+        said = f"{figure}: not measured" if figure else ""
+        reached = not figure
+        ratio = ""
         if x is not None:
-            said, reached = f"{figure}: {x:.4g}", x >= goal if bound == "at least" else x <= goal
+            said = f"{figure}: {x:.4g}"
+            reached = x >= goal if bound == "at least" else x <= goal
             ratio = f"{x / goal if bound == 'at least' else goal / x:.2f}" if x and goal else ""
         passed = "failed" if not result["passed"] else "yes" if reached else "missed"
         cells = (name, passed, f"{result['seconds']:.0f}", result.get("why", said),

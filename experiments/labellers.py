@@ -8,7 +8,6 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.bag_of_words import bag_of_words
 from experiments import load_run
@@ -17,17 +16,17 @@ from experiments.ppo import ONE_RATE, ppo, stage
 from model import load
 from running import auc, require
 from running.text import words
+from running.vader import vader
 
 ev = importlib.import_module("05_eval")
-VADER = SentimentIntensityAnalyzer()
-LEXICON = VADER.lexicon | {"": 0.0}
+LEXICON = vader().lexicon | {"": 0.0}
 parts = cache(words)  # "heart-ache," -> heart, ache
 
 
 def compound(text: list[str]) -> float:
     """How VADER feels about these words alone, in [-1, 1]. Of all words of a text, split at
     whitespace: exactly how it feels about the text."""
-    return VADER.polarity_scores(" ".join(text))["compound"]
+    return vader().polarity_scores(" ".join(text))["compound"]
 
 
 def read(run) -> tuple[list[list[str]], list[list[int]], np.ndarray]:

@@ -19,7 +19,7 @@ score = SentimentIntensityAnalyzer().polarity_scores
 json.dump([score(text)["compound"] for text in json.load(sys.stdin)], sys.stdout)
 """
 
-vader = cache(SentimentIntensityAnalyzer)
+vader = cache(SentimentIntensityAnalyzer)  # vader(): one for all, not to be changed
 
 
 def score_here(texts: list[str]) -> list[float]:

@@ -44,7 +44,7 @@ def test_the_table_tells_reached_from_missed_and_failed():
     failed = {"passed": False, "seconds": 80.0, "figures": {}, "why": "over 80 s: 03"}
     assert "| failed | 80 | over 80 s: 03 |" in gpu.rows("warm", failed)[0]
     nothing = passed | {"figures": {"sample, times Gumbel, torch.compile": None}}
-    assert "| missed | 50 | sample, times Gumbel, torch.compile |" in gpu.rows("sample", nothing)[0]
+    assert "| missed | 50 | sample, times Gumbel, torch.compile: not measured |" in gpu.rows("sample", nothing)[0]
     report = {"versions": {"torch": "2"}, "parts": {"variants": passed | {"figures": {"ran": 12}}}}
     assert "| variants | yes | 50 |  |  |  |" in gpu.table(report)
 
