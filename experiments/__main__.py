@@ -1,17 +1,41 @@
-"""All experiments that have no result yet, one after the other.
+"""All experiments that have no result yet, each on one core, as many at once as there are cores.
 
-    python -m experiments                # `make experiments`; a killed one goes on with the next
+    python -m experiments                # `make experiments`; a killed one goes on with the rest
 """
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from experiments import ALL
+from running import one_line
 
-for name in tqdm(ALL, desc="experiments"):
-    if Path("out/experiments", f"{name}.json").exists():
-        tqdm.write(f"{name}: there already")
-    elif subprocess.run([sys.executable, "-m", f"experiments.{name}"]).returncode:
-        sys.exit(2)
+sys.excepthook = one_line
+out = Path("out/experiments")
+out.mkdir(parents=True, exist_ok=True)
+at_once = 1 if torch.cuda.is_available() else os.cpu_count()
+todo = [name for name in ALL if not (out / f"{name}.json").exists()]
+running, failed = {}, []
+
+with tqdm(total=len(ALL), initial=len(ALL) - len(todo), desc="experiments") as bar:
+    while todo or running:
+        if todo and len(running) < at_once:
+            name = todo.pop(0)
+            with (out / f"{name}.log").open("w") as log:
+                running[name] = subprocess.Popen(
+                    [sys.executable, "-m", f"experiments.{name}"], stdout=log, stderr=log,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+            continue
+        time.sleep(0.5)
+        for name in [name for name, child in running.items() if child.poll() is not None]:
+            if running.pop(name).returncode:
+                failed.append(name)
+            bar.write(f"{name}: see {out / name}.log")
+            bar.update()
+for name in failed:
+    print((out / f"{name}.log").read_text().strip().splitlines()[-1], file=sys.stderr)
+sys.exit(2 if failed else 0)

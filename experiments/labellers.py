@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from benchmarks.bag_of_words import bag_of_words
 from experiments import load_run
 from experiments.overseers import rm, targets
-from experiments.ppo import ONE_RATE, ppo, stage
+from experiments.ppo import ppo, stage
 from model import load
 from running import auc, require
 from running.text import words
@@ -88,7 +88,7 @@ def optimise(model: dict[str, float], gold: np.ndarray, run, device, dtype, batc
         texts = [text.split() for text in tokenizer.decode_batch(y.tolist())]
         felt.extend(map(compound, texts))
         return F.logsigmoid(torch.tensor(scores(model, texts), device=y.device)).float()
-    settings = stage.Config(seed=report["seed"], batch=batch, max_batch=batch, **ONE_RATE)
+    settings = stage.Config(seed=report["seed"], batch=batch, max_batch=batch)
     for row in ppo(copy.deepcopy(reference), reference, reward_fn, report["length"], settings):
         rows.append({"kl": row["kl"], "reward": row["score"],
                      "gold": (np.mean(felt[-batch:]) - gold.mean()) / gold.std()})

@@ -10,7 +10,7 @@ Design: reward models from 100 to 20,000 of the machine's labels of whole sample
 subsets each (disjoint up to 3,000; of 20,000 any two share 15,000), on one base model. Gold, in
 standard deviations of the base: VADER, the labeller as an oracle; AFINN and Pattern, which no
 reward knows. Best of n to 1,024, of 16,000 fresh samples; PPO by the first subset of 300, 3,000 and
-20,000 to 20 nats, judged on its own rollouts. Both forms are fitted to the lower half of the KL and
+20,000, and of 3,000 *shuffled* labels (mere drift), to 20 nats, judged on its own rollouts. Both forms are fitted to the lower half of the KL and
 asked about its end. Remedy: the five models of 300 labels, each standardised on the base, as one
 reward. Controls: their plain mean; one model of the same 1,500 labels; best-of-n by the oracle.
 Intervals: jackknife over fifths of the samples; of best-of-n by single models also over subsets.
@@ -45,12 +45,13 @@ from experiments import BLACK, BLUE, GREEN, ORANGE, PINK, RED, Config, keep, lin
 from experiments.overseers import targets
 from experiments.ppo import stage
 from experiments.proxies import (FACTS, FORMS, NS, RULES, best_of_n, climb, ev, facts, fit,
-                                 happy, jackknife, learned, rm, subset, table)
+                                 happy, jackknife, learned, rm, shuffled, subset, table)
 from model import chunked
 from report.text import judge
 from running import auc, start
 
-COLOURS = {"100": PINK, "300": RED, "1000": ORANGE, "3000": GREEN, "20000": BLUE, "VADER": BLACK}
+COLOURS = {"100": PINK, "300": RED, "1000": ORANGE, "3000": GREEN, "20000": BLUE, "VADER": BLACK,
+           "shuffled": PINK}
 REMEDIES = {"": RED, ", mean": ORANGE, ", minimum": BLUE, ", less variance": GREEN,
             ", all five": BLACK}
 
@@ -62,8 +63,9 @@ class Settings(Config):
     n: int = 16_000        # samples of the base model
     climbed: tuple[int, ...] = (300, 3000, 20_000)  # by PPO
     together: int = 300    # labels of each of five models that PPO climbs as one
+    control: int = 3000    # labels of a model that has them shuffled
     batch: int = 1024      # of PPO
-    iterations: int = 48   # at most
+    iterations: int = 64   # at most
     kl_stop: float = 20.0  # nats
 
 
@@ -74,6 +76,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
     sets = {str(n): [subset(labels, i, n, seed) for i in range(5)] for n in cfg.labels}
     few = str(cfg.together)
     sets[f"{few}, all five"] = [sum(sets[few], [])]
+    sets["shuffled"] = [shuffled(sets[str(cfg.control)][0], seed)]
     models = {k: [learned(base, rows, len(labels)) for rows in each] for k, each in sets.items()}
 
     def said(y):
@@ -95,6 +98,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
 
     # -- PPO
     climbs = {str(n): (str(n), [0], "mean") for n in cfg.climbed}
+    climbs["shuffled"] = "shuffled", [0], "mean"
     climbs |= {f"{few}, {rule}": (few, range(5), rule) for rule in ("minimum", "less variance")}
     for arm, (name, members, rule) in climbs.items():
         each, x = happy([models[name][i] for i in members]), pool[name][:, list(members)]

@@ -12,7 +12,6 @@ from model import GPT, chunked, kl_nats, load
 from running import means
 
 stage = importlib.import_module("04_ppo")
-ONE_RATE = {"lr": 0.05, "head_lr": 0.05, "warmup": 30}  # for all layers: 04's first settings
 
 
 def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False):
@@ -20,8 +19,7 @@ def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False
     by cfg (04's Config), what 04 logs of a policy, on the samples that it has just drawn.
     batch_mean: the baseline is the mean of the batch, not a constant; times n / (n - 1) that is
     RLOO, whose baseline is the mean of the other n - 1 samples."""
-    mean, std = stage.reward_constants(
-        reward_fn, reference, None, length, cfg.reward_samples, cfg.seed)
+    zero, std = stage.reward_constants(reward_fn, reference, None, length, cfg)
     optimizer = stage.sgd(policy, cfg)
     batch, clip_fractions, updates, n = cfg.batch, [], 0, cfg.kl_samples
     for step in range(cfg.max_iterations):
@@ -40,8 +38,8 @@ def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False
         if cfg.kl_coef:
             logp_ref = chunked(reference.logprob, cfg.minibatch, y, prompt)
         if batch_mean:
-            mean = score.mean()
-        adv = stage.advantage((score - mean) / std, logp_old, logp_ref, cfg.kl_coef, std)
+            zero = score.mean()
+        adv = stage.advantage((score - zero) / std, logp_old, logp_ref, cfg.kl_coef, std)
         clipped = []
         for b in stage.minibatches(batch, cfg.minibatch, cfg.epochs, cfg.seed * 1000 + step,
                                    y.device):

@@ -5,14 +5,13 @@ samples, and without each fifth of them in turn.
 """
 import copy
 import importlib
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import torch
 
 from experiments import over_seeds
-from experiments.ppo import ONE_RATE, ppo
+from experiments.ppo import ppo
 
 ev, rm = importlib.import_module("05_eval"), importlib.import_module("03_reward_model")
 NS = tuple(2 ** k for k in range(1, 11))
@@ -27,6 +26,12 @@ def subset(rows: list, i: int, n: int, seed: int) -> list:
     """n of the rows; subsets i = 0 to 4 are disjoint as long as n is at most a fifth of them."""
     order = np.random.default_rng(seed).permutation(len(rows))
     return [rows[k] for k in np.roll(order, -(i * len(rows) // 5))[:n]]
+
+
+def shuffled(rows: list[dict], seed: int) -> list[dict]:
+    """The same texts, the same labels, but not to one another."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [row | {"label": rows[k]["label"]} for row, k in zip(rows, order)]
 
 
 def learned(base, rows: list[dict], of: int):
@@ -62,15 +67,15 @@ def best_of_n(scores: np.ndarray, said: np.ndarray) -> np.ndarray:
 
 
 def climb(base, reward_fn, judged, length: int, cfg, kl_stop: float) -> tuple:
-    """PPO by this reward and cfg (04's Config, but ONE_RATE) -> KL (K,) and the line of its
-    rollouts, from after the first update to just beyond kl_stop."""
+    """PPO by this reward and cfg (04's Config) -> KL (K,) and the line of its rollouts, from after
+    the first update to just beyond kl_stop."""
     heard, kl, means, fifth = [], [], [], np.arange(cfg.batch) % 5
 
     def hear(y, prompt):
         score = reward_fn(y, prompt)
         heard.append(np.column_stack((score.numpy(force=True), judged(y))))
         return score.float()
-    for row in ppo(copy.deepcopy(base), base, hear, length, replace(cfg, **ONE_RATE)):
+    for row in ppo(copy.deepcopy(base), base, hear, length, cfg):
         said = np.concatenate(heard)[-cfg.batch:]  # before them stands what ppo standardises by
         heard.clear()
         kl.append(row["kl"])

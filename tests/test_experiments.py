@@ -3,14 +3,18 @@ import copy
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.bag_of_words import bag_of_words
-from experiments import (amplification, costs, debate, frontier, goodhart, judges, labellers, load_run, methods,
+from experiments import (ALL, amplification, costs, debate, frontier, goodhart, judges, labellers, load_run, methods,
                          over_seeds, overseers, ppo, proxies)
 from experiments import gradient_protection as gp
 from experiments import over_optimisation as over
@@ -27,6 +31,21 @@ from running import UserError, fast_dtype
 from tests.test_model import tiny
 
 CPU = torch.device("cpu"), torch.float32
+
+
+def test_all_experiments_run_side_by_side(tmp_path):
+    """Those with a result are left alone; of the others each runs, and the last line of one that fails is told."""
+    out = tmp_path / "out/experiments"
+    out.mkdir(parents=True)
+    for name in set(ALL) - {"debate", "frontier"}:
+        (out / f"{name}.json").touch()
+    root = str(Path(ppo.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-m", "experiments"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": root})
+    assert done.returncode == 2, done.stderr
+    assert "error: out-0/labels-vader.jsonl is missing" in done.stderr
+    assert "error: out-0 is not a finished run" in done.stderr and "Traceback" not in done.stderr
+    assert {path.name for path in out.glob("*.log")} == {"debate.log", "frontier.log"}
 
 
 def test_student():
@@ -785,15 +804,19 @@ def test_subsets_of_labels():
     assert len({k for part in parts for k in part}) == 100
     longer = proxies.subset(rows, 4, 90, seed=3)
     assert longer[:20] == parts[4] and len(set(longer)) == 90
+    labelled = [{"text": k, "label": k % 3} for k in rows]
+    mixed = proxies.shuffled(labelled, seed=3)
+    assert [row["text"] for row in mixed] == rows and mixed != labelled
+    assert sorted(row["label"] for row in mixed) == sorted(row["label"] for row in labelled)
 
 
 def test_over_optimisation_at_toy_size(pipeline):
     """By the oracle itself nothing is lost, the judges of a line start near the base, and the ensemble of PPO
     is the one of best-of-n."""
-    cfg = over.Settings(labels=(64, 300), n=2000, climbed=(300,), together=64, batch=256, iterations=3)
+    cfg = over.Settings(labels=(64, 300), n=2000, climbed=(300,), together=64, control=300, batch=256, iterations=3)
     seed = over.measure(cfg, pipeline[0], *CPU)
     assert {len(x) for x in seed["AUC"].values()} == {1, 5} and set(seed["lines"]) == {
-        "best of n, VADER", "PPO, 300", "PPO, 64, minimum", "PPO, 64, less variance", "best of n, 64, all five",
+        "best of n, VADER", "PPO, 300", "best of n, shuffled", "PPO, shuffled", "PPO, 64, minimum", "PPO, 64, less variance", "best of n, 64, all five",
         *(f"best of n, {n}{rule}" for n in (64, 300) for rule in ("", ", mean", ", minimum", ", less variance"))}
     oracle = proxies.table(*seed["lines"]["best of n, VADER"])
     assert all(a["vader"] <= b["vader"] for a, b in zip(oracle, oracle[1:])) and oracle[0]["vader"] > 0.2

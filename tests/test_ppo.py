@@ -158,14 +158,16 @@ def test_the_head_has_a_rate_of_its_own():
 
 
 def test_the_constants_are_those_of_the_reward_on_the_base_model(capsys):
-    """Mean and sample standard deviation of the reward function itself, whatever it is."""
+    """Mean and sample standard deviation of the reward function itself, whatever it is; the zero so many
+    deviations above the mean."""
     from tests.test_model import tiny
-    base = tiny(vocab=9)
-    mean, std = ppo.reward_constants(lambda y, prompt: y[:, 0].float(), base, None, 3, n=300, seed=2)
+    base, cfg = tiny(vocab=9), ppo.Config(reward_samples=300, seed=2, recenter=0.25)
+    zero, std = ppo.reward_constants(lambda y, prompt: y[:, 0].float(), base, None, 3, cfg)
     first = base.generate(300, 3, seed=2 << 32 | 3 << 24)[0][:, 0].double()
-    assert math.isclose(mean, first.mean()) and math.isclose(std, first.std()) and 0.5 < std < 3
+    assert math.isclose(std, first.std()) and 0.5 < std < 3
+    assert math.isclose(zero, first.mean() + std / 4)
     with pytest.raises(UserError, match="all samples get the same reward"):
-        ppo.reward_constants(lambda y, prompt: torch.zeros(len(y)), base, None, 3, n=300, seed=2)
+        ppo.reward_constants(lambda y, prompt: torch.zeros(len(y)), base, None, 3, cfg)
 
 
 def test_figures_of_an_update():
