@@ -50,21 +50,21 @@ class Config:
     out: Path = Path("out")   # where all stages write
     seed: int = 0
     resume: bool = False      # continue a killed run from its last saved state
-    batch: int = 2048         # completions an iteration; doubled if hardly any ratio is clipped
+    batch: int = 4096         # completions an iteration; doubled if hardly any ratio is clipped
     max_batch: int = 4096     # the doubling stops here
     minibatch: int = 256      # completions an optimizer step
     epochs: int = 1           # passes over each batch
-    lr: float = 0.0014        # of all weights but the head's
-    head_lr: float = 0.07     # the head's: decision 6
+    lr: float = 0.0012        # of all weights but the head's
+    head_lr: float = 0.06     # the head's: decision 6
     momentum: float = 0.9
-    warmup: int = 15          # optimizer steps of linear warm-up: the first gradients agree most
+    warmup: int = 16          # optimizer steps of linear warm-up: the first gradients agree most
     clip: float = 0.2         # ratios are clipped to [1 - clip, 1 + clip]
     kl_coef: float = 0.0      # of a KL penalty, in units of log p(target)
     kl_stop: float = 10.0     # nats per completion
     max_iterations: int = 60
     save_s: float = 30        # seconds between saved states, for --resume
     reward_samples: int = 4096  # samples of the base model behind reward_zero and reward_std
-    recenter: float = 0.35    # reward_zero: this many reward_std above the base model's mean
+    recenter: float = 0.35    # reward_zero lies so many reward_std above the base model's mean
     kl_samples: int = 512     # completions of an iteration on which the KL is computed
 
     @property
@@ -72,7 +72,7 @@ class Config:
         return self.target if self.reward == "model" else f"{self.target}-{self.reward}"
 
 
-ON_GPU = dict(batch=4096, max_batch=8192, minibatch=512)
+ON_GPU = dict(batch=8192, max_batch=8192, minibatch=512)
 
 
 def check(cfg: Config) -> None:
@@ -167,8 +167,7 @@ if __name__ == "__main__":
             return vader_score(tokenizer.decode_batch(y.tolist()), cfg.target).to(device)
         return score_of(reward_model.sentiment(y, prompt), kind, cfg.target)
 
-    reward_zero, reward_std = reward_constants(
-        reward_fn, reference, prompts, about["length"], cfg)
+    reward_zero, reward_std = reward_constants(reward_fn, reference, prompts, about["length"], cfg)
     policy = copy.deepcopy(reference)
     optimizer = sgd(policy, cfg)
     inputs = about["inputs"] | {"reward": f"{reward_zero:.2f} +- {reward_std:.2f}"}

@@ -1,13 +1,16 @@
 """What methods are compared by: the figures that 05 measures of a policy, and what it cost."""
 import importlib
 import time
+from itertools import product
 
 import torch
 
+from experiments.reweight import at
 from model import load
 
 ev = importlib.import_module("05_eval")
 JUDGES = ("vader", "afinn", "pattern")
+COLUMNS = ("kl", "reward", *JUDGES, "distinct_2", "entropy", "samples", "seconds")
 
 
 def figures(row: dict, base: dict, **more) -> dict:
@@ -56,3 +59,23 @@ def timed(loop):
         seconds += time.perf_counter() - clock
         yield item, seconds
         clock = time.perf_counter()
+
+
+def findings(seeds: list[dict], names) -> dict[str, list]:
+    """Each column of each method at equal KL and at equal reward; of each penalty where it ended; of
+    the imitations what they aimed at and what they reached."""
+    found = {}
+    places = [("kl", x) for x in (1, 2, 5, 9.5)] + [("reward", x) for x in (-0.3, -0.2, -0.1)]
+    for (x, value), y, name in product(places, COLUMNS, names):
+        if x != y:
+            found[f"{y} at {x} {value}, {name}"] = [at(s[name], x, value, y) for s in seeds]
+    for s, row in [(s, row) for s in seeds for row in s["penalty"]]:
+        ahead = row["reward"] - at(s["PPO"], "kl", row["kl"], "reward")
+        for what, value in (row | {"reward above PPO's": ahead}).items():
+            if isinstance(value, float) and what != "beta":
+                found.setdefault(f"{what}, penalty {row['beta']}", []).append(value)
+    for name, x in product(seeds[0]["targets"], ("kl", "reward")):
+        found[f"{x}, target of {name}"] = [s["targets"][name][x] for s in seeds]
+        found[f"{x}, end of {name}"] = [s[name][-1][x] for s in seeds]
+    found["KL at a = 1 over 05's"] = [s["between"][-1]["kl"] / s["PPO"][-1]["kl"] for s in seeds]
+    return {what: x for what, each in found.items() if (x := [v for v in each if v == v])}

@@ -29,16 +29,16 @@ What was known is of PPO with one rate for all layers, as 04 had then. Not run i
 import copy
 import time
 from dataclasses import dataclass, replace
-from itertools import islice, product
+from itertools import islice
 
 from tqdm import tqdm
 
 from experiments import (BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Config, keep, lines,
                          load_run, plt)
-from experiments.costs import JUDGES, figures, meter, shipped, timed
+from experiments.costs import figures, findings, meter, shipped, timed
 from experiments.frontier import INVERSE_BETAS
 from experiments.ppo import part_way, ppo, stage
-from experiments.reweight import at, tilt
+from experiments.reweight import tilt
 from experiments.without_rl import dpo, figures_of, imitate, targets
 from model import chunked
 from running import start
@@ -49,7 +49,6 @@ STYLES = {"best possible": ("-", BLACK, "best possible"),
           "between": ("*--", YELLOW, "weights between"), "best of 16": ("^--", BLUE, "best of 16"),
           "filtered": ("v--", SKY, "filtered"), "weighted": ("<--", ORANGE, "weighted"),
           "DPO": ("x-.", BLACK, "DPO")}
-COLUMNS = ("kl", "reward", *JUDGES, "distinct_2", "entropy", "samples", "seconds")
 
 
 @dataclass
@@ -113,24 +112,6 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
     return rows | {"targets": {name: figures_of(w, score) for name, w in weights.items()}}
 
 
-def findings(seeds: list[dict]) -> dict[str, list]:
-    found = {}
-    places = [("kl", x) for x in (1, 2, 5, 9.5)] + [("reward", x) for x in (-0.3, -0.2, -0.1)]
-    for (x, value), y, name in product(places, COLUMNS, STYLES):
-        if x != y:
-            found[f"{y} at {x} {value}, {name}"] = [at(s[name], x, value, y) for s in seeds]
-    for s, row in [(s, row) for s in seeds for row in s["penalty"]]:
-        ahead = row["reward"] - at(s["PPO"], "kl", row["kl"], "reward")
-        for what, value in (row | {"reward above PPO's": ahead}).items():
-            if isinstance(value, float) and what != "beta":
-                found.setdefault(f"{what}, penalty {row['beta']}", []).append(value)
-    for name, x in product(seeds[0]["targets"], ("kl", "reward")):
-        found[f"{x}, target of {name}"] = [s["targets"][name][x] for s in seeds]
-        found[f"{x}, end of {name}"] = [s[name][-1][x] for s in seeds]
-    found["KL at a = 1 over 05's"] = [s["between"][-1]["kl"] / s["PPO"][-1]["kl"] for s in seeds]
-    return {what: x for what, each in found.items() if (x := [v for v in each if v == v])}
-
-
 def draw(seeds: list[dict]):
     fig, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
     for ax, x, y, title in zip(axes.flat, ("kl", "kl", "reward", "reward"),
@@ -145,4 +126,4 @@ def draw(seeds: list[dict]):
 if __name__ == "__main__":
     cfg, device, dtype = start(Settings, __doc__)
     seeds = [measure(cfg, run, device, dtype) for run in tqdm(cfg.runs, desc="seeds")]
-    keep(cfg, "methods", findings(seeds), seeds, draw(seeds))
+    keep(cfg, "methods", findings(seeds, STYLES), seeds, draw(seeds))

@@ -10,10 +10,11 @@ Design: reward models from 100 to 20,000 of the machine's labels of whole sample
 subsets each (disjoint up to 3,000; of 20,000 any two share 15,000), on one base model. Gold, in
 standard deviations of the base: VADER, the labeller as an oracle; AFINN and Pattern, which no
 reward knows. Best of n to 1,024, of 16,000 fresh samples; PPO by the first subset of 300, 3,000 and
-20,000, and of 3,000 *shuffled* labels (mere drift), to 20 nats, judged on its own rollouts. Both forms are fitted to the lower half of the KL and
+20,000 to 20 nats, judged on its own rollouts. Both forms are fitted to the lower half of the KL and
 asked about its end. Remedy: the five models of 300 labels, each standardised on the base, as one
-reward. Controls: their plain mean; one model of the same 1,500 labels; best-of-n by the oracle.
-Intervals: jackknife over fifths of the samples; of best-of-n by single models also over subsets.
+reward. Controls: their plain mean; one model of the same 1,500 labels; best-of-n by the oracle; PPO
+by 3,000 *shuffled* labels, mere drift. Intervals: jackknife over fifths of the samples; of
+best-of-n by single models also over subsets.
 Predicted (known: seed 0's AUC .57, .70, .78, .84 of 300, 1,600, 6,400, 22,118 labels; 04 to 10
 nats): (1) AUC .53, .57, .66, .74, .83. (2) Best-of-n loses nothing: from n = 32 to 1,024 no size
 falls by .1 sd of VADER. (3) PPO with 300 labels peaks before 10 nats and then loses .2 sd of VADER;

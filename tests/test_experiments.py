@@ -238,9 +238,9 @@ def test_block_kl_is_the_exact_kl():
 
 
 def test_how_straight_a_path_is():
-    line = where.straightness([torch.tensor([k * 1.0, 2.0 * k, 0.0, 0.0, 0.0]) for k in range(6)])
+    line = ppo.straightness([torch.tensor([k * 1.0, 2.0 * k, 0.0, 0.0, 0.0]) for k in range(6)])
     assert line["cosine three apart"] == pytest.approx(1) == line["first principal direction"]
-    corners = where.straightness(list(torch.cat((torch.zeros(1, 5), torch.eye(5).cumsum(0)))))
+    corners = ppo.straightness(list(torch.cat((torch.zeros(1, 5), torch.eye(5).cumsum(0)))))
     assert corners["cosine three apart"] == 0 and corners["first principal direction"] == pytest.approx(1 / 5)
     assert corners["cosine of first and whole"] == pytest.approx(5 ** -0.5)
 
@@ -366,7 +366,7 @@ def test_methods_at_toy_size(pipeline):
     assert seed["between"][-1]["kl"] == pytest.approx(last["kl"], rel=0.3)
     json.dumps(seed)
     methods.draw([seed, seed])
-    assert methods.findings([seed, seed])["kl, penalty 1.0"] == [seed["penalty"][1]["kl"]] * 2
+    assert methods.findings([seed, seed], methods.STYLES)["kl, penalty 1.0"] == [seed["penalty"][1]["kl"]] * 2
 
 
 # ---- goodhart ------------------------------------------------------------------------------------
