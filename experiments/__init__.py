@@ -22,9 +22,9 @@ from running.stages import load_base_and_reward, score_of
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
 
-ALL = ("gradient_protection", "amplification", "debate", "weak_to_strong",
-       "recursive_reward_modelling", "frontier", "where_the_kl_goes", "methods", "goodhart",
-       "over_optimisation")
+ALL = ("frontier", "goodhart", "methods", "where_the_kl_goes", "over_optimisation",
+       "recursive_reward_modelling", "weak_to_strong", "amplification", "debate",
+       "gradient_protection")
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (  # Okabe and Ito 2008: for the colour-blind
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 STUDENT_T = {1: math.nan, 2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # 97.5 %, of n values

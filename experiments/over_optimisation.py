@@ -22,7 +22,9 @@ with 3,000 it stands still from 10 to 20 nats, within .1; with 20,000 it gains, 
 end of best-of-n is within .1 of its form; PPO's is within .15 of the log form, while d (a - b d),
 taking the saturation of a bounded judge for a fall, predicts .3 too little. (5) At n =
 1,024 minimum and mean less variance are .1 sd of VADER ahead of their members, but the mean is as
-good, and one model of all their labels .2 better; in PPO the minimum is .2 ahead at 20 nats.
+good, and one model of all their labels .2 better; in PPO the minimum is .2 ahead at 20 nats. (6),
+after (1) to (5) with 04's first rates and before the control: shuffled labels move VADER by less
+than .2 sd.
 Found: (1) .54 +- .02, .57 +- .03, .64 +- .02, .73 +- .00, .86 +- .01. (2) None is seen to: from n =
 32 on VADER gains .14 +- .32, .05 +- .14, .24 +- .06, .23 +- .14, .15 +- .10. (3) Wrong: all three
 gain from 10 to 20 nats, .15 +- .10, .22 +- .06, .24 +- .05, to .94 +- .06, 1.28 +- .04, 1.34 +-
