@@ -19,13 +19,13 @@ nats, PPO at seven or more, on each seed. (2) Best-of-n lies within .03 of the f
 control comes nearer: best-of-2 to less than .1, the first twentieth of PPO's way by about .02. (5)
 By AFINN at equal KL this reward's frontier leads PPO up to 3 nats only; AFINN's own, everywhere.
 Found, mean +- half the 95 % interval over three seeds: (1) the posterior is .148 +- .015 nats away.
-r = -.10 costs .66 +- .11 nats at best, .70 +- .16 by best-of-n, .83 +- .13 by filtering, 8.0 +- 3.0
-by PPO (7.9, 6.9, 9.3): twelve times too much. (2) Best-of-n lies within .003. (3) So it is, 28
-checkpoints of 28: gaps of .23 +- .06 for the base, .48 +- .20 for the first, 9.4 +- .2 at the end.
-(4) Best-of-2: .009 +- .002, nearly the posterior. A twentieth of PPO's way: nearer by .023 +- .008;
-a fifth: farther by .20 +- .02. (5) Wrong in PPO's disfavour: it draws level with best-of-n at 3.9
-nats on one seed, beyond 4.5 on two. +1 sd of AFINN costs .47 +- .01 nats at best, 1.4 +- .2 by
-best-of-n, 2.9 +- .9 by PPO; and at r = -.10 distinct-2 is .90 for all but PPO (.81 +- .05).
+r = -.10 costs .66 +- .11 nats at best, .70 +- .16 by best-of-n, .83 +- .13 by filtering, 6.0 +- 1.4
+by PPO (5.8, 5.6, 6.7): nine times too much. (2) Best-of-n lies within .003. (3) So it is, 24
+policies of 24: gaps of .23 +- .06 for the base, .58 +- .12 for the first, 9.4 +- .3 at the end. (4)
+Best-of-2: .009 +- .002, nearly the posterior. A twentieth of PPO's way: nearer by .032 +- .006; a
+fifth: farther by .05 +- .07. (5) Wrong in PPO's disfavour: it draws level with best-of-n at 2.2 to
+3.1 nats. +1 sd of AFINN costs .47 +- .01 nats at best, 1.4 +- .2 by best-of-n, 1.7 +- .3 by PPO; and
+at r = -.10 distinct-2 is .90 for all but PPO (.80 +- .02).
 Left out: rewards that no sample of the base reaches; there best-of-n ends, at log n nats, and PPO
 goes on. Take away: what a few samples of the base model reach, draw a few and choose; RL must earn
 its KL elsewhere. What would change my mind: a policy within a nat of the frontier at r = -.10.
