@@ -24,8 +24,8 @@ by PPO (5.8, 5.6, 6.7): nine times too much. (2) Best-of-n lies within .003. (3)
 policies of 24: gaps of .23 +- .06 for the base, .58 +- .12 for the first, 9.4 +- .3 at the end. (4)
 Best-of-2: .009 +- .002, nearly the posterior. A twentieth of PPO's way: nearer by .032 +- .006; a
 fifth: farther by .05 +- .07. (5) Wrong in PPO's disfavour: it draws level with best-of-n at 2.2 to
-3.1 nats. +1 sd of AFINN costs .47 +- .01 nats at best, 1.4 +- .2 by best-of-n, 1.7 +- .3 by PPO; and
-at r = -.10 distinct-2 is .90 for all but PPO (.80 +- .02).
+3.1 nats. +1 sd of AFINN costs .47 +- .01 nats at best, 1.4 +- .2 by best-of-n, 1.7 +- .3 by PPO;
+and at r = -.10 distinct-2 is .90 for all but PPO (.80 +- .02).
 Left out: rewards that no sample of the base reaches; there best-of-n ends, at log n nats, and PPO
 goes on. Take away: what a few samples of the base model reach, draw a few and choose; RL must earn
 its KL elsewhere. What would change my mind: a policy within a nat of the frontier at r = -.10.

@@ -27,9 +27,8 @@ VADER is not yet saturated where the reward is. (3) Wrong: for the others PPO is
 policy's samples .55 +- .11 before, .66 +- .11 by labels on the base's samples, .72 +- .03 on the
 policy's; on the base's .712, .764, .762; more clicks change nothing (.56 and .71).
 Left out: clicks of her own, prompts, a second run of PPO on the mended reward. Take away: RL gives
-most people more of what they want than filtering at the same reward, and takes from her whose wish
-hangs on the very words it pushes; filtering gives to both. What would change my mind: PPO at r =
--.10 with as much of what she wanted as best-of-4.
+most people more than filtering at the same reward, and takes from her whose wish hangs on the very
+words it pushes. What would change my mind: PPO at r = -.10 that gives her as much as best-of-4.
 """
 import importlib
 from dataclasses import dataclass
