@@ -62,8 +62,8 @@ def timed(loop):
 
 
 def findings(seeds: list[dict], names) -> dict[str, list]:
-    """Each column of each method at equal KL and at equal reward; of each penalty where it ended; of
-    the imitations what they aimed at and what they reached."""
+    """Each column of each method at equal KL and at equal reward; of each penalty where it ended;
+    of the imitations what they aimed at and what they reached."""
     found = {}
     places = [("kl", x) for x in (1, 2, 5, 9.5)] + [("reward", x) for x in (-0.3, -0.2, -0.1)]
     for (x, value), y, name in product(places, COLUMNS, names):

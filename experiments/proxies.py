@@ -115,3 +115,13 @@ def table(kl: np.ndarray, lines: np.ndarray) -> list[dict]:
         for f, name in enumerate(FIGURES):
             row[name], row[f"{name}_half"] = over_seeds(values[:, k, f])
     return rows
+
+
+def findings(seed: dict) -> dict[str, list]:
+    """AUC of each reward model; pseudo-values of the facts of each line, by VADER and AFINN."""
+    found = {f"AUC, {name}": x for name, x in seed["AUC"].items()}
+    for arm, (kl, line) in seed["lines"].items():
+        for j, who, n in ((1, "vader", 4), (2, "afinn", 2)):
+            values = jackknife(lambda x: facts(kl, x[:, j]), line)[:, :n]            # (5, n)
+            found |= {f"{who}, {arm}: {what}": x for what, x in zip(FACTS, values.T)}
+    return found

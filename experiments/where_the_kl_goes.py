@@ -33,7 +33,8 @@ import numpy as np
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from experiments import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Config, keep, lines, load_run, plt
+from experiments import (BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Config, keep, lines,
+                         load_run, plt)
 from experiments.ppo import OneVector, ppo, stage, straightness
 from experiments.prefixes import block_kl, expected, log_odds, logistic, posterior_kl, profile
 from experiments.reweight import at
