@@ -37,5 +37,6 @@ with tqdm(total=len(ALL), initial=len(ALL) - len(todo), desc="experiments") as b
             bar.write(f"{name}: see {out / name}.log")
             bar.update()
 for name in failed:
-    print((out / f"{name}.log").read_text().strip().splitlines()[-1], file=sys.stderr)
+    last = (out / f"{name}.log").read_text().strip().splitlines()[-1:]
+    print(f"{name} failed:", *last, file=sys.stderr)
 sys.exit(2 if failed else 0)

@@ -1,6 +1,6 @@
 """When does more reward stop being better?
 
-    python -m experiments.over_optimisation   # after `make seeds`; forty minutes on one core
+    python -m experiments.over_optimisation   # after `make seeds`; an hour on one core, by estimate
 
 Claim: the true reward, gold, rises with d = sqrt KL and then falls, as d (a - b d) in best-of-n and
 d (a - b log d) in RL, the sooner the fewer the labels (Gao et al. 2022, arXiv:2210.10760); taking

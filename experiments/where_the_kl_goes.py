@@ -24,7 +24,7 @@ Predicted of 04's present rates (known: all that, and 04's logs): (6) as blind, 
 The vector has no lead left at -.30 (within .2 nats), nor by AFINN at 6 nats, where it lies .2 sd or
 more below. (8) The penalty is .05 above PPO's front at 2 nats on each seed, its ratio above .85.
 (9) Cosines above .3.
-Found, +- half the 95 % interval over three seeds: (6) 1.11 +- .10 at 1 nat, 1.12 +- .12 at 5; one
+Found, +- half a 95 % interval over three seeds: (6) 1.11 +- .10 at 1.5 nats, 1.12 +- .12 at 5, one
 rate .96 +- .05, the vector 1.25 +- .08, the posterior, which spends ten times its mean where V <
 .25, -.07 +- .19 (V is an estimate). (7) So: at r = -.30 PPO needs 1.5 +- .5 nats, one rate 2.2 +-
 .3, the vector 1.8 +- .6, the first update 3.2 +- 1.6; at -.20 2.8 +- .8, 3.8 +- .6, 3.5 +- .6; the
@@ -49,7 +49,7 @@ from model import chunked, kl_nats
 from report.text import judge
 from running import start
 
-STYLES = {"PPO": ("o-", RED, "PPO, 6 nats"), "PPO, 1 nat": ("o:", PINK, "PPO, 1 nat"),
+STYLES = {"PPO": ("o-", RED, "PPO, before 6 nats"), "PPO, 1 nat": ("o:", PINK, "PPO, beyond 1 nat"),
           "one rate": ("x--", SKY, "PPO, one rate for all layers"),
           "scaled": ("v--", ORANGE, "first update, scaled"), "vector": ("s--", BLUE, "one vector"),
           "penalty": ("d-", GREEN, "PPO, penalty .1"), "posterior": ("-", BLACK, "posterior"),
