@@ -6,14 +6,14 @@ Claim, to be tested: best-of-n and the posterior pi_0(x) p(happy | x) / Z tilt a
 sentiment is still open; PPO has found one direction that tilts every prefix alike, also where
 nothing is left to win, because one gradient step changes all prefixes.
 Design: V(prefix) = E_0[p(happy) | prefix] at every eighth token, by logistic regression on the
-reward model's log-odds for the prefix, from 4,096 samples of the base. (a) Fronts of reward against
-KL: PPO with 04's settings, to 6 nats; as it was with *one rate* for all layers; policies that can
-only scale its first update; that can only add *one constant vector to the logits*, by PPO; AFINN at
+reward model's log-odds for the prefix, from 4,096 samples. (a) Fronts of reward against KL: PPO
+with 04's settings, to 6 nats; as it was with *one rate* for all layers; policies that can only
+scale its first update; that can only add *one constant vector to the logits*, by PPO; AFINN at
 their ends. (b) KL per token by V at the start of its block, and by position: of policies exactly,
-on their own samples; of the posterior E*[log V(next) / V], on weighted samples of the base, which
-sums to its KL exactly. (c) A penalty of .1 a nat for 8 iterations: does it leave the front? (d)
-Updates: cosines three apart (farther than momentum reaches), and the share of their first principal
-direction (of k independent ones: 1 / k). Controls for (b): the vector and the posterior.
+on their samples; of the posterior E*[log V(next) / V], on weighted samples of the base, which sums
+to its KL exactly. (c) A penalty of .1 a nat for 8 iterations: does it leave the front? (d) Updates:
+cosines three apart (beyond momentum), and the share of their first principal direction (of k
+independent ones: 1 / k). Controls for (b): the vector and the posterior.
 Predicted of one rate (known, of seed 0: weights between base and final policy lie on its front;
 cosines of .1 to .2): (1) scaling the first update is as good as PPO, within a fifth of its KL at r
 = -.30. (2) The constant vector needs at r = -.40 up to one and a half times PPO's KL. (3) KL per
@@ -73,7 +73,8 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
     def draw(model, n):
         y, _ = model.generate(n, length, seed << 32 | 7 << 24)  # 04 has 3 and 4, 05 has 5
         s = chunked(lambda y: log_odds(reward_model, y), 256, y).numpy(force=True)
-        return y, s, chunked(reward_fn, 256, y, y[:, :0]).double().numpy(force=True)
+        score = chunked(reward_fn, 256, y, y[:, :0]).double().numpy(force=True)
+        return y, s, score, judge(tokenizer.decode_batch(y.tolist()))
 
     def train(name, policy, **changed):
         path, fronts[name] = [], []
@@ -85,21 +86,21 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
                 break
         return path
 
-    def profile_of(policy):
-        y, s, _ = draw(policy, cfg.n_policy)
-        kl = chunked(lambda y: block_kl(policy, reference, y), 16, y).double().numpy(force=True)
-        said = {"kl": kl.sum(1).mean()}
-        for who, x in judge(tokenizer.decode_batch(y.tolist())).items():
-            said[who] = (x.mean() - scale[who][0]) / scale[who][1]
-        return profile(kl, expected(s, fits), np.ones(len(y))) | said
+    def weighted(kl, s, said, w):
+        in_sd = {who: (np.average(x, weights=w) - base_said[who].mean()) / base_said[who].std()
+                 for who, x in said.items()}
+        return profile(kl, expected(s, fits), w) | in_sd | {"kl": np.average(kl.sum(1), weights=w)}
 
-    y, s, score = draw(reference, cfg.n)
-    said = judge(tokenizer.decode_batch(y.tolist()))
-    scale = {who: (x.mean(), x.std()) for who, x in said.items()}
+    def profile_of(policy):
+        y, s, _, said = draw(policy, cfg.n_policy)
+        kl = chunked(lambda y: block_kl(policy, reference, y), 16, y).double().numpy(force=True)
+        return weighted(kl, s, said, np.ones(len(y)))
+
+    y, s, score, base_said = draw(reference, cfg.n)
     fits = [logistic(x, np.exp(score)) for x in s.T]
     for name, inverse_beta in (("posterior", 1), ("sharper", 8)):
         w = np.exp(inverse_beta * score)
-        profiles[name] = profile(posterior_kl(s, w), expected(s, fits), w)
+        profiles[name] = weighted(posterior_kl(s, w), s, base_said, w)
 
     policy = copy.deepcopy(reference)
     path = train("PPO", policy)
@@ -110,7 +111,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
     fronts["scaled"] = [{"kl": 0.0, "reward": score.mean()}]
     for times in (3, 6, 9, 12):
         vector_to_parameters(path[0] + times * (path[1] - path[0]), policy.parameters())
-        y, _, each = draw(policy, cfg.n_policy)
+        y, _, each, _ = draw(policy, cfg.n_policy)
         kl = kl_nats(policy, reference, y[:512], y[:512, :0])[0].mean().item()
         fronts["scaled"].append({"kl": kl, "reward": each.mean()})
     one_rate = {"lr": 0.05, "head_lr": 0.05, "warmup": 30, "recenter": 0.0,  # 04 at first
@@ -143,8 +144,8 @@ if __name__ == "__main__":
     seeds = [measure(cfg, run, device, dtype) for run in tqdm(cfg.runs, desc="seeds")]
     found = {f"KL at reward {r}, {name}": [at(s["fronts"][name], "reward", r, "kl") for s in seeds]
              for r in (-0.40, -0.30, -0.20) for name in seeds[0]["fronts"]}
-    for what in ("settled over open", "kl", "vader", "afinn"):
-        for name in seeds[0]["profiles"]:
-            found[f"{what}, {name}"] = [s["profiles"][name].get(what, np.nan) for s in seeds]
+    found |= {f"{what}, {name}": [s["profiles"][name][what] for s in seeds]
+              for what in ("settled over open", "kl", "vader", "afinn")
+              for name in seeds[0]["profiles"]}
     found |= {what: [s["updates"][what] for s in seeds] for what in seeds[0]["updates"]}
     keep(cfg, "where_the_kl_goes", found, seeds, draw(seeds))
