@@ -22,7 +22,7 @@ does not collapse, since words are true: 60 %, AUC .65, 85 % of happy words know
 the next model is upside down and its lies are true, 56 %, then below 50; by the lexicon 15 %, AUC
 .25, gold -.8. (8) PPO says the same, at 1.84 nats with half the gold; at 6 nats .8 unaided, 1.1
 critique. (9), after (1) to (8): the base model after 12,288 labels, AUC .64 unaided, .75 by the
-last critique, .82 by all words; gold .5, .8, 1.0.
+last critique, .82 by all words; gold .5, .8, 1.0. (8), later, of 04's present rates: .7 and 1.0.
 Found, +- half the 95 % interval: (1) 56 %; 69.5, 73.4, 73.6 +- .9 %, the first 16 words 73; AUC
 .63, .71, .735, .740 +- .015. Yet it knows no more words: it has the sign of 79 +- 3 % of the happy,
 73 +- 3 of the sad, unaided of 78 and 71, by the first 16 of 88 and 79. (2) So: 62, 70, 73 %; but 62

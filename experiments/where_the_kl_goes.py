@@ -10,10 +10,9 @@ reward model's log-odds for the prefix, from 4,096 samples. (a) Fronts of reward
 with 04's settings, to 6 nats; as it was with *one rate* for all layers; policies that can only
 scale its first update; that can only add *one constant vector to the logits*, by PPO; AFINN at
 their ends. (b) KL per token by V at the start of its block, and by position: of policies exactly,
-on their samples; of the posterior E*[log V(next) / V], on weighted samples of the base, which sums
-to its KL exactly. (c) A penalty of .1 a nat for 8 iterations: does it leave the front? (d) Updates:
-cosines three apart (beyond momentum), and the share of their first principal direction (of k
-independent ones: 1 / k). Controls for (b): the vector and the posterior.
+on their samples; of the posterior E*[log V(next) / V], on weighted samples, which sums to its KL.
+(c) A penalty of .1 a nat for 8 iterations: does it leave the front? (d) Updates: cosines three
+apart, and the share of their first principal direction. Controls for (b): vector and posterior.
 Predicted of one rate (known, of seed 0: weights between base and final policy lie on its front;
 cosines of .1 to .2): (1) scaling the first update is as good as PPO, within a fifth of its KL at r
 = -.30. (2) The constant vector needs at r = -.40 up to one and a half times PPO's KL. (3) KL per
