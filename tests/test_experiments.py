@@ -48,6 +48,23 @@ def test_all_experiments_run_side_by_side(tmp_path):
     assert {path.name for path in out.glob("*.log")} == {"debate.log", "frontier.log"}
 
 
+def test_a_killed_parent_takes_its_experiments_along(tmp_path):
+    out = tmp_path / "out/experiments"
+    out.mkdir(parents=True)
+    for name in set(ALL) - {"amplification"}:
+        (out / f"{name}.json").touch()
+    parent = subprocess.Popen([sys.executable, "-m", "experiments"], cwd=tmp_path, start_new_session=True,
+                              env=os.environ | {"PYTHONPATH": str(Path(ppo.__file__).parents[1])})
+    while parent.poll() is None and not list(out.glob("*.log")):
+        time.sleep(0.1)
+    time.sleep(0.5)
+    parent.terminate()
+    assert parent.wait(10) == 143
+    time.sleep(1)
+    with pytest.raises(ProcessLookupError):  # nobody of its group is left
+        os.killpg(parent.pid, 0)
+
+
 def test_student():
     """Of 1, 2, 3: mean 2, standard error 1/sqrt 3, and the 97.5 % point of two degrees of freedom."""
     assert over_seeds([1, 2, 3]) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
