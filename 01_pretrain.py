@@ -36,8 +36,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from model import GPT, RESERVED, GPTConfig, load, save
-from running import (Log, State, UserError, average_gradients, finish, means, require, settings_of,
-                     share, start, world, write)
+from running import (Log, State, UserError, average_gradients, check_signs, finish, means, require,
+                     settings_of, share, start, world, write)
 from running.text import words
 
 HERE = Path(__file__).parent
@@ -76,9 +76,8 @@ ON_GPU = dict(n_layer=6, n_head=6, d_model=384, batch=128, steps=320, muon_lr=0.
 
 
 def check(cfg: Config) -> None:
-    for knob in ("batch", "steps", "warmup", "measure_every", "context", "cooldown", "n_samples",
-                 "n_layer", "n_head", "n_kv_head", "d_model"):
-        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
+    check_signs(cfg, positive="batch steps warmup measure_every context cooldown n_samples n_layer "
+                "n_head n_kv_head d_model", not_negative="muon_lr embed_lr head_lr weight_decay")
     require(cfg.batch % world()[1] == 0, "--batch must divide among the processes")
     require(cfg.d_model % (2 * cfg.n_head) == 0, "--d-model must be a multiple of 2 x --n-head")
     require(cfg.n_head % cfg.n_kv_head == 0, "--n-head must be a multiple of --n-kv-head")

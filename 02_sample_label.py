@@ -106,7 +106,7 @@ def draw_snippets(corpus: Path, tokenizer: Tokenizer, cfg: Config, n: int) -> li
              "text": tokenizer.decode(ids[p:p + cfg.length])} for p in places]
 
 
-def find_prompts(part: str, text: str, tokenizer: Tokenizer, longest: int = 24) -> list[list[int]]:
+def find_prompts(part: str, text: str, tokenizer: Tokenizer, longest: int) -> list[list[int]]:
     """Every speaker's name ("Romeo:", or "ROMEO." as Project Gutenberg prints it) with the first
     line of the speech, of at most `longest` tokens, each once. Raises UserError if there are none.
     """
@@ -115,18 +115,18 @@ def find_prompts(part: str, text: str, tokenizer: Tokenizer, longest: int = 24) 
     candidates = list(max(found, key=len))
     prompts = [e.ids for e in tokenizer.encode_batch(candidates) if len(e.ids) <= longest]
     require(len(prompts) > 0, f"the {part} text has no prompts: a speaker's name and a colon on a "
-                              "line, and the line after it")
+                              f"line, and the line after it, {longest} tokens at most")
     return prompts
 
 
-def write_prompts(corpus: Path, tokenizer: Tokenizer, path: Path) -> None:
+def write_prompts(corpus: Path, tokenizer: Tokenizer, longest: int, path: Path) -> None:
     """Of the training text, and for 05 of the held-out last 5 % (as in 01)."""
     need_corpus(corpus, "--prompts")
     text = corpus.read_text(encoding="utf-8")
     cut = int(len(text) * 0.95)
     held_out = text[cut:].partition("\n")[2]
-    write(path, json.dumps({"train": find_prompts("training", text[:cut], tokenizer),
-                            "held_out": find_prompts("held-out", held_out, tokenizer)}))
+    write(path, json.dumps({"train": find_prompts("training", text[:cut], tokenizer, longest),
+                            "held_out": find_prompts("held-out", held_out, tokenizer, longest)}))
 
 
 def pair_up(items: list[dict], seed: int) -> list[dict]:
@@ -195,7 +195,8 @@ if __name__ == "__main__":
             "learned to read: lower it, or train with a larger --context")
     corpus = cfg.out / "corpus.txt"
     if cfg.prompts:
-        write_prompts(corpus, tokenizer, cfg.out / "prompts.json")
+        longest = min(24, model.config.context - cfg.length)
+        write_prompts(corpus, tokenizer, longest, cfg.out / "prompts.json")
 
     n_corpus = round(cfg.n * cfg.corpus_fraction)
     items = draw_samples(model, tokenizer, cfg, cfg.n - n_corpus)

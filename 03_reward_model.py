@@ -1,7 +1,7 @@
 """Stage 3: fine-tune a copy of the base model into a reward model for sentiment.
 
     python 03_reward_model.py               # 122 s: AUC .886 against VADER on held-out samples
-    python 03_reward_model.py --labels out/labels-anna.jsonl out/labels-vader.jsonl
+    python 03_reward_model.py --labels out/labels-vader*.jsonl  # of these, not of all labels
     python 03_reward_model.py --comparisons # from pairs: which is the happier
 
 Reads   out/base.safetensors, out/labels-*.jsonl (or comparisons-*.jsonl)
@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 from benchmarks.bag_of_words import bag_of_words
 from model import GPT, chunked, load, save
-from running import (Log, UserError, auc, auc_lead, bootstrap, calibration, finish, require,
-                     settings_of, start, wilson)
+from running import (Log, UserError, auc, auc_lead, bootstrap, calibration, check_signs, finish,
+                     require, settings_of, start, wilson)
 from running.stages import fingerprint
 from running.text import pad, parse_labels, sides
 
@@ -75,8 +75,8 @@ ON_GPU = dict(batch_tokens=4096, lr=1.5e-3, embed_lr=0.15, head_lr=0.015)
 
 
 def check(cfg: Config) -> None:
-    for knob in ("batch_tokens", "piece_epochs", "epochs", "person_epochs", "warmup", "test_share"):
-        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
+    check_signs(cfg, positive="batch_tokens piece_epochs epochs person_epochs warmup test_share",
+                not_negative="lr embed_lr head_lr machine_weight person_rate")
     require(cfg.test_share < 1, "--test-share must be below 1")
 
 
@@ -203,6 +203,7 @@ def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
     if not cfg.machine_first:
         phases = [Phase("all", samples, cfg.epochs)]
     phases = [phase for phase in phases if phase.items]
+    require(len(phases) > 0, "no label is left to train on: label more with 02_sample_label.py")
     for phase in phases:
         n, lengths = len(phase.items), {len(side) for side in sides(phase.items)[0]}
         targets = {item["target"] for item in phase.items}

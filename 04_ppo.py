@@ -1,6 +1,6 @@
 """Stage 4: PPO against the reward model, from the base model to 10 nats away from it.
 
-    python 04_ppo.py                     # 186 s: p(happy) .62 -> .96, 9.8 nats away
+    python 04_ppo.py                     # 186 s: p(happy) .62 -> .96, 9.9 nats away
     python 04_ppo.py --target sad        # the negative twin: log p(sad), not -log p(happy)
     python 04_ppo.py --reward vader      # by the labeller itself; writes policy-happy-vader, ...
 
@@ -10,14 +10,15 @@ Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each 
 
 Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 03 learned from prompts
 Writes  out/policy-happy.safetensors (just within 10 nats), out/04-happy.jsonl,
-        out/checkpoints/happy-kl-*.safetensors (one at each crossing of .25, .5, 1, 1.5, ... 9)
+        out/checkpoints/happy-kl-*.safetensors (whenever .25, .5, 1, 1.5, ... or 9 is crossed)
 
 Decisions a reader may question:
 1. No value function, no GAE, no KL penalty (--kl-coef for comparison): the normalised reward is the
    advantage of every token. Clipping bounds each move away from pi_old; the end bounds the KL.
 2. reward_zero and reward_std are constants of the base model's samples. Whitening each batch would
-   blow noise up to unit variance once all are alike. The zero lies a third of a deviation above
-   their mean, amid the scores of a run: what samples have in common is but noise in a gradient.
+   blow noise up to unit variance once all are alike. The zero, a baseline, lies a third of a
+   deviation above their mean, amid the scores of a run: no constant changes the expected gradient,
+   since E[grad log pi] = 0, but its noise.
 3. A policy is measured before its update, on samples it has just drawn: its KL exact at each token
    (a sum over the vocabulary) of kl_samples of them, less noisy than mean log pi/pi_ref of all.
 4. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
@@ -37,7 +38,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from model import chunked, kl_nats
-from running import State, average_gradients, finish, gather, require, share, start, world
+from running import (State, average_gradients, check_signs, finish, gather, require, share, start,
+                     world)
 from running.ppo import Keeper, policy_figures, show, update_figures
 from running.stages import load_base_and_reward, score_of
 from running.text import draw_prompts, read_prompts
@@ -77,8 +79,8 @@ ON_GPU = dict(batch=8192, max_batch=8192, minibatch=512)
 
 
 def check(cfg: Config) -> None:
-    for knob in ("batch", "minibatch", "epochs", "warmup", "clip", "max_iterations"):
-        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
+    check_signs(cfg, positive="batch minibatch epochs warmup clip max_iterations",
+                not_negative="lr head_lr momentum kl_coef")
     require(cfg.reward_samples > 1, "--reward-samples must be at least 2")
     require(cfg.kl_samples >= 2 * world()[1], "--kl-samples must be at least 2 a process")
     require(cfg.minibatch % world()[1] == 0, "--minibatch must divide among the processes")
@@ -117,9 +119,9 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
 
 def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple[int, list[float]]:
     """If hardly any ratio is clipped the gradient is too noisy to lead anywhere: draw more samples.
-    clip_fractions: of the iterations at this batch size after the warm-up. If on average over the
-    last three fewer than 1 % of the ratios were outside the clip range, double it, up to max_batch
-    -> batch, and the clip fractions at that size so far."""
+    clip_fractions: of the iterations at this batch size, from that on which ends the warm-up. If on
+    average over the last three fewer than 1 % of the ratios were outside the clip range, double it,
+    up to max_batch -> batch, and the clip fractions at that size so far."""
     quiet = len(clip_fractions) >= 3 and sum(clip_fractions[-3:]) / 3 < 0.01
     if not quiet or batch == max_batch:
         return batch, clip_fractions
@@ -180,7 +182,7 @@ if __name__ == "__main__":
 
     for step in keeper.steps():
         # 1. Rollout: the policy writes a batch of completions.
-        seed = (cfg.seed << 32) + (4 << 24) + step
+        seed = (cfg.seed << 32) + (4 << 24) + step  # a stream of random numbers for each use
         mine = share(torch.arange(run.batch), cfg.minibatch)                 # (B,), their numbers
         prompt = draw_prompts(prompts, run.batch, seed)[mine].to(device)     # (B, P), P may be 0
         y, logp_old = policy.generate(mine, about["length"], seed, prompts=prompt)  # (B, T) each
@@ -193,14 +195,15 @@ if __name__ == "__main__":
         # 3. Measure this policy before it changes: how far has it moved from the reference?
         part = slice(cfg.kl_samples // world()[1])
         kl, k1, logp, entropy = kl_nats(policy, reference, y[part], prompt[part])
-        if gather((logp_old[part] - logp).abs().max()[None]).max() > 5e-6:   # decision 4
-            logp_old = chunked(policy.logprob, mb_size, y, prompt)
+        if gather((logp_old[part] - logp).abs().max()[None]).max() > 5e-6:   # more than rounding:
+            logp_old = chunked(policy.logprob, mb_size, y, prompt)           # decision 4
         row = policy_figures(run, kl, k1, entropy, score, reward, kind)
         keeper.log.lap("s_score")
 
-        # 4. Keep a checkpoint at each crossing; beyond kl_stop, take a part of the update back.
+        # 4. Keep a checkpoint at a crossing. Beyond kl_stop a part of the update is taken back, to
+        #    be measured in the next iteration; just within it the run is done.
         if not keeper.keep(row):
-            continue
+            continue  # with the loop's next step, or its end
 
         # 5. Advantage: the reward of a completion, at each of its tokens (and no KL penalty).
         logp_ref = chunked(reference.logprob, mb_size, y, prompt) if cfg.kl_coef else logp_old
@@ -222,7 +225,7 @@ if __name__ == "__main__":
             stats.append(stat | {"loss": loss.detach(), "grad_norm": grad_norm})
         keeper.log.lap("s_update")
 
-        # 7. Log; double the batch if, at full steps, hardly any ratio was clipped.
+        # 7. Log; double the batch if, after the warm-up, hardly any ratio was clipped.
         row |= update_figures(adv, stats, optimizer.param_groups[0]["lr"])
         keeper.log(**row)
         show(row, tokenizer.decode_batch(y[:3].tolist()) if step % 4 == 0 else [])
@@ -231,4 +234,5 @@ if __name__ == "__main__":
         run.batch, run.clip_fractions = next_batch(run.clip_fractions, run.batch, cfg.max_batch)
 
     keeper.finish()
-    finish("python 05_eval.py", cfg.out)
+    log = cfg.out / f"04-{cfg.name}.jsonl"
+    finish("python 05_eval.py" if cfg.reward == "model" else f"read {log}", cfg.out)

@@ -13,10 +13,12 @@
 from running.files import (State, UserError, read_tensors, readable, remove, require, settings_of,
                            write, write_tensors)
 from running.processes import average_gradients, errors, gather, means, share, world
-from running.script import Log, fast_dtype, finish, keep_freed_pages, one_line, record, start
+from running.script import (Log, check_signs, fast_dtype, finish, keep_freed_pages, one_line,
+                            record, start)
 from running.statistics import auc, auc_lead, bootstrap, calibration, mean_se, newcombe, wilson
 
 __all__ = ["Log", "State", "UserError", "auc", "auc_lead", "average_gradients", "bootstrap",
-           "calibration", "errors", "fast_dtype", "finish", "gather", "keep_freed_pages", "mean_se",
-           "means", "newcombe", "one_line", "read_tensors", "readable", "record", "remove",
-           "require", "settings_of", "share", "start", "wilson", "world", "write", "write_tensors"]
+           "calibration", "check_signs", "errors", "fast_dtype", "finish", "gather",
+           "keep_freed_pages", "mean_se", "means", "newcombe", "one_line", "read_tensors",
+           "readable", "record", "remove", "require", "settings_of", "share", "start", "wilson",
+           "world", "write", "write_tensors"]

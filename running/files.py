@@ -106,6 +106,8 @@ class State:
         elif self.path.exists():
             with readable(self.path, "the same command without --resume"):
                 self.fill(*read_tensors(self.path))
+        else:
+            print(f"there is no {self.path} to resume: starting from the beginning")
 
     def fill(self, tensors: dict[str, torch.Tensor], header: dict) -> None:
         if header["inputs"] != self.header["inputs"]:

@@ -10,7 +10,7 @@ from running.files import remove, require, settings_of
 from running.processes import errors, gather, means
 from running.script import Log
 
-CROSSINGS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)  # nats
+CROSSINGS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 20, 25, 30)  # nats
 NEAR = 0.97  # of kl_stop: where a run may end
 SHOWN = ("batch {batch}  KL {kl:.2f} +- {kl_se:.2f}  k1 {kl_k1:.2f}  score {score:.3f}  "
          "p {p_target:.3f}  entropy {entropy:.3f}  clipped {clip_fraction:.2%}")
@@ -59,8 +59,8 @@ def way_back(kl_before: float, kl_after: float, kl: float) -> float:
 
 
 class Keeper:
-    """The checkpoints of a run, one at each crossing of the KL, and its final policy, the one
-    measured last of those within kl_stop."""
+    """The checkpoints of a run, one from each iteration that crosses some of CROSSINGS, named after
+    the last of them; and its final policy, the one measured last of those within kl_stop."""
 
     def __init__(self, cfg, state, tokenizer, inputs: dict):
         self.cfg = cfg
@@ -97,11 +97,11 @@ class Keeper:
         jump = f"the KL jumped from {run.kl_max:.1f} to {kl:.1f} nats"
         require(kl < run.kl_max + 5, DIVERGED.format(step=row["step"], why=jump))
         if kl > kl_stop:
+            self.log(**row, taken_back=self.taken_back)
             share = way_back(self.row["kl"], kl, 0.985 * kl_stop)
             for name, weight in self.policy.state_dict().items():
                 weight.lerp_(self.final[name], share)
             self.taken_back += (1 - self.taken_back) * share
-            self.log(**row)
             return False
         self.final, self.row = copy.deepcopy(self.policy.state_dict()), row
         if crossed := [c for c in CROSSINGS if run.kl_max < c <= kl]:

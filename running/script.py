@@ -73,6 +73,14 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     return cfg, device, dtype
 
 
+def check_signs(cfg, positive: str, not_negative: str) -> None:
+    """Names of settings, blanks between them. Raises UserError where one is 0, or below it."""
+    for knob in f"{positive} {not_negative}".split():
+        name, value = f"--{knob.replace('_', '-')}", getattr(cfg, knob)
+        require(value > 0 or knob in not_negative.split(), f"{name} must be positive")
+        require(value >= 0, f"{name} must not be negative")
+
+
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where it is fast: GPUs, and CPUs with AMX or AVX512-BF16. Else float32."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -151,20 +151,20 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
     label = import_module("02_sample_label")
     speech = "ROMEO:\nTo be, or not\nTo be\n\nNURSE:\n" + "a very long line " * 30 + "\n\n"
     (tmp_path / "c.txt").write_text(speech * 40 + "JULIET:\nNot to be\n" * 200)
-    label.write_prompts(tmp_path / "c.txt", tokenizer, tmp_path / "prompts.json")
+    label.write_prompts(tmp_path / "c.txt", tokenizer, 24, tmp_path / "prompts.json")
 
     def texts(part):
         rows = read_prompts(tmp_path / "prompts.json", part)
         return tokenizer.decode_batch([[t for t in row if t >= 0] for row in rows.tolist()])
     assert texts("train") == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"] and texts("held_out") == ["JULIET:\nNot to be\n"]
     gutenberg = "WITCH.\nWhen shall we\n\nTHIRD, A.\nThere\n\nThus:\nSo\n\n" * 99  # as Project Gutenberg prints it
-    assert tokenizer.decode_batch(label.find_prompts("training", gutenberg, tokenizer)) == ["WITCH.\nWhen shall we\n", "THIRD, A.\nThere\n"]
+    assert tokenizer.decode_batch(label.find_prompts("training", gutenberg, tokenizer, 24)) == ["WITCH.\nWhen shall we\n", "THIRD, A.\nThere\n"]
     with pytest.raises(UserError, match="missing"):
-        label.write_prompts(tmp_path / "none.txt", tokenizer, tmp_path / "prompts.json")
+        label.write_prompts(tmp_path / "none.txt", tokenizer, 24, tmp_path / "prompts.json")
     with pytest.raises(UserError, match="missing: run 02_sample_label.py --prompts"):
         read_prompts(tmp_path / "none.json", "train")
     with pytest.raises(UserError, match="held-out text has no prompts"):
-        label.find_prompts("held-out", "no speakers here\n" * 99, tokenizer)
+        label.find_prompts("held-out", "no speakers here\n" * 99, tokenizer, 24)
 
 
 def test_settings_of_a_gpu(monkeypatch, capsys):

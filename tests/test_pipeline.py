@@ -21,7 +21,7 @@ from running.stages import fingerprint
 
 ROOT = Path(__file__).parent.parent
 STAGES = {
-    "01_pretrain.py": ["--vocab-size", "300", "--context", "32", "--n-layer", "1", "--n-head", "2", "--n-kv-head",
+    "01_pretrain.py": ["--vocab-size", "300", "--context", "48", "--n-layer", "1", "--n-head", "2", "--n-kv-head",
                        "1", "--d-model", "32", "--batch", "32", "--steps", "200", "--measure-every", "20", "--n-samples", "64",
                        "--save-s", "0.1"],
     "02_sample_label.py": ["--n", "3000", "--length", "24", "--corpus-fraction", "0.2", "--pieces", "4"],
@@ -349,6 +349,18 @@ def other_tokenizer(out):
     save(out / "base.safetensors", GPT(GPTConfig(tokenizer.get_vocab_size(), 32, 1, 2, 1, 32)), tokenizer, metrics={})
 
 
+def cut_log(out):
+    """As a run that was started anew and killed in its second iteration leaves it."""
+    log = out / "04-happy.jsonl"
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+
+
+def other_log(out):
+    """The log of another run than that which wrote the policies."""
+    log = out / "04-happy.jsonl"
+    log.write_text("".join(json.dumps(row | {"kl": row["kl"] * 1.01}) + "\n" for row in rows(log)))
+
+
 def remove(name):
     return lambda out: (out / name).unlink()
 
@@ -385,7 +397,7 @@ CASES = [
     ("05_eval.py", remove("04-happy.jsonl"), [], "04-happy.jsonl is missing: run 04_ppo.py"),
     ("02_sample_label.py", None, ["--corpus-fraction", "7"], "corpus-fraction must be in"),
     ("02_sample_label.py", None, ["--seed", "-1"], "--seed must be in"),
-    ("02_sample_label.py", None, ["--length", "33"], "--length 33 is more than the 32 tokens"),
+    ("02_sample_label.py", None, ["--length", "49"], "--length 49 is more than the 48 tokens"),
     ("02_sample_label.py", None, ["--prompts"], "--prompts needs --corpus-fraction 0"),
     ("02_sample_label.py", None, ["--labeller", "Vader-pieces"], "not the machine's name"),
     ("people sheet", None, ["CORPUS"], "is not a sheet"),
@@ -399,6 +411,11 @@ CASES = [
     ("04_ppo.py", None, ["--epochs", "0"], "--epochs must be positive"),
     ("04_ppo.py", None, ["--kl-samples", "0"], "--kl-samples must be at least 2"),
     ("04_ppo.py", None, ["--reward-samples", "1"], "--reward-samples must be at least 2"),
+    ("04_ppo.py", None, ["--head-lr", "-0.06"], "--head-lr must not be negative"),
+    ("03_reward_model.py", None, ["--machine-weight", "0"], "no label is left to train on"),
+    ("02_sample_label.py", None, ["--prompts", "--corpus-fraction", "0", "--length", "47"], "has no prompts.*1 tokens at most"),
+    ("05_eval.py", cut_log, [], "has no two iterations"),
+    ("05_eval.py", other_log, [], "is not of the run that .*04-happy.jsonl tells of"),
     ("people label", None, ["anna", "--seed", "-1"], "--seed must be in"),
     ("people unblind", None, [], "key.*is missing"),
     ("03_reward_model.py", None, ["--lr", "1e30", "--head-lr", "1e30", "--embed-lr", "1e30"], "lower --lr"),

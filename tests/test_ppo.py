@@ -1,4 +1,5 @@
 import importlib
+import json
 import math
 
 import pytest
@@ -127,6 +128,8 @@ def test_a_run_ends_within_its_kl(tmp_path):
     first, second = way_back(7.0, 11.5, 9.85), way_back(7.0, 10.2, 9.85)
     assert path == pytest.approx([0, -first, -second * (1 - first), 0], abs=1e-6)
     assert keeper.done and keeper.taken_back == pytest.approx(first + (1 - first) * second)
+    logged = [json.loads(line) for line in (tmp_path / "04-happy.jsonl").read_text().splitlines()]
+    assert [row["taken_back"] for row in logged] == pytest.approx([0, first, keeper.taken_back])  # a whole update; parts
     keeper.finish()
     final, _, header = load(tmp_path / "policy-happy.safetensors", "04_ppo.py")
     assert header["kl"] == 9.8 and torch.equal(final.head, weight)
