@@ -1,6 +1,6 @@
 """Which method wastes least: what does each of eight get for its KL, its samples and its seconds?
 
-    python -m experiments.methods        # after `make seeds`; 55 minutes on one core
+    python -m experiments.methods        # after `make seeds`; 58 minutes on one core
 
 Claim, to be tested: RL spends more KL for a reward than best-of-n does (Gao et al. 2022,
 arXiv:2210.10760); fits to a Boltzmann target or to selected samples should not. The authors warn
@@ -31,7 +31,7 @@ Found, +- half the 95 % interval over three seeds: (1) nearly: PPO -.37 +- .04, 
 target gains, filtered 46, weighted 44. (3) Worse: .12 below at 2, .13 at 5, and it ends at 8.5. (4)
 .1: so, by .09 +- .04, at 1.2 nats; on seed 0 .03: by .01, .3: .18, 1: .10. (5) Best-of-n is below
 (.33 +- .08, PPO .87 +- .15), the penalty too (.77, seed 0), but so is DPO (.77 +- .13). (6) So, by
-.07 each. (7) So: 8,192 samples against 16,000 +- 1,200, 48 +- 23 s against 119 +- 8.
+.07 each. (7) So: 8,192 samples against 16,000 +- 1,200, 42 +- 2 s against 123 +- 15.
 Left out: other rates, sizes, prompts; PPO's seconds are of other processes than the rest. Take
 away: of what trains, a KL penalty wastes least, DPO most; and what any of them has at 1 nat best-
 of-n has before .2. What would change my mind: a fit with two thirds of its target's gain.
