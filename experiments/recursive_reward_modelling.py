@@ -29,12 +29,11 @@ Found, +- half the 95 % interval: (1) 56 %; 69.5, 73.4, 73.6 +- .9 %, the first 
 is more than by random words (56). (3) So: 90 %, .77. (4) .45 +- .05, .86 +- .06, .92 +- .04. (5)
 So, and better: 69.5 %, .71, 84 and 50 +- 7 %; gold .81 +- .03. (6) Wrong: 68 %, .72 +- .02. (7) So:
 42, 63.5, 45 %; AUC .50, .68, .53; lexicon 22 %, .34, -.54. (8) Unaided .23 +- .20, critique .44 +-
-.14; at 6 nats .52 +- .35 and .84 +- .12, ahead on each run (.62 and .83 when 04 had one learning
-rate). (9) Unaided, less than predicted: .52, .77, .82 +- .02; gold .06 +- .06, .77 +- .08, .94 +-
-.03. Left out: people; forged words; flaws that no four words show. Take away: an assistant that can
-only point at true words helps even when it flatters, unless it points against a truth that it
-knows; it never points at what it does not know. What would change my mind: critique that teaches
-new words.
+.14; at 6 nats .52 +- .35 and .84 +- .12, ahead on each run (.62, .83 with one learning rate). (9)
+Unaided, less than predicted: .52, .77, .82 +- .02; gold .06 +- .06, .77 +- .08, .94 +- .03. Left
+out: people; forged words; flaws that no four words show. Take away: an assistant that can only
+point at true words helps even when it flatters, unless it points against a truth that it knows; it
+never points at what it does not know. What would change my mind: critique that teaches new words.
 """
 from dataclasses import dataclass
 
