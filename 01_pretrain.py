@@ -290,4 +290,4 @@ if __name__ == "__main__":
     for sample in samples[:3]:
         print(f"--- sample\n{sample}")
     print("---\nheld out:", ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    finish("python 02_sample_label.py", cfg.out)
+    finish("python 02_sample_label.py", cfg.out, state.earlier_s)

@@ -234,5 +234,5 @@ if __name__ == "__main__":
         run.batch, run.clip_fractions = next_batch(run.clip_fractions, run.batch, cfg.max_batch)
 
     keeper.finish()
-    log = cfg.out / f"04-{cfg.name}.jsonl"
-    finish("python 05_eval.py" if cfg.reward == "model" else f"read {log}", cfg.out)
+    then = "python 05_eval.py" if cfg.reward == "model" else f"read {cfg.out}/04-{cfg.name}.jsonl"
+    finish(then, cfg.out, state.earlier_s)

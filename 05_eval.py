@@ -193,8 +193,8 @@ if __name__ == "__main__":
         logged = [(row["step"], row["kl"]) for row in read_log(log)]
         for path in paths[target][1:]:
             header = load(path, "04_ppo.py")[2]
-            require((header["step"], header["kl"]) in logged, f"{path} is not of the run that {log} "
-                    f"tells of: run 04_ppo.py --target {target} again, to its end")
+            require((header["step"], header["kl"]) in logged, f"{path} is not of the run that "
+                    f"{log} tells of: run 04_ppo.py --target {target} again, to its end")
 
     # -- measure
     stream = cfg.seed << 32 | 5 << 24  # 04's rollouts have 4

@@ -100,7 +100,9 @@ class State:
         self.header = {"settings": settings_of(cfg), "inputs": inputs}
         self.model, self.optimizers = model, optimizers
         self.memory = SimpleNamespace(**memory)
-        self.save_s, self.saved = cfg.save_s, time.time()
+        self.save_s, self.began = cfg.save_s, time.time()
+        self.saved = self.began
+        self.earlier_s = 0.0  # seconds of the run that this one goes on from
         if not cfg.resume:
             self.delete()  # else an earlier run's would outlive the log that this run writes
         elif self.path.exists():
@@ -127,6 +129,7 @@ class State:
                     state["state"].setdefault(int(parameter), {})[key] = tensor
             optimizer.load_state_dict(state)
         self.memory = SimpleNamespace(**header["memory"])
+        self.earlier_s = header["seconds"]
         print(f"resuming at step {self.memory.step}")
 
     def save(self, now: bool = False, **changed) -> None:
@@ -141,7 +144,8 @@ class State:
         for i, optimizer in enumerate(self.optimizers):
             for parameter, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{i}.{parameter}.{k}": v for k, v in state.items()}
-        write_tensors(self.path, tensors, sync=False, memory=vars(self.memory), **self.header)
+        write_tensors(self.path, tensors, sync=False, memory=vars(self.memory),
+                      seconds=self.earlier_s + self.saved - self.began, **self.header)
 
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -119,7 +119,7 @@ class Log:
         self.laps = {}
 
 
-def record(out: Path) -> dict:
+def record(out: Path, earlier_s: float = 0.0) -> dict:
     """Add this script's settings and seconds to out/stages.json -> those of all stages so far."""
     path = out / "stages.json"
     script = Path(sys.argv[0]).name
@@ -131,18 +131,20 @@ def record(out: Path) -> dict:
         known = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):  # ValueError: damaged, and not worth a failed run
         known = {}
-    known[script] = {"seconds": round(time.time() - start.time, 1), "settings": settings}
+    seconds = earlier_s + time.time() - start.time
+    known[script] = {"seconds": round(seconds, 1), "settings": settings}
     write(path, json.dumps(known, indent=1, default=str))
     return known
 
 
-def finish(next_command: str, out: Path) -> None:
-    """Print what it took and what comes next."""
-    record(out)
+def finish(next_command: str, out: Path, earlier_s: float = 0.0) -> None:
+    """Print what it took and what comes next. earlier_s: seconds of a run that this one resumed."""
+    record(out, earlier_s)
     if dist.is_initialized():
         dist.destroy_process_group()
     unit = 2**30 if sys.platform == "darwin" else 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print(f"wall time {time.time() - start.time:.0f} s, peak memory {peak:.2f} GiB")
+    before = f" (before it was resumed {earlier_s:.0f} s)" if earlier_s else ""
+    print(f"wall time {time.time() - start.time:.0f} s{before}, peak memory {peak:.2f} GiB")
     elsewhere = next_command.startswith("python") and str(out) != "out"
     print(f"next: {next_command}" + (f" --out {out}" if elsewhere else ""))

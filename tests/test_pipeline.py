@@ -138,6 +138,9 @@ def test_killed_and_resumed_equals_uninterrupted(script, pipeline, corpus, tmp_p
     done = run(script, out, *args)
     assert done.returncode == 0, done.stderr
     assert "resuming at step" in done.stdout
+    this, earlier = map(int, re.search(r"wall time (\d+) s \(before it was resumed (\d+) s\)", done.stdout).groups())
+    told = next(v["seconds"] for k, v in json.loads((out / "stages.json").read_text()).items() if k.startswith(script))
+    assert abs(told - this - earlier) < 2  # of all processes of the run
     assert comparable(out / ARTEFACT[script]) == comparable(before / ARTEFACT[script])
     assert comparable(log) == comparable(before / LOG[script])
     assert not list(out.glob("*-state.safetensors"))
