@@ -195,7 +195,7 @@ if __name__ == "__main__":
             "learned to read: lower it, or train with a larger --context")
     corpus = cfg.out / "corpus.txt"
     if cfg.prompts:
-        longest = min(24, model.config.context - cfg.length)
+        longest = min(24, model.config.context - cfg.length)  # tokens; both fit the context
         write_prompts(corpus, tokenizer, longest, cfg.out / "prompts.json")
 
     n_corpus = round(cfg.n * cfg.corpus_fraction)

@@ -10,15 +10,15 @@ Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each 
 
 Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 03 learned from prompts
 Writes  out/policy-happy.safetensors (just within 10 nats), out/04-happy.jsonl,
-        out/checkpoints/happy-kl-*.safetensors (whenever .25, .5, 1, 1.5, ... or 9 is crossed)
+        out/checkpoints/happy-kl-*.safetensors (whenever .25, .5, 1, 1.5, 2, 3, ... is crossed)
 
 Decisions a reader may question:
 1. No value function, no GAE, no KL penalty (--kl-coef for comparison): the normalised reward is the
    advantage of every token. Clipping bounds each move away from pi_old; the end bounds the KL.
 2. reward_zero and reward_std are constants of the base model's samples. Whitening each batch would
-   blow noise up to unit variance once all are alike. The zero, a baseline, lies a third of a
-   deviation above their mean, amid the scores of a run: no constant changes the expected gradient,
-   since E[grad log pi] = 0, but its noise.
+   blow noise up to unit variance once all are alike. The zero is a baseline: as E[grad log pi] = 0,
+   it changes not the expected gradient, only its noise. It lies amid the scores of a run, a third
+   of a deviation above the base model's mean.
 3. A policy is measured before its update, on samples it has just drawn: its KL exact at each token
    (a sum over the vocabulary) of kl_samples of them, less noisy than mean log pi/pi_ref of all.
 4. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
@@ -182,7 +182,7 @@ if __name__ == "__main__":
 
     for step in keeper.steps():
         # 1. Rollout: the policy writes a batch of completions.
-        seed = (cfg.seed << 32) + (4 << 24) + step  # a stream of random numbers for each use
+        seed = (cfg.seed << 32) + (4 << 24) + step  # 4: the rollouts' random numbers; 3: above
         mine = share(torch.arange(run.batch), cfg.minibatch)                 # (B,), their numbers
         prompt = draw_prompts(prompts, run.batch, seed)[mine].to(device)     # (B, P), P may be 0
         y, logp_old = policy.generate(mine, about["length"], seed, prompts=prompt)  # (B, T) each
@@ -195,15 +195,15 @@ if __name__ == "__main__":
         # 3. Measure this policy before it changes: how far has it moved from the reference?
         part = slice(cfg.kl_samples // world()[1])
         kl, k1, logp, entropy = kl_nats(policy, reference, y[part], prompt[part])
-        if gather((logp_old[part] - logp).abs().max()[None]).max() > 5e-6:   # more than rounding:
-            logp_old = chunked(policy.logprob, mb_size, y, prompt)           # decision 4
+        if gather((logp_old[part] - logp).abs().max()[None]).max() > 5e-6:   # unequal: decision 4
+            logp_old = chunked(policy.logprob, mb_size, y, prompt)
         row = policy_figures(run, kl, k1, entropy, score, reward, kind)
         keeper.log.lap("s_score")
 
         # 4. Keep a checkpoint at a crossing. Beyond kl_stop a part of the update is taken back, to
-        #    be measured in the next iteration; just within it the run is done.
+        #    be measured in the next iteration; just within it the run is done, and steps() ends.
         if not keeper.keep(row):
-            continue  # with the loop's next step, or its end
+            continue
 
         # 5. Advantage: the reward of a completion, at each of its tokens (and no KL penalty).
         logp_ref = chunked(reference.logprob, mb_size, y, prompt) if cfg.kl_coef else logp_old

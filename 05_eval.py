@@ -153,12 +153,14 @@ def measure(policy, reference, reward_model, reward_fn, tokenizer, corpus: Corpu
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of a JSON-lines log. Raises UserError if it is missing or damaged."""
+    """The rows of 04's log. Raises UserError if it is missing, damaged, or of one iteration."""
     require(path.exists(), f"{path} is missing: run 04_ppo.py first")
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
     except ValueError as error:
         raise UserError(f"{path} is damaged: run 04_ppo.py again") from error
+    require(len(rows) >= 2, f"{path} has no two iterations: run 04_ppo.py again")
+    return rows
 
 
 def read_ratings(path: Path, fingerprints: set[str]) -> list[dict]:
@@ -177,20 +179,19 @@ if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__)
     check(cfg)
     reference, reward_model, tokenizer, about = load_base_and_reward(cfg.out, device, dtype)
-    ppo = read_log(cfg.out / "04-happy.jsonl")
-    require(len(ppo) >= 2, f"{cfg.out}/04-happy.jsonl has no two iterations: run 04_ppo.py again")
     prompts = read_prompts(cfg.out / "prompts.json", "held_out") if about["prompted"] else None
     corpus_path = cfg.out / "corpus.txt"
     corpus = Corpus(corpus_path.read_text(encoding="utf-8")) if corpus_path.exists() else None
 
     # -- what there is to measure: the base model, the checkpoints, the final policies
-    paths = {}
+    paths, logs = {}, {}
     for target in load_policies(cfg.out, about["inputs"]):
         checkpoints = sorted((cfg.out / "checkpoints").glob(f"{target}-kl-*.safetensors"))
         paths[target] = [cfg.out / "base.safetensors", *checkpoints,
                          cfg.out / f"policy-{target}.safetensors"]
         log = cfg.out / f"04-{target}.jsonl"
-        logged = [(row["step"], row["kl"]) for row in read_log(log)]
+        logs[target] = read_log(log)
+        logged = [(row["step"], row["kl"]) for row in logs[target]]
         for path in paths[target][1:]:
             header = load(path, "04_ppo.py")[2]
             require((header["step"], header["kl"]) in logged, f"{path} is not of the run that "
@@ -229,7 +230,7 @@ if __name__ == "__main__":
     # -- hand over to the report
     results |= {
         "seed": cfg.seed, "base_metrics": about["base_metrics"], "reward_model": about["metrics"],
-        "calibration": about["calibration"], "ppo": ppo,
+        "calibration": about["calibration"], "ppo": logs["happy"],
         "ratings": read_ratings(cfg.out / "ratings.json", fingerprints),
         "made": made_by(cfg.out, record(cfg.out))}
     results = build_report(results, cfg.out)

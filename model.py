@@ -281,8 +281,8 @@ def kl_nats(policy: GPT, reference: GPT, y: torch.Tensor, prompt: torch.Tensor):
     hidden_p = chunked(policy.hidden_before, 256, y, prompt)                         # (B, T, D)
     hidden_q = chunked(reference.hidden_before, 256, y, prompt)
     if y.is_cuda:  # float32 logits, as the kernels have them
-        weight_p, weight_q, hidden_p, hidden_q = (
-            x.float() for x in (weight_p, weight_q, hidden_p, hidden_q))
+        weight_p, weight_q = weight_p.float(), weight_q.float()
+        hidden_p, hidden_q = hidden_p.float(), hidden_q.float()
     return chunked(of_rows, 8, y, hidden_p, hidden_q)  # 8: their logits stay in a CPU's cache
 
 

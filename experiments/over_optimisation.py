@@ -36,8 +36,8 @@ the end, to 5.4 +- .4, 5.9 +- .2, 6.1 +- .3. (With one rate for all of 04's laye
 .31, mean .87 +- .31, one model of all labels 1.17 +- .03. PPO: minimum 1.19 +- .05, less variance
 1.07 +- .05, behind one member. (6) So: .03 +- .05, after 20.6 nats.
 Left out: a person's labels, comparisons; one run of PPO a reward. Take away: few labels make each
-nat worth less; below 20 none does harm. What would change my mind: PPO that loses .2 sd of VADER
-before 20 nats, on two subsets.
+nat worth less; hardly one below 20 does harm. What would change my mind: PPO that loses .2 sd of
+VADER before 20 nats, on two subsets.
 """
 from dataclasses import dataclass
 from pathlib import Path

@@ -85,7 +85,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
                 break
         return path
 
-    def weighted(kl, s, said, w):
+    def profile_and_judges(kl, s, said, w):
         in_sd = {who: (np.average(x, weights=w) - base_said[who].mean()) / base_said[who].std()
                  for who, x in said.items()}
         return profile(kl, expected(s, fits), w) | in_sd | {"kl": np.average(kl.sum(1), weights=w)}
@@ -93,13 +93,13 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
     def profile_of(policy):
         y, s, _, said = draw(policy, cfg.n_policy)
         kl = chunked(lambda y: block_kl(policy, reference, y), 16, y).double().numpy(force=True)
-        return weighted(kl, s, said, np.ones(len(y)))
+        return profile_and_judges(kl, s, said, np.ones(len(y)))
 
     y, s, score, base_said = draw(reference, cfg.n)
     fits = [logistic(x, np.exp(score)) for x in s.T]
     for name, inverse_beta in (("posterior", 1), ("sharper", 8)):
         w = np.exp(inverse_beta * score)
-        profiles[name] = weighted(posterior_kl(s, w), s, base_said, w)
+        profiles[name] = profile_and_judges(posterior_kl(s, w), s, base_said, w)
 
     policy = copy.deepcopy(reference)
     path = train("PPO", policy)

@@ -102,7 +102,7 @@ class State:
         self.memory = SimpleNamespace(**memory)
         self.save_s, self.began = cfg.save_s, time.time()
         self.saved = self.began
-        self.earlier_s = 0.0  # seconds of the run that this one goes on from
+        self.earlier_s = 0.0  # seconds, to its last state, of the run that this one resumes
         if not cfg.resume:
             self.delete()  # else an earlier run's would outlive the log that this run writes
         elif self.path.exists():

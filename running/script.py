@@ -74,11 +74,11 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
 
 
 def check_signs(cfg, positive: str, not_negative: str) -> None:
-    """Names of settings, blanks between them. Raises UserError where one is 0, or below it."""
-    for knob in f"{positive} {not_negative}".split():
-        name, value = f"--{knob.replace('_', '-')}", getattr(cfg, knob)
-        require(value > 0 or knob in not_negative.split(), f"{name} must be positive")
-        require(value >= 0, f"{name} must not be negative")
+    """Names of settings, blanks between them. Raises UserError if one has a wrong sign."""
+    for knob in positive.split():
+        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
+    for knob in not_negative.split():
+        require(getattr(cfg, knob) >= 0, f"--{knob.replace('_', '-')} must not be negative")
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
