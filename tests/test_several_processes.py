@@ -21,24 +21,43 @@ def copy(source, out, *names):
         (out / name).write_bytes((source / name).read_bytes())
 
 
+WRAPPER = """
+import runpy, sys, torch, running.script
+from model import GPT, chunked
+running.script.fast_dtype = lambda device: torch.float32
+real = GPT.generate
+
+
+def taught(policy, n, length, seed, **how):
+    path = {folder!r} + f"/tokens-{{seed}}.pt"
+    if {replay}:
+        y = torch.load(path)[torch.as_tensor(n)] if torch.is_tensor(n) else torch.load(path)[:n]
+    else:
+        y, _ = real(policy, n, length, seed, **how)
+        torch.save(y, path)
+    return y, chunked(policy.logprob, 64, y)
+
+
+GPT.generate = taught
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("script, inputs, log, keys, limit", [
     ("01_pretrain.py", [], "01.jsonl", ["nats_per_token", "held_out_nats"], 2e-3),
     ("04_ppo.py", ["base.safetensors", "reward.safetensors"], "04-happy.jsonl",
-     ["kl", "kl_se", "kl_k1", "score", "score_std", "reward", "entropy", "clip_fraction", "loss", "batch"], 1e-5),
+     ["kl", "kl_se", "kl_k1", "score", "score_std", "reward", "entropy", "clip_fraction", "loss", "batch"], 1e-3),
 ])
 def test_two_processes_do_what_one_does(script, inputs, log, keys, limit, pipeline, corpus, tmp_path):
-    """Guards against shards that overlap, gradients that are summed instead of averaged, a metric of
-    one rank taken for all, and ranks that decide differently when to stop. In float32, where a sum
-    in another order is too small a change to make any sample a different one for a while: so 04 stops
-    at 0.3 nats, after a crossing and a doubled batch. At iteration 5 a token becomes another."""
-    wrapper = tmp_path / script
-    wrapper.write_text("import runpy, sys, torch, running.script\nrunning.script.fast_dtype = lambda device: torch.float32\n"
-                       f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n")
-    extra = {"01_pretrain.py": ["--corpus", str(corpus)], "04_ppo.py": ["--kl-stop", "0.3", "--lr", "0.02", "--head-lr", "0.02", "--warmup", "4"]}.get(script, [])
+    """Guards against shards that overlap, gradients that are summed instead of averaged, a metric of one rank taken for
+    all, and ranks that decide differently when to stop. In float32, and the two processes are taught the tokens that
+    one process drew: a sum in another order rounds differently, and sooner or later another token is drawn."""
+    extra = {"01_pretrain.py": ["--corpus", str(corpus)], "04_ppo.py": ["--kl-stop", "1", "--lr", "0.02", "--head-lr", "0.02", "--warmup", "4"]}[script]
     logs, headers = [], []
     for processes in (1, 2):
-        out = tmp_path / str(processes)
+        out, wrapper = tmp_path / str(processes), tmp_path / str(processes) / script
         copy(pipeline[0], out, *inputs)
+        wrapper.write_text(WRAPPER.format(folder=str(tmp_path), replay=processes == 2, script=str(ROOT / script)))
         line = [str(wrapper) if x == str(ROOT / script) else x for x in torchrun(script, out, *extra, processes=processes)]
         done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
         assert done.returncode == 0, done.stderr
@@ -47,8 +66,7 @@ def test_two_processes_do_what_one_does(script, inputs, log, keys, limit, pipeli
         headers.append([load(p, "")[2]["crossed"] for p in sorted((out / "checkpoints").glob("happy-*"))])
     assert len(logs[0]) == len(logs[1]) and headers[0] == headers[1]
     if script == "04_ppo.py":
-        assert logs[0][-1]["batch"] == 512 and headers[0] == [[0.25]]
-        logs = [log[:5] for log in logs]
+        assert logs[0][-1]["batch"] == 512 and headers[0]
     for i, (one, two) in enumerate(zip(*logs)):
         for key in (k for k in keys if k in one):
             assert two[key] == pytest.approx(one[key], rel=limit, abs=limit), (i, key)
