@@ -1,27 +1,25 @@
 """Stage 1: train a small transformer on Shakespeare, from raw text to held-out bits per byte.
 
-    python 01_pretrain.py                   # 227 s: 1.913 bits per byte held out
+    python 01_pretrain.py                   # NUMBERS
     python 01_pretrain.py --corpus my.txt   # any UTF-8 text
 
-Times and figures here and in 02 to 05: seed 0, two cores of an AMD EPYC (Zen 5), no GPU.
+MACHINE
 
 Reads   data/shakespeare.txt, or ../shared/data/shakespeare.txt, or downloads the complete works, or
-        tinyshakespeare; without a network it installs the model that it once trained.
+        tinyshakespeare. Without a network it takes the base model that the project ships.
 Writes  out/base.safetensors (weights, tokenizer, settings, metrics), out/corpus.txt, out/01.jsonl
 
 Decisions a reader may question:
 1. Byte-level BPE, trained on the training part only. Three ids are reserved (start or end of text,
    happy, sad); they never occur in the corpus and are never sampled.
-2. The held-out text is the last 5 %, in one piece: of random windows the training text would hold
-   the neighbours.
-3. Sequences do not overlap within an epoch. Every epoch cuts the text at another offset, so that a
-   model which sees it several times does not meet the same windows again.
-4. Each sequence starts with the start token wherever the text was cut, so an unconditional sample
+2. The held-out text is the last 5%, in one piece: random held-out windows would have their
+   neighbours in the training text.
+3. Sequences do not overlap within an epoch. Each epoch cuts the text at another offset, so the
+   model never meets the same windows twice.
+4. Each sequence begins with the start token, wherever the text was cut. So an unconditional sample
    is a random window of Shakespeare, not always an opening line.
-5. Muon for the matrices, AdamW for embedding and head, each with a rate of its own. What was tried
-   (seed 0, in the same time): --vocab-size 2048 --steps 1150 --weight-decay 0 --embed-lr 0.15
-   --head-lr 0.012 reached only 1.954 bits per byte.
-6. Bits per byte, because nats per token cannot be compared between tokenizers.
+5. Muon for the matrices, AdamW for embedding and head: each group has a learning rate of its own.
+6. We report bits per byte, because nats per token cannot be compared between tokenizers.
 """
 import hashlib
 import math
@@ -35,10 +33,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from model import GPT, RESERVED, GPTConfig, load, save
-from running import (Log, State, UserError, average_gradients, check_signs, finish, means, require,
-                     settings_of, share, start, world, write)
-from running.text import words
+from model import (GPT, RESERVED, GPTConfig, Log, UserError, average_gradients, finish, gather,
+                   load, my_rows, provenance, require, resume, save, save_state, start, words,
+                   world, write)
 
 HERE = Path(__file__).parent
 URLS = ("https://www.gutenberg.org/cache/epub/100/pg100.txt",
@@ -47,7 +44,7 @@ URLS = ("https://www.gutenberg.org/cache/epub/100/pg100.txt",
 
 @dataclass
 class Config:
-    corpus: str = ""         # a UTF-8 text; empty: look in data/, ../shared/data/, then download
+    corpus: str = ""         # a UTF-8 text; empty: data/, ../shared/data/, or a download
     out: Path = Path("out")  # where all stages write
     seed: int = 0
     resume: bool = False     # continue a killed run from its last saved state
@@ -60,11 +57,11 @@ class Config:
     batch: int = 32          # sequences a step
     steps: int = 900
     muon_lr: float = 0.02    # matrices
-    weight_decay: float = 0.1  # of the matrices, times the rate: the text is seen more than once
-    embed_lr: float = 0.05   # its rows have unit variance and are normalised when read
+    weight_decay: float = 0.1  # of the matrices, times their rate
+    embed_lr: float = 0.05   # large: its rows have unit variance and are normalised when read
     head_lr: float = 8e-3
     warmup: int = 20         # steps of linear warm-up
-    cooldown: float = 0.7    # last share of the steps, in which all rates fall linearly to 0
+    cooldown: float = 0.7    # last fraction of the steps, in which all rates fall linearly to 0
     measure_every: int = 225  # steps between held-out measurements
     save_s: float = 30       # seconds between saved states, for --resume
     n_samples: int = 512     # samples drawn at the end to count real words
@@ -76,8 +73,11 @@ ON_GPU = dict(n_layer=6, n_head=6, d_model=384, batch=128, steps=320, muon_lr=0.
 
 
 def check(cfg: Config) -> None:
-    check_signs(cfg, positive="batch steps warmup measure_every context cooldown n_samples n_layer "
-                "n_head n_kv_head d_model", not_negative="muon_lr embed_lr head_lr weight_decay")
+    for knob in ("batch", "steps", "warmup", "measure_every", "context", "cooldown", "n_samples",
+                 "n_layer", "n_head", "n_kv_head", "d_model"):
+        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
+    for knob in ("muon_lr", "embed_lr", "head_lr", "weight_decay"):
+        require(getattr(cfg, knob) >= 0, f"--{knob.replace('_', '-')} must not be negative")
     require(cfg.batch % world()[1] == 0, "--batch must divide among the processes")
     require(cfg.d_model % (2 * cfg.n_head) == 0, "--d-model must be a multiple of 2 x --n-head")
     require(cfg.n_head % cfg.n_kv_head == 0, "--n-head must be a multiple of --n-kv-head")
@@ -109,14 +109,14 @@ def epoch_windows(ids: torch.Tensor, context: int, seed: int) -> torch.Tensor:
 
 
 def lr_scale(step: int, steps: int, warmup: int, cooldown: float) -> float:
-    """Linear warm-up, constant, then linear to 0 over the last `cooldown` share of the steps."""
+    """Linear warm-up, constant, then linear to 0 over the last `cooldown` fraction of the steps."""
     return min(1.0, (step + 1) / warmup, (steps - step) / (cooldown * steps))
 
 
 @torch.no_grad()
 def held_out(model: GPT, ids: torch.Tensor, token_bytes: torch.Tensor) -> tuple[float, float]:
-    """Mean nats per token and bits per byte over non-overlapping windows of the model's context,
-    each read from the start token: the first tokens of a window have little to go on."""
+    """Mean nats per token, and bits per byte, over windows of the model's context that do not
+    overlap. Each is read from the start token, so its first tokens have little to go on."""
     n = len(ids) // model.config.context
     windows = ids[: n * model.config.context].view(n, -1).to(model.head.device)
     nats = -sum(float(model.logprob(y).sum(dtype=torch.float64)) for y in windows.split(64))
@@ -124,16 +124,16 @@ def held_out(model: GPT, ids: torch.Tensor, token_bytes: torch.Tensor) -> tuple[
 
 
 def real_word_share(samples: list[str], vocabulary: set[str]) -> float:
-    """Share of sampled words that are in the vocabulary. The first and the last word of each sample
-    are left out: the sample's edge may have cut them."""
+    """Fraction of sampled words that are in the vocabulary. The first and last word of a sample do
+    not count: its edge may have cut them."""
     sampled = [w for text in samples for w in words(text)[1:-1]]
     return sum(w in vocabulary for w in sampled) / max(len(sampled), 1)
 
 
 # ---- Finding the corpus: nothing about learning here, skip to the run ----------------------------
 def download(url: str, limit_s: float = 120, at_least: int = 500_000) -> str:
-    """Fetch a text, with progress. Raises UserError if it is refused, slower than `limit_s`, cut
-    off, shorter than `at_least` bytes, an HTML page, or not UTF-8. Nothing is written."""
+    """Fetch a text. Raises UserError if it is refused, slower than `limit_s`, cut off, shorter than
+    `at_least` bytes, an HTML page, or not UTF-8."""
     parts, deadline = [], time.time() + limit_s
     try:
         with urllib.request.urlopen(url, timeout=min(limit_s, 20)) as reply:
@@ -195,8 +195,9 @@ def find_corpus(path: str, urls=URLS) -> str | None:
 def use_shipped_model(out: Path) -> None:
     """Without corpus and network: the base model that this script's defaults once trained."""
     print("no corpus and no network: using pretrained/base.safetensors, which this script made")
-    write(out / "base.safetensors", (HERE / "pretrained" / "base.safetensors").read_bytes())
-    _, _, header = load(out / "base.safetensors", "01_pretrain.py")
+    shipped = HERE / "pretrained" / "base.safetensors"
+    _, _, header = load(shipped, "git checkout pretrained")
+    write(out / "base.safetensors", shipped.read_bytes())
     print("its metrics:", ", ".join(f"{k} {v:.4g}" for k, v in header["metrics"].items()))
     (out / "corpus.txt").unlink(missing_ok=True)
     finish("python 02_sample_label.py", out)
@@ -215,7 +216,7 @@ if __name__ == "__main__":
     require(len(text) >= 2000, f"the corpus has {len(text)} characters, too few to learn from: "
                                "choose a larger one with --corpus FILE")
 
-    # -- text into tokens, the last 5 % held out
+    # -- text into tokens, the last 5% held out
     cut = int(len(text) * 0.95)
     tokenizer = train_tokenizer(text[:cut], cfg.vocab_size)
     train_ids = torch.tensor(tokenizer.encode(text[:cut]).ids)                       # (N,)
@@ -242,20 +243,27 @@ if __name__ == "__main__":
     muon = torch.optim.Muon([matrices], weight_decay=cfg.weight_decay)
     adam = torch.optim.AdamW([embedding, head], betas=(0.9, 0.95), weight_decay=0)
 
+    # -- begin; or, with --resume, go on where a killed run saved its state
     inputs = {"corpus_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    state = State(cfg, "01", inputs, model, (muon, adam), step=0)
-    first = state.memory.step
-    log = Log(cfg.out / "01.jsonl", first)
+    state_path = cfg.out / "01-state.pt"
+    run = {"step": 0, "rows": [], "seconds": 0.0, "inputs": inputs}
+    run |= resume(state_path, cfg, inputs)
+    if "model" in run:
+        model.load_state_dict(run["model"])
+        muon.load_state_dict(run["muon"])
+        adam.load_state_dict(run["adam"])
+    first = run["step"]
+    log = Log(cfg.out / "01.jsonl", run["rows"])
 
     # -- training
-    seconds, tokens_per_s = 0.0, 0.0
+    seconds, tokens_per_s, saved = 0.0, 0.0, time.time()
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="pretrain")
     for step in bar:
         began = time.time()
         epoch, i = divmod(step, per_epoch)
         if step == first or i == 0:
             windows = epoch_windows(train_ids, cfg.context, cfg.seed * 1000 + epoch).to(device)
-        rows = share(torch.arange(i * cfg.batch, (i + 1) * cfg.batch), cfg.batch)
+        rows = my_rows(torch.arange(i * cfg.batch, (i + 1) * cfg.batch), cfg.batch)
         loss = -model.logprob(windows[rows]).mean()
         loss.backward()
         average_gradients(model)
@@ -265,7 +273,8 @@ if __name__ == "__main__":
                 group["lr"] = group["peak_lr"] * scale
             optimizer.step()
             optimizer.zero_grad()
-        row = {"step": step, "lr_scale": scale, **means(nats_per_token=loss.detach()[None])}
+        row = {"step": step, "lr_scale": scale,
+               "nats_per_token": gather(loss.detach()[None]).mean().item()}
         seconds += time.time() - began
         tokens_per_s = (step + 1 - first) * cfg.batch * cfg.context / seconds
         bar.set_postfix(nats=f"{row['nats_per_token']:.3f}", refresh=False)
@@ -274,7 +283,11 @@ if __name__ == "__main__":
             row |= {"held_out_nats": nats, "held_out_bits_per_byte": bits}
             tqdm.write(f"step {step + 1}: held out {bits:.3f} bits per byte")
         log(**row, tokens_per_s=tokens_per_s)
-        state.save(step=step + 1)
+        if time.time() - saved > cfg.save_s or step + 1 == cfg.steps:
+            save_state(state_path, cfg, run | {
+                "step": step + 1, "model": model.state_dict(), "muon": muon.state_dict(),
+                "adam": adam.state_dict()})
+            saved = time.time()
 
     # -- what came of it
     nats, bits = held_out(model, test_ids, token_bytes)
@@ -285,9 +298,9 @@ if __name__ == "__main__":
                "real_word_share": real_word_share(samples, set(words(text[:cut])))}
     write(cfg.out / "corpus.txt", text)
     save(cfg.out / "base.safetensors", model, tokenizer, step=cfg.steps, metrics=metrics,
-         settings=settings_of(cfg), inputs=inputs)
-    state.delete()
+         inputs=inputs, **provenance(cfg, run["seconds"]))
+    state_path.unlink(missing_ok=True)
     for sample in samples[:3]:
         print(f"--- sample\n{sample}")
     print("---\nheld out:", ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    finish("python 02_sample_label.py", cfg.out, state.earlier_s)
+    finish("python 02_sample_label.py", cfg.out, run["seconds"])

@@ -1,31 +1,36 @@
-"""Stage 2: draw samples from the base model and have them labelled positive, negative or neutral.
+"""Stage 2: draw samples from the base model and label them positive, negative or neutral.
 
-    python 02_sample_label.py                       # 46 s: 58.7 % of the samples positive
+    python 02_sample_label.py                       # NUMBERS
     python 02_sample_label.py --labeller anna       # by you: one key per sample, in the terminal
-    python 02_sample_label.py --compare             # pairs instead: which of two is the happier
+    python 02_sample_label.py --compare             # pairs instead: which of the two is happier?
 
 `python -m people` has more for people: pages to mail to friends, and what comes back.
 
 Reads   out/base.safetensors; out/corpus.txt for --prompts and --corpus-fraction
 Writes  out/samples.jsonl (id, source, text, tokens), out/labels-NAME.jsonl (the same and a label),
         out/labels-vader-pieces.jsonl; with --compare out/pairs.jsonl and out/comparisons-*.jsonl;
-        with --prompts out/prompts.json
+        with --prompts out/prompts.json; out/02.json (settings, seconds)
 
 Decisions a reader may question:
-1. Samples are unconditional, 64 tokens, temperature 1, without top-k or top-p: the distribution
-   that PPO starts from and that every KL in this project is measured against.
-2. The default labeller is VADER, a sentiment lexicon, so that the whole pipeline runs unattended.
-   It stands in for a person, no more.
-3. A person never sees where an item comes from, and gets them in a random order.
-4. The machine also labels every sample cut into four pieces. One label for 64 tokens hardly shows
-   which word it is due to, one for 16 tokens does, and the machine's labels are free. 03 trains on
-   them first. People are never asked to do this.
-5. The tokens are stored, not only the text: a sampled text need not encode to the same tokens.
-6. With --prompts the prompt is context: what is labelled, rewarded and counted in the KL is the
-   completion. Two samples share a prompt, so that --compare compares completions of one prompt.
+1. Samples are unconditional, 64 tokens, temperature 1, without top-k or top-p. PPO starts from this
+   distribution, and every KL in this project is measured against it.
+2. The default labeller is VADER, a sentiment lexicon, so that the whole pipeline runs by itself. It
+   stands in for a person, no more.
+3. A person never sees where an item comes from. Items come in a random order.
+4. The machine also labels four pieces of every sample. One label for 64 tokens hardly shows which
+   word it is due to; one for 16 tokens does, and the machine's labels are free. 03 trains on the
+   pieces first. People are never asked to label pieces.
+5. We store the tokens, not only the text: a sampled text may encode to other tokens.
+6. With --prompts the prompt is context: only the completion is labelled, rewarded and counted in
+   the KL. Two samples share a prompt, so that --compare compares completions of one prompt.
 """
 import json
+import os
 import re
+import shutil
+import sys
+import textwrap
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,23 +39,28 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-import people
-from model import GPT, load
-from running import finish, require, start, write
-from running.stages import fingerprint
-from running.text import decode_prompts, draw_prompts, read_prompts, texts_of
-from running.vader import POSITIVE, compound_scores
+from model import (GPT, decode_prompts, draw_prompts, fingerprint, finish, jsonl, load, provenance,
+                   read_prompts, read_rows, require, start, write)
+
+POSITIVE = 0.05  # VADER's own threshold: from here on a text is positive; from -0.05 down, negative
+FEELING = ({"p": "positive", "n": "negative", "0": "neutral", "s": "skip"},
+           "Which feeling does the text express? Judge the feeling, not how good it is; "
+           "neutral: neither, or both alike.")
+ASK = {"labels": FEELING, "ratings": FEELING,  # kind of answers -> labels by key, and the question
+       "comparisons": ({"l": "left", "t": "tie", "r": "right", "s": "skip"},
+                       "Which of the two is happier? Tie: neither, or both alike.")}
 
 
 @dataclass
 class Config:
     labeller: str = "vader"       # "vader", or your name: then you label in the terminal
     n: int = 24_576               # samples; --compare makes half as many pairs
-    length: int = 64              # tokens of an item
-    compare: bool = False         # label pairs of items: which of two is the happier
+    length: int = 64              # tokens of a sample
+    compare: bool = False         # label pairs: which of the two is happier?
     prompts: bool = False         # each sample continues a speaker's first line in the corpus
-    corpus_fraction: float = 0.0  # share of items that are snippets of the corpus
+    corpus_fraction: float = 0.0  # fraction of items that are snippets of the corpus
     pieces: int = 4               # pieces of each sample that the machine labels too; 0: none
     out: Path = Path("out")       # where all stages write
     seed: int = 0
@@ -67,17 +77,15 @@ def check(cfg: Config) -> None:
     require(not (cfg.prompts and cfg.corpus_fraction),
             "--prompts needs --corpus-fraction 0: without a prompt a snippet would be known")
     if cfg.labeller != "vader":
-        people.need_name(cfg.labeller)
-        people.need_terminal()
+        need_person(cfg.labeller)
 
 
 # ---- Items to label ------------------------------------------------------------------------------
 def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[dict]:
-    """n samples of the model, with --prompts each with its prompt."""
+    """n samples of the model; with --prompts, each with its prompt."""
     train_prompts = read_prompts(cfg.out / "prompts.json", "train") if cfg.prompts else None
     prompts = draw_prompts(train_prompts, -(-n // 2), cfg.seed).repeat_interleave(2, 0)[:n]
-    prompted = "p" if cfg.prompts else ""
-    name = f"{fingerprint(model)[:8]}-{cfg.seed}-{cfg.length}{prompted}"
+    name = f"{fingerprint(model)[:8]}-{cfg.seed}-{cfg.length}{'p' if cfg.prompts else ''}"
     items = []
     for numbers in tqdm(torch.arange(n).split(1024), desc="sample"):
         y, _ = model.generate(numbers, cfg.length, cfg.seed, prompts=prompts[numbers])  # (1024, T)
@@ -90,15 +98,15 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[
     return items
 
 
-def need_corpus(corpus: Path, flag: str) -> None:
+def read_corpus(corpus: Path, flag: str) -> str:
     require(corpus.exists(), f"{corpus} is missing (the shipped model comes without its corpus): "
                              f"run 01_pretrain.py with --corpus FILE, or leave out {flag}")
+    return corpus.read_text(encoding="utf-8")
 
 
 def draw_snippets(corpus: Path, tokenizer: Tokenizer, cfg: Config, n: int) -> list[dict]:
-    """n snippets of the corpus, at different places. Raises UserError if there are not as many."""
-    need_corpus(corpus, "--corpus-fraction")
-    ids = tokenizer.encode(corpus.read_text(encoding="utf-8")).ids
+    """n snippets from different places of the corpus. Raises UserError if it is too short."""
+    ids = tokenizer.encode(read_corpus(corpus, "--corpus-fraction")).ids
     g = torch.Generator().manual_seed(cfg.seed)
     places = (torch.randperm(len(ids) // cfg.length, generator=g)[:n] * cfg.length).tolist()
     require(len(places) == n, f"{corpus} has {len(places)} snippets: lower --corpus-fraction")
@@ -108,7 +116,7 @@ def draw_snippets(corpus: Path, tokenizer: Tokenizer, cfg: Config, n: int) -> li
 
 def find_prompts(part: str, text: str, tokenizer: Tokenizer, longest: int) -> list[list[int]]:
     """Every speaker's name ("Romeo:", or "ROMEO." as Project Gutenberg prints it) with the first
-    line of the speech, of at most `longest` tokens, each once. Raises UserError if there are none.
+    line of the speech, of at most `longest` tokens, each once. Raises UserError if none is found.
     """
     names = (r"[A-Z][^\n:]{0,30}:", r"[A-Z][A-Z ,'’]{0,30}\.")
     found = [dict.fromkeys(re.findall(rf"^{name}\n[^\n]+\n", text, re.M)) for name in names]
@@ -120,9 +128,8 @@ def find_prompts(part: str, text: str, tokenizer: Tokenizer, longest: int) -> li
 
 
 def write_prompts(corpus: Path, tokenizer: Tokenizer, longest: int, path: Path) -> None:
-    """Of the training text, and for 05 of the held-out last 5 % (as in 01)."""
-    need_corpus(corpus, "--prompts")
-    text = corpus.read_text(encoding="utf-8")
+    """From the training text; and, for 05, from the held-out last 5% (as in 01)."""
+    text = read_corpus(corpus, "--prompts")
     cut = int(len(text) * 0.95)
     held_out = text[cut:].partition("\n")[2]
     write(path, json.dumps({"train": find_prompts("training", text[:cut], tokenizer, longest),
@@ -130,8 +137,8 @@ def write_prompts(corpus: Path, tokenizer: Tokenizer, longest: int, path: Path) 
 
 
 def pair_up(items: list[dict], seed: int) -> list[dict]:
-    """Items 0 and 1, 2 and 3, ..., of one prompt if there are prompts; a seeded coin decides who
-    stands on the left. -> ids "ID ID", text and tokens of both in lists."""
+    """Pairs of items 0 and 1, 2 and 3, ...; these share their prompt, if there are prompts. A
+    seeded coin decides who stands on the left. -> ids "ID ID", text and tokens of both in lists."""
     g = torch.Generator().manual_seed(seed)
     flips = torch.randint(2, (len(items) // 2,), generator=g).tolist()
     pairs = []
@@ -144,16 +151,21 @@ def pair_up(items: list[dict], seed: int) -> list[dict]:
     return pairs
 
 
+def shuffled(items: list[dict], seed: int) -> list[dict]:
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order.tolist()]
+
+
 # ---- Labelling by the machine --------------------------------------------------------------------
 def feeling(compound: float) -> str:
-    """The label of a text from its score, by VADER's own thresholds."""
+    """VADER's compound score of a text, in [-1, 1] -> its label."""
     if abs(compound) < POSITIVE:
         return "neutral"
     return "positive" if compound > 0 else "negative"
 
 
 def happier(left: float, right: float) -> str:
-    """The label of two texts from their scores."""
+    """The scores of two texts -> the label of the pair."""
     return "left" if left > right else "right" if right > left else "tie"
 
 
@@ -172,16 +184,120 @@ def cut_up(items: list[dict], pieces: int, tokenizer: Tokenizer) -> list[dict]:
 
 
 def label_by_vader(items: list[dict], path: Path) -> list[str]:
-    """Writes path: each item with its label."""
-    scores = iter(compound_scores([text for item in items for text in texts_of(item)], "label"))
-    labels = []
-    for item in items:
-        if isinstance(item["text"], str):
-            labels.append(feeling(next(scores)))
-        else:
-            labels.append(happier(next(scores), next(scores)))
-    rows = [item | {"label": label, "labeller": "vader"} for item, label in zip(items, labels)]
-    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    """VADER (Hutto & Gilbert 2014) scores some 8,000 samples a second. Writes path: each item with
+    its label."""
+    vader, labels = SentimentIntensityAnalyzer(), []
+    for item in tqdm(items, desc="label", mininterval=1):
+        texts = [item["text"]] if isinstance(item["text"], str) else item["text"]
+        scores = [vader.polarity_scores(text)["compound"] for text in texts]
+        labels.append(feeling(*scores) if len(scores) == 1 else happier(*scores))
+    write(path, jsonl(item | {"label": label, "labeller": "vader"}
+                      for item, label in zip(items, labels)))
+    return labels
+
+
+# ---- Labelling by a person: one key per item, each answer on disk before the next question -------
+def is_name(name: str) -> bool:
+    """Whether a labeller's name can stand in a file name, beside the machine's."""
+    taken = ("vader", "vader-pieces", "majority")
+    return name.replace("-", "").isalnum() and name.lower() not in taken
+
+
+def need_person(name: str) -> None:
+    """Raises UserError if `name` is no labeller's name, or if there is no terminal."""
+    require(is_name(name), f"{name!r} is not a labeller: a name has letters and digits, and is not "
+                           "the machine's name")
+    require(sys.stdin.isatty() and sys.stdout.isatty(),
+            "this asks a person for keys and needs a terminal: run the command in one")
+
+
+def read_answers(path: Path) -> dict[str, str]:
+    """id -> label, in the order of labelling. The last line about an item counts; "undo" removes
+    its label. A kill can leave a last line without its end: that line is cut off."""
+    data = path.read_bytes() if path.exists() else b""
+    whole, _, last = data.rpartition(b"\n")
+    if last:
+        try:
+            json.loads(last)                  # whole after all: an editor may leave it so
+            whole = data
+        except ValueError:
+            print(f"{path}: dropping an unfinished last line")
+        write(path, whole + b"\n" * bool(whole))
+    labels: dict[str, str] = {}
+    for row in read_rows(path, "it", lambda row: row["id"] and row["label"]) if data else ():
+        labels.pop(row["id"], None)
+        if row["label"] != "undo":
+            labels[row["id"]] = row["label"]
+    return labels
+
+
+def counts(labels: dict[str, str], kind: str) -> str:
+    given = Counter(labels.values())
+    return ", ".join(f"{label} {given[label]}" for label in ASK[kind][0].values())
+
+
+def as_text(item: dict) -> str:
+    """What a person reads. Control characters must not reach the terminal."""
+    text = item["text"]
+    if not isinstance(text, str):
+        text = "LEFT\n\n{}\n\nRIGHT\n\n{}".format(*text)
+    if "prompt" in item:
+        text = f"{item['prompt']}...\n{text}"
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def read_key() -> str:
+    """One key, without Enter. Ctrl-C still interrupts; end of input is "q"."""
+    import termios  # not on Windows
+    import tty
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    try:
+        tty.setcbreak(fd)
+        return os.read(fd, 1).decode("utf-8", "replace").lower() or "q"
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def append(file, item: dict, label: str, labeller: str) -> None:
+    row = item | {"label": label, "labeller": labeller, "time": round(time.time())}
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def ask(items: list[dict], path: Path, labeller: str, kind: str) -> dict[str, str]:
+    """Ask for one key per item and append each answer to `path` at once -> id -> label."""
+    need_person(labeller)
+    keys, question = ASK[kind]
+    choices = "   ".join(f"{key} {label}" for key, label in keys.items())
+    labels = read_answers(path)
+    by_id = {item["id"]: item for item in items}
+    queue = [item for item in reversed(items) if item["id"] not in labels]
+    width = min(shutil.get_terminal_size().columns, 90)
+    with open(path, "a", encoding="utf-8") as file:
+        while queue:
+            total = len(labels) + len(queue)
+            print(f"\033[2J\033[H{len(labels) + 1} of {total}   {counts(labels, kind)}\n")
+            for line in as_text(queue[-1]).split("\n"):
+                print(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="    "))
+            print(f"\n{choices}   u undo   q quit   ? help", flush=True)
+            key = read_key()
+            last = list(labels)[-1] if labels else None
+            if key in keys:
+                append(file, queue[-1], keys[key], labeller)
+                labels[queue.pop()["id"]] = keys[key]
+            elif key == "u" and last in by_id:
+                append(file, by_id[last], "undo", labeller)
+                del labels[last]
+                queue.append(by_id[last])
+            elif key == "q":
+                break
+            elif key == "?":
+                print(f"\n{question}\nEvery key is saved at once; quit whenever you like and "
+                      "run the same command to go on.\nAny key returns.", flush=True)
+                read_key()
+    print(f"\n{path}: {len(labels)} of {len(items)},", counts(labels, kind))
     return labels
 
 
@@ -202,18 +318,19 @@ if __name__ == "__main__":
     items = draw_samples(model, tokenizer, cfg, cfg.n - n_corpus)
     if n_corpus:
         items += draw_snippets(corpus, tokenizer, cfg, n_corpus)
-    write(cfg.out / "samples.jsonl", "".join(json.dumps(item) + "\n" for item in items))
+    write(cfg.out / "samples.jsonl", jsonl(items))
     if cfg.compare:
         items = pair_up(items, cfg.seed)
-        write(cfg.out / "pairs.jsonl", "".join(json.dumps(item) + "\n" for item in items))
+        write(cfg.out / "pairs.jsonl", jsonl(items))
 
+    kind = "comparisons" if cfg.compare else "labels"
+    path = cfg.out / f"{kind}-{cfg.labeller}.jsonl"
     if cfg.labeller == "vader":
-        kind = "comparisons" if cfg.compare else "labels"
         pieces = cut_up(items, cfg.pieces, tokenizer)
         label_by_vader(pieces, cfg.out / f"{kind}-vader-pieces.jsonl")
-        labels = label_by_vader(items, cfg.out / f"{kind}-vader.jsonl")
-        counts = ", ".join(f"{label} {n}" for label, n in Counter(labels).most_common())
-        print(f"{cfg.out}/{kind}-vader.jsonl: {len(labels)} {kind}, {counts}")
+        labels = Counter(label_by_vader(items, path)).most_common()
+        print(f"{path}: {len(items)} {kind},", ", ".join(f"{k} {v}" for k, v in labels))
     else:
-        people.label(cfg.labeller, cfg.out, cfg.compare, cfg.seed)
+        ask(shuffled(items, cfg.seed), path, cfg.labeller, kind)
+    write(cfg.out / "02.json", json.dumps(provenance(cfg)))
     finish("python 03_reward_model.py" + (" --comparisons" if cfg.compare else ""), cfg.out)

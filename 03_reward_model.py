@@ -1,30 +1,28 @@
 """Stage 3: fine-tune a copy of the base model into a reward model for sentiment.
 
-    python 03_reward_model.py               # 122 s: AUC .886 against VADER on held-out samples
-    python 03_reward_model.py --labels out/labels-vader*.jsonl  # of these, not of all labels
-    python 03_reward_model.py --comparisons # from pairs: which is the happier
+    python 03_reward_model.py               # NUMBERS
+    python 03_reward_model.py --labels out/labels-vader*.jsonl  # these files, not all labels
+    python 03_reward_model.py --comparisons # from pairs: which of the two is happier?
 
 Reads   out/base.safetensors, out/labels-*.jsonl (or comparisons-*.jsonl)
 Writes  out/reward.safetensors, out/03.jsonl
 
 Decisions a reader may question:
 1. Sentiment is the next token: after the last token of a sample the model predicts <|happy|> or
-   <|sad|>, logits restricted to the two. Loss on that position alone; a neutral label is the soft
-   target (.5, .5), whose cross-entropy has its minimum at ln 2.
-2. A few hundred labels leave a small model near chance on its own samples. So a person's labels
-   fine-tune a model that was first trained on the machine's (VADER's): on its pieces of 16 tokens,
-   from which it learns what words mean, then on its samples (--no-machine-first: all samples at
-   once, and no pieces).
+   <|sad|>, with logits for these two only. Only that position has a loss. A neutral label is the
+   soft target (0.5, 0.5), whose cross-entropy is at least ln 2.
+2. With only a few hundred labels, a small reward model barely beats chance. So a person's labels
+   fine-tune a model that has first learned from the machine's (VADER's): from pieces of 16 tokens,
+   which show what words mean, then from samples. (--no-machine-first: all samples at once.)
 3. The embedding learns a hundred times faster than the matrices: sentiment is a property of words,
-   and its rows have a large norm. (VADER is itself a sum over words, and a bag of words fitted to
-   its labels in seconds is ahead of this model: AUC .926 against .886.)
+   and the embedding's rows are large. (VADER is itself a sum over words. A bag of words fitted to
+   its labels in seconds ranks better than this model; the last lines of output compare them.)
 4. Training and test parts are split by text: no sample has a duplicate on the other side, and its
-   pieces stay on its side. Comparisons are split by pair: a sample is in one pair only. A person's
-   labels are too few to spare a tenth: they are cross-validated, and then all train the model.
-5. Accuracy and AUC leave neutral items out, which have no right answer. NLL, Brier score and
-   calibration count them as one half.
-6. A sample that continues a prompt is read with it, as people read it; its pieces are not: all but
-   the first begin in the middle.
+   pieces stay with it. A person's labels are too few to spare a tenth, so they are cross-validated;
+   then all of them train the model.
+5. Accuracy and AUC leave out neutral items, which have no right answer. AUC is the chance that a
+   positive item scores above a negative one. NLL, Brier score and calibration count neutral as 0.5.
+6. A sample that continues a prompt is read with it, as people read it. Its pieces are not.
 """
 import copy
 import hashlib
@@ -38,17 +36,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import sparse, stats
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
 
-from benchmarks.bag_of_words import bag_of_words
-from model import GPT, chunked, load, save
-from running import (Log, UserError, auc, auc_lead, bootstrap, calibration, check_signs, finish,
-                     require, settings_of, start, wilson)
-from running.stages import fingerprint
-from running.text import pad, parse_labels, sides
+from model import (GPT, Log, chunked, fingerprint, finish, load, pad, provenance, read_rows,
+                   require, save, start, words)
 
 TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label asks for
-          "left": 1.0, "tie": 0.5, "right": 0.0}             # p(left is happier), of a comparison
+          "left": 1.0, "tie": 0.5, "right": 0.0}             # p(left is happier), of a pair
 
 
 @dataclass
@@ -62,49 +60,60 @@ class Config:
     batch_tokens: int = 1024       # tokens of an optimizer step
     piece_epochs: float = 1.0      # over the machine's labels of pieces
     epochs: float = 1.0            # over the machine's labels of samples
-    person_epochs: float = 12.0    # over a person's, of which there are few
-    person_rate: float = 0.03      # of lr and head_lr then: few labels should move words alone
-    lr: float = 1e-3               # matrices
-    embed_lr: float = 0.1          # its rows have a large norm: a smaller rate moves no word
+    person_epochs: float = 12.0    # over people's labels, which are few
+    person_rate: float = 0.03      # times lr and head_lr then: few labels should move words alone
+    lr: float = 1e-3               # of the matrices
+    embed_lr: float = 0.1          # large, because the embedding's rows are
     head_lr: float = 0.01
     warmup: int = 50               # steps
-    test_share: float = 0.1        # held out for the figures reported, if no person's are there
+    test_share: float = 0.1        # held out for the reported figures, if no person labelled
 
 
 ON_GPU = dict(batch_tokens=4096, lr=1.5e-3, embed_lr=0.15, head_lr=0.015)
 
 
 def check(cfg: Config) -> None:
-    check_signs(cfg, positive="batch_tokens piece_epochs epochs person_epochs warmup test_share",
-                not_negative="lr embed_lr head_lr machine_weight person_rate")
+    for knob in ("batch_tokens", "piece_epochs", "epochs", "person_epochs", "warmup", "test_share"):
+        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
+    for knob in ("lr", "embed_lr", "head_lr", "machine_weight", "person_rate"):
+        require(getattr(cfg, knob) >= 0, f"--{knob.replace('_', '-')} must not be negative")
     require(cfg.test_share < 1, "--test-share must be below 1")
 
 
 # ---- Labels --------------------------------------------------------------------------------------
+def sides(rows: list[dict], key: str) -> list:
+    """row["text"] or row["tokens"] of each row; of a pair, those of both its sides."""
+    found = []
+    for row in rows:
+        found += [row[key]] if isinstance(row["text"], str) else row[key]
+    return found
+
+
+def right(row: dict) -> bool:
+    """Whether a row holds what this stage needs. May raise ValueError, KeyError or TypeError."""
+    texts, tokens = sides([row], "text"), sides([row], "tokens")
+    names = [row["id"], row["labeller"], row["source"], row.get("prompt", ""), *texts]
+    if row["label"] not in (*TARGET, "skip", "undo"):
+        raise ValueError(f"label {row['label']!r} is not one of {', '.join(TARGET)}, skip, undo")
+    return (len(texts) == len(tokens) == (1 if isinstance(row["text"], str) else 2)
+            and all(isinstance(name, str) for name in names)
+            and all(side and all(type(t) is int and t >= 0 for t in side) for side in tokens))
+
+
 def read_labels(path: Path) -> list[dict]:
-    """Rows of one label file, the last line about an item counting; undone and skipped ones left
+    """Rows of one label file: the last line about an item counts; undone and skipped ones are left
     out. Raises UserError that names a bad line."""
-    require(path.exists(), f"{path} is missing: run 02_sample_label.py first")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = parse_labels(lines)
-    if found is None:
-        number, line = next((n, x) for n, x in enumerate(lines, 1) if parse_labels([x]) is None)
-        raise UserError(f"{path} line {number} is broken ({line[:40]!r}): mend or delete it")
     rows: dict[str, dict] = {}
-    for number, row in enumerate(found, 1):
-        key, label = row["id"], row["label"]
-        rows.pop(key, None)
-        if label in TARGET:
-            rows[key] = row
-        else:
-            require(label in ("skip", "undo"), f"{path} line {number}: label {label!r} is not one "
-                                               f"of {', '.join(TARGET)}, skip, undo")
+    for row in read_rows(path, "02_sample_label.py", right):
+        rows.pop(row["id"], None)
+        if row["label"] in TARGET:
+            rows[row["id"]] = row
     return list(rows.values())
 
 
 def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
-    """Rows of all label files. Raises UserError if there are none, or of another kind or tokenizer.
-    """
+    """Rows of all label files. Raises UserError if there are none, or some of another kind or
+    tokenizer."""
     kind = "comparisons" if cfg.comparisons else "labels"
     rows = []
     for path in cfg.labels or sorted(cfg.out.glob(f"{kind}-*.jsonl")):
@@ -112,9 +121,9 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
         right_kind = all(isinstance(row["text"], str) != cfg.comparisons for row in new)
         change = "leave out" if cfg.comparisons else "use"
         require(right_kind, f"{path} does not hold {kind}: {change} --comparisons")
-        tokens, texts = sides(new)
+        tokens = sides(new, "tokens")
         known = all(max(side) < base.n_text for side in tokens)
-        require(known and tokenizer.decode_batch(tokens) == texts,
+        require(known and tokenizer.decode_batch(tokens) == sides(new, "text"),
                 f"{path} was made with another tokenizer than {cfg.out}/base.safetensors: label "
                 "again with 02_sample_label.py, or move the file away")
         rows += new
@@ -124,8 +133,8 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
 
 
 def pool(rows: list[dict], machine_weight: float) -> list[dict]:
-    """One item per id: target = weighted mean of its labels, weight = their sum. A person's label
-    counts 1, the machine's `machine_weight`."""
+    """One item per id: target = weighted mean of its labels, weight = sum of their weights. A
+    person's label weighs 1, the machine's `machine_weight`."""
     items: dict[str, dict] = {}
     for row in rows:
         item = items.setdefault(row["id"], {**row, "sum": 0.0, "weight": 0.0, "person": False})
@@ -138,10 +147,9 @@ def pool(rows: list[dict], machine_weight: float) -> list[dict]:
 
 
 def split(items: list[dict], seed: int, test: float) -> list[str]:
-    """"train" or "test" for each item, by a seeded shuffle of the distinct texts: first of those
-    that a person labelled, then of the others, so that both kinds are in both parts. A piece goes
-    where its sample goes. What the machine labelled of a text that a person labelled too, the text
-    itself or its pieces, is "unused"."""
+    """"train" or "test" for each item, by a seeded shuffle of the distinct texts; those of people
+    and those of the machine alone apart, so that both kinds are in both parts. A piece goes where
+    its sample goes. If a person labelled a text, the machine's labels of it are "unused"."""
     text_of = {item["id"]: str(item["text"]) for item in items if item["source"] != "piece"}
     of_people = {str(item["text"]) for item in items if item["person"]}
     of_machine = {*text_of.values()} - of_people
@@ -161,7 +169,7 @@ def split(items: list[dict], seed: int, test: float) -> list[str]:
 
 def prepare(rows: list[dict], cfg: Config, tokenizer) -> list[dict]:
     """Rows of all label files -> items, each with its "part" and, after a prompt, "prompt_tokens".
-    Raises UserError if some have prompts and others not."""
+    Raises UserError if only some have prompts."""
     items = pool(rows, cfg.machine_weight)
     for item, part in zip(items, split(items, cfg.seed, cfg.test_share)):
         item["part"] = part
@@ -186,10 +194,10 @@ class Phase:
 
 
 def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
-    """items with their "part" -> the machine's pieces, its samples, and then all that people
-    labelled, for whose sake nothing of the machine's need be held out; or one phase of all samples.
-    The pieces do not cool down: the samples follow.
-    Raises UserError where labels are too few, all the same, or of several lengths."""
+    """Items with their "part" -> the machine's pieces, its samples, then all that people labelled;
+    or one phase of all samples. When there are labels of people, all of the machine's can be used
+    for training. Pieces do not cool down: the samples follow.
+    Raises UserError if labels are too few, all the same, or of several lengths."""
     whole = [item for item in items if item["source"] != "piece"]
     person = [item for item in whole if item["person"]]
     parts = ("train", "test") if person and cfg.machine_first else ("train",)
@@ -205,7 +213,7 @@ def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
     phases = [phase for phase in phases if phase.items]
     require(len(phases) > 0, "no label is left to train on: label more with 02_sample_label.py")
     for phase in phases:
-        n, lengths = len(phase.items), {len(side) for side in sides(phase.items)[0]}
+        n, lengths = len(phase.items), {len(side) for side in sides(phase.items, "tokens")}
         targets = {item["target"] for item in phase.items}
         more = f"({phase.name}); label more with 02_sample_label.py"
         require(n >= 20, f"only {n} labels, at least 20 are needed {more}")
@@ -215,34 +223,70 @@ def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
 
 
 # ---- Measures ------------------------------------------------------------------------------------
+def auc(score: np.ndarray, target: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a positive item scores above a negative one, by
+    ranks (Mann & Whitney 1947). nan if there are none of one kind."""
+    clear = np.abs(target - 0.5) > 0.1  # not neutral; labels of several people may move it a little
+    happy = target[clear] > 0.5
+    n, m = happy.sum(), (~happy).sum()
+    ranks = stats.rankdata(score[clear])[happy]
+    return float((ranks.sum() - n * (n + 1) / 2) / (n * m)) if n and m else math.nan
+
+
+def interval(figure: Callable, n: int, resamples: int = 1000) -> tuple[float, float]:
+    """95% percentile bootstrap interval (Efron 1979) of figure(rows), where rows are indices of n
+    items. Resamples on which it is nan are left out."""
+    rng = np.random.default_rng(0)
+    values = [figure(rng.integers(0, n, n)) for _ in range(resamples)]
+    known = [value for value in values if not math.isnan(value)] or [math.nan]
+    return tuple(np.percentile(known, (2.5, 97.5)).tolist())
+
+
+def calibration(p: np.ndarray, target: np.ndarray) -> list[dict]:
+    """Ten bins of p(happy): how many items, mean prediction, mean target."""
+    which = np.minimum((p * 10).astype(int), 9)
+    return [{"n": int((which == b).sum()), "predicted": float(p[which == b].mean()),
+             "target": float(target[which == b].mean())} for b in np.unique(which)]
+
+
 def measures(log_p: np.ndarray, target: np.ndarray) -> dict:
-    """log_p (N, 2), target (N,) in [0, 1] -> accuracy and AUC, each with its 95 % interval, NLL
-    (nats), Brier score."""
+    """log_p (N, 2), target (N,) in [0, 1] -> accuracy (with Wilson's 95% interval), AUC, negative
+    log-likelihood (nats), Brier score."""
     p = np.exp(log_p[:, 0])
     clear = np.abs(target - 0.5) > 0.1
-    n_clear = int(clear.sum())
-    right = int(((p > 0.5) == (target > 0.5))[clear].sum())
-    return {"n": len(target), "accuracy": right / max(n_clear, 1),
-            "accuracy_interval": wilson(right, n_clear), "auc": auc(p, target),
-            "auc_interval": bootstrap(lambda i: auc(p[i], target[i]), len(p)),
+    right = ((p > 0.5) == (target > 0.5))[clear]
+    found = stats.binomtest(int(right.sum()), max(len(right), 1)).proportion_ci(method="wilson")
+    return {"n": len(target), "accuracy": float(right.mean()) if len(right) else math.nan,
+            "accuracy_interval": tuple(found), "auc": auc(p, target),
+            "auc_interval": interval(lambda i: auc(p[i], target[i]), len(p)),
             "nll": float(-(target * log_p[:, 0] + (1 - target) * log_p[:, 1]).mean()),
             "brier": float(((p - target) ** 2).mean())}
 
 
-def cross_validate(fit: Callable, items: list[dict], seed: int, folds: int = 5) -> np.ndarray:
+def bag_of_words(train: list[dict], test: list[dict]) -> np.ndarray:
+    """The baseline to beat: logistic regression on word counts (of a pair, left minus right), with
+    a normal prior of variance 1/3 on each word. -> log-odds of the first answer, (N,)."""
+    counter = CountVectorizer(analyzer=words).fit(sides(train, "text"))
+
+    def counts(items):
+        x = counter.transform(sides(items, "text"))
+        return x if isinstance(items[0]["text"], str) else x[::2] - x[1::2]
+    target, weight = np.array([[item["target"], item["weight"]] for item in train]).T
+    weight = np.concatenate((weight * target, weight * (1 - target))) / weight.mean()
+    x, answer = sparse.vstack([counts(train)] * 2), np.repeat((1, 0), len(train))
+    fit = LogisticRegression(C=1 / 3, max_iter=1000).fit(x, answer, weight)
+    return fit.decision_function(counts(test))
+
+
+def cross_validate(fit: Callable, items: list[dict], seed: int) -> np.ndarray:
     """fit(train, test) -> a prediction for each item of test. -> one for each item, (N, ...), by a
-    fit to the other folds; items of one text are in one fold."""
-    texts = sorted({str(item["text"]) for item in items})
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    fold_of = {texts[i]: k % folds for k, i in enumerate(order)}
-    fold = np.array([fold_of[str(item["text"])] for item in items])
+    fit to the other four of five folds. Items of one text are in one fold."""
     predicted = [None] * len(items)
-    for k in range(folds):
-        rest = [item for item, its in zip(items, fold) if its != k]
-        held_out = np.flatnonzero(fold == k)
-        if len(held_out):
-            for i, value in zip(held_out, fit(rest, [items[i] for i in held_out])):
-                predicted[i] = value
+    folds = GroupKFold(5, shuffle=True, random_state=seed)
+    for rest, held_out in folds.split(items, groups=[str(item["text"]) for item in items]):
+        values = fit([items[i] for i in rest], [items[i] for i in held_out])
+        for i, value in zip(held_out, values):
+            predicted[i] = value
     return np.array(predicted)
 
 
@@ -255,8 +299,8 @@ def sentiment_loss(log_p: torch.Tensor, target: torch.Tensor, weight: torch.Tens
 
 def log_probs(model: GPT, tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
     """tokens (N, T) after prompt (N, P) -> (N, 2): log p(happy), log p(sad). Pairs (N, 2, T), both
-    after one prompt -> (N, 2): log p(the left is the happier), log p(the right is), by Bradley &
-    Terry 1952: the difference of the two scores log p(happy) - log p(sad) is the logit."""
+    after one prompt -> (N, 2): log p(left is happier), log p(right is happier), by Bradley & Terry
+    1952: the logit is the difference of their scores log p(happy) - log p(sad)."""
     if tokens.dim() == 2:
         return model.sentiment(tokens, prompt)
     happy, sad = model.sentiment(tokens.flatten(0, 1), prompt.repeat_interleave(2, 0)).unbind(-1)
@@ -280,7 +324,7 @@ def tensors(items: list[dict], device) -> tuple[torch.Tensor, ...]:
 
 
 def train(model: GPT, phase: Phase, cfg: Config, log=None, first: int = 0) -> int:
-    """Fine-tune model, in place. log(step=first, ...), log(step=first + 1, ...), ... -> steps."""
+    """Fine-tune model, in place -> number of steps. first: the first one's number in the log."""
     tokens, prompt, target, weight = tensors(phase.items, model.head.device)
     batch = max(1, cfg.batch_tokens // tokens[0].numel())
     per_epoch = math.ceil(len(tokens) / batch)
@@ -328,7 +372,7 @@ if __name__ == "__main__":
 
     # -- training, phase after phase; and predictions of what was not trained on
     *before, last = phases_of(items, cfg)
-    log = Log(cfg.out / "03.jsonl")
+    log = Log(cfg.out / "03.jsonl", [])
     steps = 0
     for phase in before:
         steps += train(model, phase, cfg, log, first=steps)
@@ -352,21 +396,20 @@ if __name__ == "__main__":
         steps += train(model, last, cfg, log, first=steps)
         log_p, bag = predict(model, test), baseline(last.items, test)
 
-    # -- held-out figures, all and per source, against the bag of words
-    target = np.array([item["target"] for item in test])
-    p = np.exp(log_p[:, 0])
+    # -- figures on items that were not trained on, all and per source, beside the bag of words
+    target, p = np.array([item["target"] for item in test]), np.exp(log_p[:, 0])
     metrics = {}
     for source in ("all", *sorted({item["source"] for item in test})):
         here = np.array([source in ("all", item["source"]) for item in test])
-        m = metrics[source] = measures(log_p[here], target[here])
-        m["bag_of_words_auc"] = auc(bag[here], target[here])
-        m["auc_lead_interval"] = bootstrap(auc_lead(p[here], bag[here], target[here]), m["n"])
+        t, ours, bags = target[here], p[here], bag[here]
+        m = metrics[source] = measures(log_p[here], t)
+        m["bag_of_words_auc"] = auc(bags, t)
+        m["auc_lead_interval"] = interval(lambda i: auc(ours[i], t[i]) - auc(bags[i], t[i]), len(t))
+        shown = {k: "[{:.3f}, {:.3f}]".format(*v) if "interval" in k else v for k, v in m.items()}
         print("{how}, {source}: n {n}, accuracy {accuracy:.3f} {accuracy_interval}, AUC {auc:.3f} "
               "{auc_interval}, bag of words {bag_of_words_auc:.3f}, lead {auc_lead_interval}, NLL "
-              "{nll:.3f}, Brier {brier:.3f}".format(
-                  how="cross-validated" if last.cross_validated else "held out", source=source,
-                  **{k: "[{:.3f}, {:.3f}]".format(*v) if "interval" in k else v
-                     for k, v in m.items()}))
+              "{nll:.3f}, Brier {brier:.3f}".format(source=source, **shown, how=(
+                  "cross-validated" if last.cross_validated else "held out")))
     table = calibration(p, target)
     answer = "the left is happier" if cfg.comparisons else "happy"
     print(f"calibration: p({answer}) predicted -> labelled (n):",
@@ -377,5 +420,5 @@ if __name__ == "__main__":
     save(cfg.out / "reward.safetensors", model, tokenizer, step=steps,
          kind="comparisons" if cfg.comparisons else "labels", prompted="prompt" in whole[0],
          length=np.shape(test[0]["tokens"])[-1], metrics=metrics, calibration=table,
-         settings=settings_of(cfg), inputs={"base": base, "labels": labels})
+         inputs={"base": base, "labels": labels}, **provenance(cfg))
     finish("python 04_ppo.py", cfg.out)

@@ -1,55 +1,55 @@
-"""Stage 4: PPO against the reward model, from the base model to 10 nats away from it.
+"""Stage 4: PPO against the reward model, until the policy is 10 nats away from the base model.
 
-    python 04_ppo.py                     # 186 s: p(happy) .62 -> .96, 9.9 nats away
-    python 04_ppo.py --target sad        # the negative twin: log p(sad), not -log p(happy)
-    python 04_ppo.py --reward vader      # by the labeller itself; writes policy-happy-vader, ...
+    python 04_ppo.py                     # NUMBERS
+    python 04_ppo.py --target sad        # the negative twin: rewards log p(sad), not -log p(happy)
+    python 04_ppo.py --reward vader      # rewards the labeller itself; writes policy-happy-vader
 
 Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each batch, where
           rho = pi(token | text before it) / pi_old(token | text before it)  and, at every token,
           A   = (log p(happy | completion) - reward_zero) / reward_std.
+The distance is KL(policy || base model) per completion, in nats (log 2 nats are one bit).
 
 Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 03 learned from prompts
-Writes  out/policy-happy.safetensors (just within 10 nats), out/04-happy.jsonl,
-        out/checkpoints/happy-kl-*.safetensors (whenever .25, .5, 1, 1.5, 2, 3, ... is crossed)
+Writes  out/policy-happy.safetensors: the last policy that measured at most 10 nats
+        out/checkpoints/happy-kl-*.safetensors: one whenever sqrt KL has grown by a quarter
+        out/04-happy.jsonl: one row per iteration
 
 Decisions a reader may question:
-1. No value function, no GAE, no KL penalty (--kl-coef for comparison): the normalised reward is the
-   advantage of every token. Clipping bounds each move away from pi_old; the end bounds the KL.
-2. reward_zero and reward_std are constants of the base model's samples. Whitening each batch would
-   blow noise up to unit variance once all are alike. The zero is a baseline: as E[grad log pi] = 0,
-   it changes not the expected gradient, only its noise. It lies amid the scores of a run, a third
-   of a deviation above the base model's mean.
-3. A policy is measured before its update, on samples it has just drawn: its KL exact at each token
-   (a sum over the vocabulary) of kl_samples of them, less noisy than mean log pi/pi_ref of all.
-4. Old log-probs are the sampler's, for free, where they equal those of the training forward pass;
-   else (bf16 on most GPUs) a pass of its own forms them. So the first minibatch has ratio 1.
-5. SGD, not Adam, which divides by the size of a gradient that is noise for the most part.
-6. The head learns 50 times as fast as the rest. With one rate for all, smaller batches and the zero
-   at the mean (--lr .05 --head-lr .05 --warmup 30 --batch 2048 --recenter 0) a score of -.10 costs
-   7.9 +- 1.0 nats, not 5.8 +- .8 (mean and sd of three seeds).
+1. No value function, no GAE, no KL penalty (--kl-coef adds one, for comparison). The normalised
+   reward is the advantage of every token. Clipping bounds each step; the end bounds the KL.
+2. reward_zero and reward_std are measured once, on the base model's samples. Whitening each batch
+   would blow noise up to unit variance once all samples are alike. The zero is a baseline: it
+   changes the gradient's variance, not its mean. It lies a third of a deviation above the base
+   model's mean, amid the scores of a run.
+3. A policy is measured before its update, on samples it has just drawn. At each token the KL is
+   exact (a sum over the vocabulary): less noisy than log pi / pi_ref of the drawn token.
+4. The sampler's log-probs serve as the old ones where they equal those of the training forward
+   pass. Elsewhere (bf16 on most GPUs) we recompute them. So the first minibatch has ratio 1.
+5. SGD instead of Adam: most of the gradient is noise, and Adam would rescale by it.
+6. The head learns 50 times as fast as the rest: the same reward at a smaller KL.
 """
 import copy
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import chunked, kl_nats
-from running import (State, average_gradients, check_signs, finish, gather, require, share, start,
-                     world)
-from running.ppo import Keeper, policy_figures, show, update_figures
-from running.stages import load_base_and_reward, score_of
-from running.text import draw_prompts, read_prompts
-from running.vader import vader_score
+from model import (Log, average_gradients, chunked, draw_prompts, fingerprint, finish, gather,
+                   kl_nats, load, my_rows, provenance, read_prompts, require, resume, save,
+                   save_state, start, world)
 
 
 @dataclass
 class Config:
     target: Literal["happy", "sad"] = "happy"
-    reward: Literal["model", "vader"] = "model"  # "vader": the ceiling of any reward model
+    reward: Literal["model", "vader"] = "model"  # "vader": the best that any reward model could do
     out: Path = Path("out")   # where all stages write
     seed: int = 0
     resume: bool = False      # continue a killed run from its last saved state
@@ -58,9 +58,9 @@ class Config:
     minibatch: int = 256      # completions an optimizer step
     epochs: int = 1           # passes over each batch
     lr: float = 0.0012        # of all weights but the head's
-    head_lr: float = 0.06     # the head's: decision 6
+    head_lr: float = 0.06     # of the head: decision 6
     momentum: float = 0.9
-    warmup: int = 16          # optimizer steps of linear warm-up: the first gradients agree most
+    warmup: int = 16          # optimizer steps of linear warm-up
     clip: float = 0.2         # ratios are clipped to [1 - clip, 1 + clip]
     kl_coef: float = 0.0      # of a KL penalty, in units of log p(target)
     kl_stop: float = 10.0     # nats per completion
@@ -75,12 +75,16 @@ class Config:
         return self.target if self.reward == "model" else f"{self.target}-{self.reward}"
 
 
+SHOWN = ("batch {batch}  KL {kl:.2f} +- {kl_se:.2f}  k1 {kl_k1:.2f}  score {score:.3f}  "
+         "p {p_target:.3f}  entropy {entropy:.3f}  clipped {clip_fraction:.2%}")
 ON_GPU = dict(batch=8192, max_batch=8192, minibatch=512)
 
 
 def check(cfg: Config) -> None:
-    check_signs(cfg, positive="batch minibatch epochs warmup clip max_iterations",
-                not_negative="lr head_lr momentum kl_coef")
+    for knob in ("batch", "minibatch", "epochs", "warmup", "clip", "kl_stop", "max_iterations"):
+        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
+    for knob in ("lr", "head_lr", "momentum", "kl_coef"):
+        require(getattr(cfg, knob) >= 0, f"--{knob.replace('_', '-')} must not be negative")
     require(cfg.reward_samples > 1, "--reward-samples must be at least 2")
     require(cfg.kl_samples >= 2 * world()[1], "--kl-samples must be at least 2 a process")
     require(cfg.minibatch % world()[1] == 0, "--minibatch must divide among the processes")
@@ -89,11 +93,13 @@ def check(cfg: Config) -> None:
     require(cfg.batch <= cfg.max_batch, "--batch must not be larger than --max-batch")
 
 
-# ---- The mathematics (the KL: `kl_nats` in model.py) ---------------------------------------------
+# ---- The mathematics (the KL is `kl_nats` in model.py) -------------------------------------------
 def advantage(reward, logp, logp_ref, kl_coef: float, reward_std: float) -> torch.Tensor:
-    """reward (B,), logp, logp_ref (B, T) -> advantage (B, T): the reward at every token; less, if
-    kl_coef is not 0, the log-ratios from that token to the end, so that the gradient is that of
-    E[score] - kl_coef KL(policy || reference), divided by reward_std as the reward was."""
+    """reward (B,), logp, logp_ref (B, T) -> advantage (B, T): the reward, at every token.
+
+    With kl_coef, less the log-ratios from that token to the end. The gradient is then that of
+    E[score] - kl_coef KL(policy || reference), divided by reward_std as the reward was.
+    """
     log_ratio_to_go = (logp - logp_ref).flip(1).cumsum(1).flip(1)            # (B, T)
     return reward[:, None] - kl_coef / reward_std * log_ratio_to_go
 
@@ -102,7 +108,7 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
     """Clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7), mean over tokens.
 
     logp (with gradient), logp_old, adv: (B, T) -> loss, and measured over the tokens:
-    clip_fraction: share of ratios outside [1 - clip, 1 + clip]; clip_binding: share where the
+    clip_fraction: fraction of ratios outside [1 - clip, 1 + clip]; clip_binding: fraction where the
     clipped term is the smaller one, so that the gradient is zero; approx_kl: mean of
     (logp - logp_old)^2 / 2, nats per token; ratio_off: max |ratio - 1|.
     """
@@ -118,10 +124,9 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
 
 
 def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple[int, list[float]]:
-    """If hardly any ratio is clipped the gradient is too noisy to lead anywhere: draw more samples.
-    clip_fractions: of the iterations at this batch size, from that on which ends the warm-up. If on
-    average over the last three fewer than 1 % of the ratios were outside the clip range, double it,
-    up to max_batch -> batch, and the clip fractions at that size so far."""
+    """Double the batch, up to max_batch, if over the last three iterations fewer than 1% of ratios
+    were clipped: the gradient is then too noisy to lead anywhere. clip_fractions: since warm-up, at
+    this batch size. -> batch size, and the clip fractions at that size so far."""
     quiet = len(clip_fractions) >= 3 and sum(clip_fractions[-3:]) / 3 < 0.01
     if not quiet or batch == max_batch:
         return batch, clip_fractions
@@ -129,7 +134,7 @@ def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple
 
 
 def reward_constants(reward_fn, reference, prompts, length: int, cfg) -> tuple[float, float]:
-    """reward_zero and reward_std, over n = cfg.reward_samples of the base model."""
+    """reward_zero and reward_std, from cfg.reward_samples samples of the base model."""
     n, stream = cfg.reward_samples, (cfg.seed << 32) + (3 << 24)  # not the rollouts' random numbers
     prompt = draw_prompts(prompts, n, cfg.seed).to(reference.head.device)    # (n, P)
     y, _ = reference.generate(n, length, stream, prompts=prompt)             # (n, T)
@@ -139,16 +144,22 @@ def reward_constants(reward_fn, reference, prompts, length: int, cfg) -> tuple[f
     return (score.mean() + cfg.recenter * score.std()).item(), score.std().item()
 
 
-def sgd(policy, cfg: Config) -> torch.optim.SGD:
-    """The optimizer: the head has a learning rate of its own."""
+def vader_score(texts: list[str], target: str) -> torch.Tensor:
+    """B texts -> (B,): log p(target), as if (1 + VADER's compound score) / 2 were p(happy)."""
+    vader = SentimentIntensityAnalyzer()
+    p_happy = torch.tensor([(1 + vader.polarity_scores(t)["compound"]) / 2 for t in texts])
+    return (p_happy if target == "happy" else 1 - p_happy).clamp_min(1e-4).log()
+
+
+def parameter_groups(policy, cfg: Config) -> list[dict]:
+    """For an optimizer: the head has a learning rate of its own."""
     body = [weight for name, weight in policy.named_parameters() if name != "head"]
-    groups = [{"params": body, "peak_lr": cfg.lr},
-              {"params": [policy.head], "peak_lr": cfg.head_lr}]
-    return torch.optim.SGD(groups, cfg.lr, cfg.momentum)
+    return [{"params": body, "lr": cfg.lr, "peak_lr": cfg.lr},
+            {"params": [policy.head], "lr": cfg.head_lr, "peak_lr": cfg.head_lr}]
 
 
 def minibatches(n: int, size: int, epochs: int, seed: int, device):
-    """The rows of each minibatch, (size,). The first epoch needs no shuffle: completions are
+    """Yields the rows of each minibatch, (size,). The first epoch needs no shuffle: completions are
     independent as they come."""
     for epoch in range(epochs):
         g = torch.Generator().manual_seed(seed * 10 + epoch)
@@ -156,37 +167,80 @@ def minibatches(n: int, size: int, epochs: int, seed: int, device):
         yield from order.to(device).split(size)
 
 
+# ---- Figures for the log: the same in all processes ----------------------------------------------
+def mean(x: torch.Tensor) -> float:
+    return gather(x).mean().item()
+
+
+def standard_error(x: torch.Tensor) -> float:
+    return gather(x).std().item() / (len(x) * world()[1]) ** 0.5
+
+
+def now() -> float:
+    """Seconds, once a GPU has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.time()
+
+
+def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer) -> SimpleNamespace:
+    """What changes during a run: as at its start; or, with --resume, as a killed one saved it."""
+    run = SimpleNamespace(**{
+        "step": 0, "batch": cfg.batch, "updates": 0, "clip_fractions": [], "kl": 0.0, "kept": 0.0,
+        "rows": [], "seconds": 0.0, "inputs": inputs, "policy": policy.state_dict(),
+        "optimizer": optimizer.state_dict()} | resume(path, cfg, inputs))
+    require(run.step < cfg.max_iterations and run.kl <= cfg.kl_stop,
+            f"{path} is beyond --max-iterations or --kl-stop already")
+    policy.load_state_dict(run.policy)
+    optimizer.load_state_dict(run.optimizer)
+    for old in (cfg.out / "checkpoints").glob(f"{cfg.name}-kl-*.safetensors"):
+        if old.name not in [row.get("checkpoint") for row in run.rows]:
+            print(f"removing {old}: it is of an earlier run")
+            old.unlink(missing_ok=True)
+    return run
+
+
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
-    cfg, device, dtype = start(Config, __doc__, ON_GPU)
+    cfg, *on = start(Config, __doc__, ON_GPU)  # on: device and dtype
     check(cfg)
-    reference, reward_model, tokenizer, about = load_base_and_reward(cfg.out, device, dtype)
+    reference, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py", *on)
+    reward_model, _, about = load(cfg.out / "reward.safetensors", "03_reward_model.py", *on)
+    made_from = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
+    require(about["inputs"]["base"] == made_from["base"], "reward.safetensors stems from another "
+            "base model: run 02_sample_label.py and 03_reward_model.py again")
     prompts = read_prompts(cfg.out / "prompts.json", "train") if about["prompted"] else None
-    kind = about["kind"] if cfg.reward == "model" else "labels"
+    length, target = about["length"], ("happy", "sad").index(cfg.target)
+    log_odds = about["kind"] == "comparisons" and cfg.reward == "model"  # defined up to a constant
 
     def reward_fn(y: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """Completions y (B, T) after prompt (B, P) -> score (B,): log p(target), or any other."""
+        """Completions y (B, T) after prompt (B, P) -> score (B,). Return your own reward here."""
         if cfg.reward == "vader":
-            return vader_score(tokenizer.decode_batch(y.tolist()), cfg.target).to(device)
-        return score_of(reward_model.sentiment(y, prompt), kind, cfg.target)
+            return vader_score(tokenizer.decode_batch(y.tolist()), cfg.target).to(on[0])
+        log_p = reward_model.sentiment(y, prompt)                            # (B, 2): happy, sad
+        if log_odds:
+            return log_p[:, target] - log_p[:, 1 - target]
+        return log_p[:, target]
 
-    reward_zero, reward_std = reward_constants(reward_fn, reference, prompts, about["length"], cfg)
+    reward_zero, reward_std = reward_constants(reward_fn, reference, prompts, length, cfg)
     policy = copy.deepcopy(reference)
-    optimizer = sgd(policy, cfg)
-    inputs = about["inputs"] | {"reward": f"{reward_zero:.2f} +- {reward_std:.2f}"}
-    state = State(cfg, f"04-{cfg.name}", inputs, policy, (optimizer,),
-                  step=0, batch=cfg.batch, updates=0, kl_max=0.0, clip_fractions=[])
-    run = state.memory  # step, batch, ... clip_fractions; of a resumed run, as they were
-    keeper = Keeper(cfg, state, tokenizer, about["inputs"])
-    mb_size = cfg.minibatch // world()[1]  # each process has an equal part of every minibatch
+    optimizer = torch.optim.SGD(parameter_groups(policy, cfg), momentum=cfg.momentum)
 
-    for step in keeper.steps():
+    state_path = cfg.out / f"04-{cfg.name}-state.pt"
+    inputs = made_from | {"reward": f"{reward_zero:.2f} +- {reward_std:.2f}"}
+    run = begin(cfg, state_path, inputs, policy, optimizer)
+    log = Log(cfg.out / f"04-{cfg.name}.jsonl", run.rows)
+    mb_size = cfg.minibatch // world()[1]  # each process has an equal part of every minibatch
+    saved = time.time()
+
+    for run.step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
         # 1. Rollout: the policy writes a batch of completions.
-        seed = (cfg.seed << 32) + (4 << 24) + step  # 4: the rollouts' random numbers; 3: above
-        mine = share(torch.arange(run.batch), cfg.minibatch)                 # (B,), their numbers
-        prompt = draw_prompts(prompts, run.batch, seed)[mine].to(device)     # (B, P), P may be 0
-        y, logp_old = policy.generate(mine, about["length"], seed, prompts=prompt)  # (B, T) each
-        keeper.log.lap("s_rollout")
+        began = now()
+        seed = (cfg.seed << 32) + (4 << 24) + run.step  # 4: the rollouts' random numbers
+        mine = my_rows(torch.arange(run.batch), cfg.minibatch)               # (B,), their numbers
+        prompt = draw_prompts(prompts, run.batch, seed)[mine].to(on[0])      # (B, P), P may be 0
+        y, logp_old = policy.generate(mine, length, seed, prompts=prompt)    # (B, T) each
+        rolled_out = now()
 
         # 2. Score: log p(target) of each, in standard deviations of the base model's samples.
         score = chunked(reward_fn, mb_size, y, prompt)                       # (B,)
@@ -195,15 +249,33 @@ if __name__ == "__main__":
         # 3. Measure this policy before it changes: how far has it moved from the reference?
         part = slice(cfg.kl_samples // world()[1])
         kl, k1, logp, entropy = kl_nats(policy, reference, y[part], prompt[part])
-        if gather((logp_old[part] - logp).abs().max()[None]).max() > 5e-6:   # unequal: decision 4
+        if gather((logp_old[part] - logp).abs().max()[None]).max() > 5e-6:   # decision 4
             logp_old = chunked(policy.logprob, mb_size, y, prompt)
-        row = policy_figures(run, kl, k1, entropy, score, reward, kind)
-        keeper.log.lap("s_score")
+        row = {"step": run.step, "batch": run.batch, "updates": run.updates,
+               "kl": mean(kl), "kl_se": standard_error(kl),                  # nats per completion
+               "kl_k1": mean(k1), "kl_k1_se": standard_error(k1),
+               "score": mean(score), "score_std": gather(score).std().item(),
+               "reward": mean(reward), "entropy": mean(entropy),             # nats per token
+               "p_target": mean(score.sigmoid() if log_odds else score.exp())}
+        scored = now()
 
-        # 4. Keep a checkpoint at a crossing. Beyond kl_stop a part of the update is taken back, to
-        #    be measured in the next iteration; just within it the run is done, and steps() ends.
-        if not keeper.keep(row):
-            continue
+        # 4. Stop beyond kl_stop: the policy before this one is final. Else save, now and then, a
+        #    state for --resume; and a checkpoint whenever sqrt KL has grown by a quarter.
+        require(row["kl"] < run.kl + 5, f"diverged at iteration {run.step}: the KL jumped from "
+                f"{run.kl:.1f} to {row['kl']:.1f} nats; lower --lr and --head-lr")
+        if row["kl"] > cfg.kl_stop:
+            log(**row)
+            tqdm.write(f"stopped: {row['kl']:.2f} nats; the policy before this one is final")
+            break
+        run.kl, final, run.policy = row["kl"], dict(row), copy.deepcopy(policy.state_dict())
+        if time.time() - saved > cfg.save_s or run.step + 1 == cfg.max_iterations:
+            run.optimizer, saved = optimizer.state_dict(), time.time()
+            save_state(state_path, cfg, vars(run))
+        if run.kl >= (run.kept ** 0.5 + 0.25) ** 2:
+            run.kept = run.kl
+            row["checkpoint"] = f"{cfg.name}-kl-{run.kl:05.2f}.safetensors"
+            save(cfg.out / "checkpoints" / row["checkpoint"], policy, tokenizer, **row,
+                 inputs=made_from, **provenance(cfg, run.seconds))
 
         # 5. Advantage: the reward of a completion, at each of its tokens (and no KL penalty).
         logp_ref = chunked(reference.logprob, mb_size, y, prompt) if cfg.kl_coef else logp_old
@@ -211,7 +283,7 @@ if __name__ == "__main__":
 
         # 6. PPO epochs: make tokens of good completions likelier than those of bad ones.
         stats = []
-        for b in minibatches(len(y), mb_size, cfg.epochs, cfg.seed * 1000 + step, device):
+        for b in minibatches(len(y), mb_size, cfg.epochs, cfg.seed * 1000 + run.step, on[0]):
             logp = policy.logprob(y[b], prompt[b])                           # (mb_size, T)
             loss, stat = ppo_loss(logp, logp_old[b], adv[b], cfg.clip)
             optimizer.zero_grad()
@@ -223,16 +295,38 @@ if __name__ == "__main__":
                 group["lr"] = group["peak_lr"] * min(1.0, run.updates / cfg.warmup)
             optimizer.step()
             stats.append(stat | {"loss": loss.detach(), "grad_norm": grad_norm})
-        keeper.log.lap("s_update")
 
-        # 7. Log; double the batch if, after the warm-up, hardly any ratio was clipped.
-        row |= update_figures(adv, stats, optimizer.param_groups[0]["lr"])
-        keeper.log(**row)
-        show(row, tokenizer.decode_batch(y[:3].tolist()) if step % 4 == 0 else [])
+        # 7. Log. In the first minibatch every ratio is 1, so the clip fractions leave it out.
+        assert stats[0]["ratio_off"] < 1e-5, "the ratio must be 1 before any update"
+        for key in ("clip_fraction", "clip_binding", "approx_kl", "loss", "grad_norm"):
+            of = stats[1:] if key.startswith("clip") and len(stats) > 1 else stats
+            row[key] = mean(torch.stack([stat[key] for stat in of]))
+        row |= {"adv_mean": mean(adv), "adv_std": gather(adv).std().item(), "lr": optimizer.param_groups[0]["lr"],
+                "ratio_off_first": stats[0]["ratio_off"].item(), "s_rollout": rolled_out - began,
+                "s_score": scored - rolled_out, "s_update": now() - scored}
+        log(**row)
+        tqdm.write(SHOWN.format(**row))
+        for text in tokenizer.decode_batch(y[:3].tolist()) if run.step % 4 == 0 else ():
+            tqdm.write(f"    {text!r}")
+        clipped = f"{row['clip_fraction']:.0%} of the ratios were clipped"
+        require(math.isfinite(row["loss"]) and row["clip_fraction"] < 0.5, "diverged at iteration "
+                f"{run.step}: {clipped}, the loss is {row['loss']:.3g}; lower --lr and --head-lr")
+        if row["clip_fraction"] > 0.2:
+            tqdm.write(f"warning: {clipped}: lower --lr and --head-lr")
+
+        # 8. Double the batch if, after warm-up, hardly any ratio was clipped.
         if run.updates >= cfg.warmup:
             run.clip_fractions.append(row["clip_fraction"])
         run.batch, run.clip_fractions = next_batch(run.clip_fractions, run.batch, cfg.max_batch)
 
-    keeper.finish()
-    then = "python 05_eval.py" if cfg.reward == "model" else f"read {cfg.out}/04-{cfg.name}.jsonl"
-    finish(then, cfg.out, state.earlier_s)
+    policy.load_state_dict(run.policy)
+    save(cfg.out / f"policy-{cfg.name}.safetensors", policy, tokenizer, **final, inputs=made_from,
+         **provenance(cfg, run.seconds))
+    if row["kl"] > cfg.kl_stop:
+        state_path.unlink(missing_ok=True)
+    else:
+        print(f"still below {cfg.kl_stop:g} nats: --resume with more --max-iterations goes on")
+    print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
+          "{entropy:.3f} nats per token".format(target=cfg.target, **final))
+    see = "python 05_eval.py" if cfg.reward == "model" else f"read {cfg.out}/04-{cfg.name}.jsonl"
+    finish(see, cfg.out, run.seconds)

@@ -1,41 +1,55 @@
-"""Stage 5: measure every checkpoint on fresh samples, and write the report.
+"""Stage 5: measure every checkpoint on fresh samples. Which one is the best, and where did
+over-optimisation start?
 
-    python 05_eval.py                    # 70 s: VADER positive 58.2 -> 98.8 %
+    python 05_eval.py                    # NUMBERS
+    python -m report                     # then makes a page of it, out/report.html
 
-Reads   out/*.safetensors, out/checkpoints/*.safetensors, out/04-happy.jsonl; if they are there,
-        out/corpus.txt, prompts.json, curve.json, ratings.json (`python -m people rate anna`)
-Writes  out/report.html (one self-contained page), out/report.json, out/plots/*.svg
+Reads   out/*.safetensors, out/checkpoints/*.safetensors, out/04-happy.jsonl; out/corpus.txt and
+        prompts.json, if they are there
+Writes  out/report.json
 
 Decisions a reader may question:
 1. All policies draw with the same noise: sample 7 of each starts from the same random numbers, so
-   one sees a text change as the KL grows. All give --n samples, and distinct-2 is
-   always of 4,000 words, because it falls with their number.
-2. Three judges. In the default run VADER made the labels, so judge and reward share their blind
-   spots. AFINN and Pattern are lexicons of other makes that never taught. 04 reads none of them.
-3. The reward and VADER are bounded and saturate; AFINN's sum of valences is not. What is compared
-   decides who wins, so all are shown, in standard deviations of the base model's samples.
-4. Best-of-n from the base model stands on the same axes, because it needs no training.
+   one sees a text change as the KL grows.
+2. Three judges. By default VADER made the labels, so this judge and the reward share their blind
+   spots. AFINN and Pattern are independent lexicons; they were never used for labels.
+3. The reward and VADER are bounded and saturate; AFINN is a sum over words and does not. The choice
+   of judge decides who wins, so we show all, in standard deviations of the base model's samples.
+4. Best-of-n (draw n samples of the base model, keep the one with the highest reward) stands on the
+   same axes, because it needs no training.
+5. distinct-2, the fraction of distinct word pairs, falls with the number of words. So it is always
+   measured on 4,000 words.
+6. The preferred checkpoint is the one that AFINN and Pattern like best among those that keep 80% of
+   the base model's distinct-2. Over-optimisation starts at the first checkpoint that a judge finds
+   worse than the best one before it, though the reward is not lower.
 """
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from afinn import Afinn
+from scipy import stats
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.preprocessing import normalize
+from textblob.en import sentiment as pattern
 from tqdm import tqdm
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import chunked, kl_nats, load
-from report import build_report
-from report.made import made_by
-from report.text import Corpus, correlation, judge, variety
-from running import UserError, bootstrap, finish, mean_se, record, require, start, write
-from running.stages import fingerprint, load_base_and_reward, load_policies, score_of
-from running.text import decode_prompts, draw_prompts, read_prompts, words
-from running.vader import POSITIVE
+from model import (chunked, decode_prompts, draw_prompts, fingerprint, finish, kl_nats, load,
+                   provenance, read_prompts, read_rows, require, start, words, write)
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TARGETS = ("happy", "sad")
+POSITIVE = 0.05  # VADER's own threshold
+WORDS = 4000  # on which distinct-n is measured
+JUDGES = {"vader": "VADER", "afinn": "AFINN", "pattern": "Pattern"}
+OUTSIDE = ("afinn", "pattern")  # judges that did not make the labels
 
 
 @dataclass
@@ -44,13 +58,116 @@ class Config:
     seed: int = 0
     n: int = 1024            # samples of each policy
     n_best: int = 8192       # samples of the base model behind best-of-n
-    show: int = 6            # samples of each checkpoint that the report shows
+    show: int = 6            # samples of each checkpoint that the page shows
 
 
 def check(cfg: Config) -> None:
     # over-optimisation is tested on every second sample, which needs two for a standard deviation
     require(min(cfg.n, cfg.n_best) >= 4, "--n and --n-best must be at least 4")
     require(0 < cfg.show <= 64, "--show must be 1 to 64")
+
+
+# ---- What there is to measure --------------------------------------------------------------------
+def load_run(out: Path, device, dtype) -> tuple:
+    """-> base model, reward model, tokenizer, the reward model's header; its "made_from" names the
+    two, its "base_metrics" are 01's. Raises UserError if one is missing, or they do not belong
+    together."""
+    base, tokenizer, header = load(out / "base.safetensors", "01_pretrain.py", device, dtype)
+    reward_model, _, about = load(out / "reward.safetensors", "03_reward_model.py", device, dtype)
+    about["base_metrics"] = header.get("metrics", {})
+    about["made_from"] = {"base": fingerprint(base), "reward_model": fingerprint(reward_model)}
+    require(about["inputs"]["base"] == fingerprint(base), f"{out}/reward.safetensors stems from "
+            "another base model: run 02_sample_label.py and 03_reward_model.py again")
+    return base, reward_model, tokenizer, about
+
+
+def find_policies(out: Path, target: str, made_from: dict) -> tuple[list[Path], list[dict]]:
+    """-> the checkpoints of 04's run and its final policy, by rising KL; and the rows of its log.
+    ([], []) if there is no sad one. Raises UserError if something is missing or of another run."""
+    final, log = out / f"policy-{target}.safetensors", out / f"04-{target}.jsonl"
+    again = f"run 04_ppo.py --target {target} again"
+    if target == "sad" and not final.exists():
+        return [], []
+    last = load(final, "04_ppo.py")[2]
+    if target == "sad" and last["inputs"] != made_from:
+        print(f"{final} stems from other models: left out")
+        return [], []
+    require(last["inputs"] == made_from,
+            f"{final} stems from another base model or reward model: {again}")
+    rows = read_rows(log, "04_ppo.py", lambda row: row["step"] >= 0 and row["kl"] >= 0)
+    require(len(rows) >= 2, f"{log} has no two iterations: {again}")
+    paths = []
+    for path in sorted((out / "checkpoints").glob(f"{target}-kl-*.safetensors")) + [final]:
+        header = load(path, "04_ppo.py")[2]
+        require((header["step"], header["kl"]) in [(row["step"], row["kl"]) for row in rows],
+                f"{path} is not of the run that {log} tells of: {again}, to its end")
+        if header["step"] < last["step"] or path == final:  # the final one may be kept twice
+            paths.append(path)
+    return paths, rows
+
+
+# ---- Judges, variety, copies ---------------------------------------------------------------------
+class QuickAfinn(Afinn):
+    """AFINN with the same matches in a tenth of the time: its regular expression tries only words
+    that begin with the letter it sees, not all 3,382."""
+
+    @staticmethod
+    def regex_from_tokens(tokens, word_boundary=True, capture=True):
+        rest = {}  # first letter -> what follows, the longest first
+        for token in sorted(tokens, key=len, reverse=True):
+            rest.setdefault(token[0], []).append(re.escape(token[1:]))
+        groups = (f"{re.escape(letter)}(?:{'|'.join(ends)})" for letter, ends in rest.items())
+        return rf"(\b(?:{'|'.join(groups)})\b)"
+
+
+def judge(texts: list[str]) -> dict[str, np.ndarray]:
+    """Judge -> score of each text. VADER's compound score and Pattern's polarity lie in [-1, 1];
+    AFINN-165 (Nielsen 2011) is the sum of the valences, -5 to 5, of all words."""
+    vader, afinn = SentimentIntensityAnalyzer(), QuickAfinn()
+    return {"vader": np.array([vader.polarity_scores(text)["compound"] for text in texts]),
+            "afinn": np.array([afinn.score(text) for text in texts]),
+            "pattern": np.array([pattern(text)[0] for text in texts])}
+
+
+def distinct(texts: list[str], n: int, n_words: int = WORDS) -> float:
+    """Distinct-n (Li et al. 2016): the fraction of word n-grams that are distinct, in n_words
+    words; the mean over as many runs of n_words words as the texts have."""
+    shares, grams, left = [], [], n_words
+    for text in texts:
+        sequence = words(text)[:left]
+        left -= len(sequence)
+        grams += [tuple(sequence[i:i + n]) for i in range(len(sequence) - n + 1)]
+        if left == 0:
+            shares.append(len(set(grams)) / len(grams))
+            grams, left = [], n_words
+    return float(np.mean(shares))
+
+
+def self_similarity(texts: list[str]) -> float:
+    """Mean cosine between the word counts of two different samples."""
+    x = normalize(CountVectorizer(analyzer=words).fit_transform(texts).astype(float))
+    n, total = len(texts), x.sum(0)
+    return float((np.square(total).sum() - n) / (n * (n - 1)))
+
+
+def variety(texts: list[str]) -> dict[str, float]:
+    """-> distinct-1, distinct-2 and self-similarity; {} if the texts have too few words."""
+    if sum(len(words(text)) for text in texts) < WORDS:
+        return {}
+    return {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2),
+            "self_similarity": self_similarity(texts[:512])}
+
+
+def copied_runs(texts: list[str], corpus: str) -> np.ndarray:
+    """-> for each text, how many words in a row stand in the corpus, at most."""
+    theirs, ours = words(corpus), [words(text) for text in texts]
+    longest, n, alive = np.zeros(len(texts), int), 1, range(len(texts))
+    while alive:  # those with a run of n - 1 words
+        known = set(zip(*(theirs[i:] for i in range(n))))
+        alive = [k for k in alive if not known.isdisjoint(zip(*(ours[k][i:] for i in range(n))))]
+        longest[alive] = n
+        n += 1
+    return longest
 
 
 # ---- Best of n -----------------------------------------------------------------------------------
@@ -72,7 +189,7 @@ def best_of_n_kl(n: int) -> float:
 
 def best_of_n(proxy: np.ndarray, figures: dict[str, np.ndarray], texts: list[str]) -> list[dict]:
     """For each n: the mean of every figure (N,) over the best of n by proxy (N,), unbiased, with a
-    bootstrap interval; and the variety of disjoint such samples where there are enough."""
+    95% bootstrap interval; and the variety of disjoint such samples where there are enough."""
     sizes = [n for n in BEST_OF if n <= len(proxy)]
     weights = np.stack([best_of_n_weights(len(proxy), n) for n in sizes])              # (sizes, N)
     values = np.stack(list(figures.values()), 1).astype(float)                         # (N, F)
@@ -80,23 +197,24 @@ def best_of_n(proxy: np.ndarray, figures: dict[str, np.ndarray], texts: list[str
     def means(rows):
         order = rows[np.argsort(proxy[rows], kind="stable")]
         return weights @ values[order]                                                 # (sizes, F)
-    mean = means(np.arange(len(proxy)))
-    low, high = bootstrap(means, len(proxy), resamples=200)
+    N, rng = len(proxy), np.random.default_rng(0)
+    mean = means(np.arange(N))
+    resampled = [means(rng.integers(0, N, N)) for _ in range(200)]
+    low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
     rows = []
     for i, n in enumerate(sizes):
         row = {"n": n, "kl": best_of_n_kl(n)}
         for j, name in enumerate(figures):
-            row |= {name: mean[i, j], f"{name}_interval": (low[i][j], high[i][j])}
-        groups = np.arange(len(proxy) // n * n).reshape(-1, n)                         # (N // n, n)
+            row |= {name: mean[i, j], f"{name}_interval": (low[i, j], high[i, j])}
+        groups = np.arange(N // n * n).reshape(-1, n)                                  # (N // n, n)
         best = groups[np.arange(len(groups)), proxy[groups].argmax(1)]
-        row |= variety([texts[k] for k in best])
-        rows.append(row)
+        rows.append(row | variety([texts[k] for k in best]))
     return rows
 
 
 # ---- Measuring one policy ------------------------------------------------------------------------
 def draw_and_judge(model, reward_fn, tokenizer, prompt, length: int, seed: int) -> tuple:
-    """One sample for each row of prompt (n, P) -> tokens (n, T), texts, and what judges say:
+    """One sample for each row of prompt (n, P) -> tokens (n, T), texts, and what is said of them:
     name -> (n,). reward_fn: tokens (B, T), prompt (B, P) -> score (B,), p(happy) (B,)."""
     y, _ = model.generate(len(prompt), length, seed, prompts=prompt)                       # (n, T)
     proxy, p_happy = chunked(reward_fn, 256, y, prompt)                                    # (n,)
@@ -116,129 +234,214 @@ def log_odds(reward_model, y, prompt) -> torch.Tensor:
 
 
 def pieces(tokenizer, tokens: list[int]) -> list[str]:
-    """The text of each token, such that they join to the whole; of a character that several tokens
-    make, the last one has it."""
+    """The text of each token, such that they join to the whole. If several tokens make one
+    character, the last of them has it."""
     text = tokenizer.decode(tokens)
     ends = [len(tokenizer.decode(tokens[:t]).rstrip("\ufffd")) for t in range(len(tokens))]
     return [text[a:b] for a, b in zip(ends, ends[1:] + [len(text)])]
 
 
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's; 0 if one does not vary."""
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
+
+
 @torch.no_grad()
-def measure(policy, reference, reward_model, reward_fn, tokenizer, corpus: Corpus | None, prompt,
-            length: int, seed: int, show: int) -> dict:
+def measure(policy, reference, reward_model, reward_fn, tokenizer, prompt, length: int, seed: int,
+            show: int) -> dict:
     """All figures of one policy on fresh samples, one for each row of prompt (n, P); of the first
-    `show` also what each token does to the reward model."""
+    `show` also what each token does to the reward model. NAME_se: standard error of NAME."""
     n = len(prompt)
     y, texts, judged = draw_and_judge(policy, reward_fn, tokenizer, prompt, length, seed)
     kl, k1, logp, entropy = kl_nats(policy, reference, y, prompt)
     nats_under_base = k1.mean().item() / length - logp.mean().item()
-    each = {"kl": kl.numpy(force=True), "k1": k1.numpy(force=True), **judged,
-            "positive": judged["vader"] >= POSITIVE, "negative": judged["vader"] <= -POSITIVE}
-    row = {"n": n, "samples": texts[:64], "prompts": decode_prompts(tokenizer, prompt[:64]),
+    figures = {"kl": kl.numpy(force=True), "k1": k1.numpy(force=True), **judged,
+               "positive": judged["vader"] >= POSITIVE, "negative": judged["vader"] <= -POSITIVE}
+    row = {"n": n, "texts": texts, "samples": texts[:64],
+           "prompts": decode_prompts(tokenizer, prompt[:64]),
            "pieces": [pieces(tokenizer, tokens) for tokens in y[:show].tolist()],
            "log_odds": log_odds(reward_model, y[:show], prompt[:show]).double().tolist(),
-           "words": Counter(word for text in texts for word in words(text)),
-           "each": judged,
+           "each": {name: np.round(x.astype(float), 6).tolist() for name, x in judged.items()},
            "entropy": entropy.mean().item(), "base_perplexity": math.exp(nats_under_base),
            "duplicates": n - len(set(texts)), **variety(texts)}
-    for name, x in each.items():
-        row[name], row[f"{name}_se"] = mean_se(x)
+    for name, x in figures.items():
+        x = x.astype(float)
+        row |= {name: float(x.mean()), f"{name}_se": float(stats.sem(x))}
     for name, x in judged.items():
         row[f"{name}_correlation"] = correlation(judged["proxy"], x)
-    if corpus:
-        runs = corpus.longest_runs(texts)
-        row["copied_run_99"] = float(np.percentile(runs, 99))
-        row["copied_run_max"] = int(runs.max())
     return row
 
 
-def read_log(path: Path) -> list[dict]:
-    """The rows of 04's log. Raises UserError if it is missing, damaged, or of one iteration."""
-    require(path.exists(), f"{path} is missing: run 04_ppo.py first")
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: run 04_ppo.py again") from error
-    require(len(rows) >= 2, f"{path} has no two iterations: run 04_ppo.py again")
-    return rows
+# ---- Which is the best, and where did over-optimisation start? -----------------------------------
+def standardise(rows: list[dict], base: dict) -> None:
+    """Adds NAME_sd to each row: how far the mean of each judge, and of the reward ("proxy"), has
+    moved from the base model's, in standard deviations of the base model's samples; and the error
+    or interval of that mean in the same unit."""
+    for name in ("proxy", *JUDGES):
+        mean, std = base[name], max(base[f"{name}_se"] * math.sqrt(base["n"]), 1e-12)
+        for row in rows:
+            row[f"{name}_sd"] = (row[name] - mean) / std
+            if f"{name}_se" in row:
+                row[f"{name}_sd_se"] = row[f"{name}_se"] / std
+            if f"{name}_interval" in row:
+                row[f"{name}_sd_interval"] = [(x - mean) / std for x in row[f"{name}_interval"]]
 
 
-def read_ratings(path: Path, fingerprints: set[str]) -> list[dict]:
-    """What `python -m people` wrote of blind ratings, if they are of these policies."""
-    if not path.exists():
-        return []
-    ratings = json.loads(path.read_text())
-    if not {*ratings["policies"].values()} <= fingerprints:
-        print(f"{path} is of other policies: left out")
-        return []
-    return ratings["results"]
+def preferred(rows: list[dict], sign: int = 1, keep: float = 0.8) -> tuple[dict, str]:
+    """rows by rising KL, the base model first -> the preferred one, and why: among those that keep
+    the fraction `keep` of the base model's distinct-2, the one that the outside judges like best,
+    in standard deviations, on average. sign: -1 towards sad."""
+    def liked(row):
+        return sign * sum(row[f"{judge}_sd"] for judge in OUTSIDE) / len(OUTSIDE)
+
+    def kept(row):
+        return row.get("distinct_2", 1) / rows[0].get("distinct_2", 1)
+    varied = [row for row in rows if kept(row) >= keep]
+    row = max(varied, key=liked)
+    variety = (f"{len(varied)} of {len(rows)} policies keep at least {keep:.0%} of the base "
+               f"model's distinct-2 (this one {kept(row):.0%}). " if "distinct_2" in row else "")
+    return row, (f"Preferred: {row['name']}, {row['kl']:.2f} nats. {variety}Of these, AFINN and "
+                 f"Pattern, which never made labels, like it best: {liked(row):+.2f} standard "
+                 "deviations of the base model's samples on average (the reward: "
+                 f"{row['proxy_sd']:+.2f}).")
+
+
+def holm(p_values: list[float], level: float = 0.05) -> list[bool]:
+    """Which hypotheses to reject so that the chance of any false rejection is at most `level` (Holm
+    1979): the smallest of m p-values is held against level / m, the next against level / (m - 1),
+    ..., up to the first that fails."""
+    order = np.argsort(p_values, kind="stable")
+    rejected = [False] * len(p_values)
+    for rank, i in enumerate(order):
+        if p_values[i] > level / (len(p_values) - rank):
+            break
+        rejected[i] = True
+    return rejected
+
+
+def over_optimisation(rows: list[dict], judge: str, sign: int = 1) -> tuple[dict, dict | None]:
+    """rows by rising KL, each with "each"[judge], the score of every sample (sample i of all
+    policies has the same noise), and "proxy", the mean reward -> the row that the judge likes best,
+    and the first later one that it finds worse though the reward is not lower, or None.
+
+    Even samples choose the best row; odd samples test the later ones, by paired differences,
+    one-sided, with Holm's correction at 5% over the number of judges. So in at most 5% of runs any
+    judge gives a false alarm. In 1,000 simulated runs (tests/test_eval.py: 12 checkpoints, 1,024
+    samples, standard deviation 0.5, correlation 0.3) one judge gives it
+    in 0.8% where the score is flat; falls by 0.05, 0.075 and 0.1 at
+    the last checkpoint are found in 22%, 56.5% and 87%.
+    """
+    score = sign * np.array([row["each"][judge] for row in rows])                 # (rows, n)
+    best = int(score[:, ::2].mean(1).argmax())
+    later = range(best + 1, len(rows))
+    p_values = []
+    for k in later:
+        fall = score[best, 1::2] - score[k, 1::2]
+        error = max(fall.std(ddof=1) / math.sqrt(len(fall)), 1e-12)
+        p_values.append(stats.norm.sf(fall.mean() / error))
+    for k, lower in zip(later, holm(p_values, 0.05 / len(JUDGES))):
+        if lower and rows[k]["proxy"] >= rows[best]["proxy"]:
+            return rows[best], rows[k]
+    return rows[best], None
+
+
+def risen_words(before: list[str], after: list[str], top: int = 12) -> list[dict]:
+    """Texts of two policies -> the words whose share rose most, per 1,000 words."""
+    old, new = (Counter(words(" ".join(texts))) for texts in (before, after))
+    rows = [{"word": word, "before": 1000 * old[word] / old.total(),
+             "after": 1000 * n / new.total()} for word, n in new.items()]
+    return sorted(rows, key=lambda row: row["before"] - row["after"])[:top]
+
+
+def answers(rows: list[dict], target: str) -> dict:
+    """rows of the policies towards target, the base model first. Adds NAME_sd to them. -> the
+    preferred one, and why; for each judge that falls, the best row and the first worse one."""
+    sign = 1 if target == "happy" else -1
+    standardise(rows, rows[0])
+    by_kl = sorted(rows, key=lambda row: row["kl"])
+    best, because = preferred(by_kl, sign)
+    pairs = {judge: over_optimisation(by_kl, judge, sign) for judge in JUDGES}
+    over = {judge: [a["name"], b["name"]] for judge, (a, b) in pairs.items() if b}
+    return {f"preferred_{target}": best["name"], f"because_{target}": because,
+            f"over_{target}": over}
+
+
+def summary(rows: list[dict], over: dict[str, list[str]]) -> str:
+    """What the run towards happy has come to. over: as in `answers`."""
+    first, last = rows[0], rows[-1]
+    falls = [f"Over-optimisation starts at {worse}: {JUDGES[judge]} finds it worse than {best}, "
+             "though its reward is not lower." for judge, (best, worse) in over.items()]
+    moved = ", ".join(f"{name} {last[key + '_sd']:+.2f}"
+                      for key, name in ({"proxy": "reward"} | JUDGES).items())
+    return (f"VADER calls {first['positive']:.1%} of the base model's samples positive, and "
+            f"{last['positive']:.1%} of the final policy's, {last['kl']:.2f} nats away. In "
+            f"standard deviations of the base model's samples: {moved}. " + (" ".join(falls) or
+            "No over-optimisation was found: no judge falls by more than chance."))
 
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__)
     check(cfg)
-    reference, reward_model, tokenizer, about = load_base_and_reward(cfg.out, device, dtype)
+    reference, reward_model, tokenizer, about = load_run(cfg.out, device, dtype)
     prompts = read_prompts(cfg.out / "prompts.json", "held_out") if about["prompted"] else None
-    corpus_path = cfg.out / "corpus.txt"
-    corpus = Corpus(corpus_path.read_text(encoding="utf-8")) if corpus_path.exists() else None
-
-    # -- what there is to measure: the base model, the checkpoints, the final policies
-    paths, logs = {}, {}
-    for target in load_policies(cfg.out, about["inputs"]):
-        checkpoints = sorted((cfg.out / "checkpoints").glob(f"{target}-kl-*.safetensors"))
-        paths[target] = [cfg.out / "base.safetensors", *checkpoints,
-                         cfg.out / f"policy-{target}.safetensors"]
-        log = cfg.out / f"04-{target}.jsonl"
-        logs[target] = read_log(log)
-        logged = [(row["step"], row["kl"]) for row in logs[target]]
-        for path in paths[target][1:]:
-            header = load(path, "04_ppo.py")[2]
-            require((header["step"], header["kl"]) in logged, f"{path} is not of the run that "
-                    f"{log} tells of: run 04_ppo.py --target {target} again, to its end")
-
-    # -- measure
+    found = {target: find_policies(cfg.out, target, about["made_from"]) for target in TARGETS}
     stream = cfg.seed << 32 | 5 << 24  # 04's rollouts have 4
     prompt = draw_prompts(prompts, cfg.n, stream).to(device)                               # (n, P)
-    results, fingerprints = {}, set()
-    bar = tqdm(total=sum(map(len, paths.values())), desc="evaluate")
-    for target in paths:
-        def reward_fn(y, prompt):
-            log_p = reward_model.sentiment(y, prompt)                                  # (B, 2)
-            return score_of(log_p, about["kind"], target), log_p[:, 0].exp()
+    results = {"seed": cfg.seed, "base_metrics": about["base_metrics"], "ppo": found["happy"][1],
+               "reward_model": about["metrics"], "calibration": about["calibration"]}
 
+    # -- the base model, the checkpoints, the final policies; then best-of-n from the base model
+    def reward_fn(y, prompt, target="happy"):
+        log_p, i = reward_model.sentiment(y, prompt), TARGETS.index(target)            # (B, 2)
+        score = log_p[:, i] if about["kind"] == "labels" else log_p[:, i] - log_p[:, 1 - i]
+        return score, log_p[:, 0].exp()
+
+    for target in [target for target in TARGETS if found[target][0]]:
         results[target] = []
-        for path in paths[target]:
-            policy = reference if path.stem == "base" else load(path, "04_ppo.py", device, dtype)[0]
-            fingerprints.add(fingerprint(policy))
-            row = measure(policy, reference, reward_model, reward_fn, tokenizer, corpus, prompt,
-                          about["length"], stream, cfg.show)
-            results[target].append({"name": path.stem, **row})
-            tqdm.write("{name:>20}: KL {kl:5.2f} +- {kl_se:.2f}, proxy {proxy:.3f}, VADER "
+        for path in tqdm([cfg.out / "base.safetensors", *found[target][0]], desc=target):
+            policy, _, _ = load(path, "04_ppo.py", device, dtype)
+            row = measure(policy, reference, reward_model, partial(reward_fn, target=target),
+                          tokenizer, prompt, about["length"], stream, cfg.show)
+            row |= {"name": path.stem, "fingerprint": fingerprint(policy)}
+            results[target].append(row)
+            tqdm.write("{name:>20}: KL {kl:5.2f} +- {kl_se:.2f}, reward {proxy:.3f}, VADER "
                        "{vader:+.3f} +- {vader_se:.3f}, AFINN {afinn:+.2f} +- {afinn_se:.2f}, "
-                       "positive {positive:.1%}, duplicates {duplicates}"
-                       .format(name=path.stem, **row))
-            bar.update()
-        if target == "happy":
-            many = draw_prompts(prompts, cfg.n_best, stream + 1).to(device)                # (N, P)
-            _, texts, judged = draw_and_judge(
-                reference, reward_fn, tokenizer, many, about["length"], stream + 1)
-            judged["positive"] = judged["vader"] >= POSITIVE
-            results["best_of_n"] = best_of_n(judged["proxy"], judged, texts)
-    bar.close()
+                       "positive {positive:.1%}, duplicates {duplicates}".format(**row))
+    many = draw_prompts(prompts, cfg.n_best, stream + 1).to(device)                        # (N, P)
+    _, texts, judged = draw_and_judge(
+        reference, reward_fn, tokenizer, many, about["length"], stream + 1)
+    judged["positive"] = judged["vader"] >= POSITIVE
+    results["best_of_n"] = best_of_n(judged["proxy"], judged, texts)
+    measured = results["happy"] + results.get("sad", [])
+    path = cfg.out / "corpus.txt"
+    if path.exists():
+        every = [text for row in measured for text in row["texts"]]
+        runs = copied_runs(every, path.read_text(encoding="utf-8")).reshape(-1, cfg.n)
+        for row, run in zip(measured, runs):
+            row["copied_run_99"] = float(np.percentile(run, 99))
+            row["copied_run_max"] = int(run.max())
 
-    # -- hand over to the report
+    # -- what they say
+    for target in [target for target in TARGETS if target in results]:
+        results |= answers(results[target], target)
+    first, *_, last = results["happy"]
+    standardise(results["best_of_n"], first)
+    fallen = risen_words(last["texts"], first["texts"])  # with before and after exchanged
+    line = stats.linregress([row["updates"] for row in results["ppo"]],
+                            [math.sqrt(max(row["kl"], 0)) for row in results["ppo"]])
     results |= {
-        "seed": cfg.seed, "base_metrics": about["base_metrics"], "reward_model": about["metrics"],
-        "calibration": about["calibration"], "ppo": logs["happy"],
-        "ratings": read_ratings(cfg.out / "ratings.json", fingerprints),
-        "made": made_by(cfg.out, record(cfg.out))}
-    results = build_report(results, cfg.out)
-    write(cfg.out / "report.json", json.dumps(results, indent=1))
+        "summary": summary(results["happy"], results["over_happy"]),
+        "risen_words": risen_words(first["texts"], last["texts"]),
+        "fallen_words": [row | {"before": row["after"], "after": row["before"]} for row in fallen],
+        "sqrt_kl_fit": {"slope": line.slope, "intercept": line.intercept, "r2": line.rvalue ** 2}}
+    for row in measured:
+        del row["texts"]
+    write(cfg.out / "report.json", json.dumps(results | provenance(cfg), indent=1))
     print("risen most, per 1,000 words:", ", ".join(
         "{word} {before:.1f} -> {after:.1f}".format(**row) for row in results["risen_words"]))
-    print(results["summary"])
-    print(results["preferred_because"])
     print("sqrt KL against optimizer steps: slope {slope:.4f}, R^2 {r2:.4f}"
           .format(**results["sqrt_kl_fit"]))
-    finish(f"open {cfg.out / 'report.html'} in a browser", cfg.out)
+    print(results["summary"])
+    print(results["because_happy"])
+    finish("python -m report", cfg.out)

@@ -43,8 +43,11 @@ $(OUT)/reward.safetensors: 03_reward_model.py $(OUT)/labels-vader.jsonl $(wildca
 $(OUT)/policy-happy.safetensors: 04_ppo.py $(OUT)/reward.safetensors | $(READY)
 	$(RUN) 04_ppo.py --resume --out $(OUT)
 
-$(OUT)/report.html: 05_eval.py $(wildcard report/*.py report/page.* report/plot.css $(OUT)/ratings.json $(OUT)/curve.json) $(OUT)/policy-happy.safetensors | $(READY)
+$(OUT)/report.json: 05_eval.py $(OUT)/policy-happy.safetensors | $(READY)
 	$(RUN) 05_eval.py --out $(OUT)
+
+$(OUT)/report.html: $(OUT)/report.json $(wildcard report/*.py report/page.* report/plot.css $(OUT)/ratings.json $(OUT)/curve.json) | $(READY)
+	$(RUN) -m report --out $(OUT)
 
 seeds: | $(READY)
 	$(RUN) -m benchmarks.seeds

@@ -1,25 +1,44 @@
-"""The transformer that all five stages share, its sampler, and its file format.
+"""What all five stages share: the transformer, its sampler, the KL, and how a stage runs.
 
-A decoder-only transformer (pre-norm, rotary positions, squared-ReLU MLP, no biases) of a size that
-a laptop trains in minutes. Attention, log-probs and sampling come from kernels/.
+A decoder-only transformer (pre-norm, rotary positions, squared-ReLU MLP, no biases), small enough
+to train on a laptop in minutes. Attention, log-probs and sampling come from kernels/.
 
-The last three token ids are reserved: start or end of text, happy, sad. What is sampled is one of
-the others, so no sample can ever contain one of them.
+The last three token ids are reserved: start or end of text, happy, sad. The sampler draws only from
+the others, so no sample contains a reserved token.
 
 Shapes: B sequences, T tokens, D = d_model, H query heads, Hkv key and value heads, Dh = D / H.
+A prompt (B, P) is padded with -1 at its end; P is 0 where there are no prompts.
 """
+import ctypes
+import gc
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import shlex
+import sys
+import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
+from safetensors import safe_open
+from safetensors.torch import save as safetensors_bytes
 from tokenizers import Tokenizer
 
 from kernels import attention, decode_attention, linear_logprob, rotate, sample, squared_relu
+from kernels.backend import live_path
 from kernels.decoder import can_capture, decoder_for
-from running import read_tensors, readable, write_tensors
 
 RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
+BEGAN = time.time()  # of this process
 
 
 # ---- The transformer -----------------------------------------------------------------------------
@@ -38,8 +57,8 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear map without bias. Weights stay in float32 for the optimizer; the product runs in
-    the dtype of its input. Starts uniform with variance 1 / d_in, or at zero."""
+    """A linear map without bias. The optimizer sees float32 weights; the product runs in the dtype
+    of its input. Weights start uniform with variance 1 / d_in, or at zero."""
 
     def __init__(self, d_in: int, d_out: int, zero: bool = False):
         super().__init__(d_in, d_out, bias=False)
@@ -59,9 +78,9 @@ class Attention(nn.Module):
         self.proj = Linear(c.d_model, c.d_model, zero=True)  # a block adds nothing at the start
 
     def forward(self, x, cos, sin, cache=None, pos=0, last_only=False):
-        """x (B, T, D) -> (B, T, D), each row attending to itself and the rows before it; or one new
-        token x (B, D) at position `pos`, whose key and value are written into the cache of (k, v),
-        attending to all there."""
+        """x (B, T, D) -> (B, T, D): each position attends to itself and to those before it.
+        Or, with a cache, one new token x (B, D) at position `pos` -> (B, D): its key and value go
+        into the cache, and it attends to all that the cache holds."""
         H, Hkv = self.n_head, self.n_kv_head
         qkv = self.qkv(x).unflatten(-1, (H + 2 * Hkv, -1))           # (B, T, H + 2 Hkv, Dh)
         qk, v = qkv.split((H + Hkv, Hkv), dim=-2)
@@ -107,10 +126,11 @@ class GPT(nn.Module):
         nn.init.normal_(self.embed.weight)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.head = nn.Parameter(torch.zeros(c.vocab_size, c.d_model))
-        self.dtype = torch.float32  # of the activations; `fast_dtype` says what the machine likes
+        self.dtype = torch.float32  # of the activations; `fast_dtype` picks it for a machine
 
     def angles(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the rotary angles, each (T, 1, Dh), the second half of sin negative."""
+        """cos and sin of the rotary angles (Su et al. 2021, section 3.4), each (T, 1, Dh); the
+        second half of sin is negative."""
         half = self.config.d_model // self.config.n_head // 2
         device = self.head.device
         frequency = 10_000.0 ** (-torch.arange(half, device=device) / half)
@@ -119,9 +139,9 @@ class GPT(nn.Module):
         return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
 
     def forward(self, x: torch.Tensor, last_only: bool = False) -> torch.Tensor:
-        """Token ids x (B, T) -> hidden states (B, T, D); row t depends on x[:, :t+1] alone.
-        last_only: of the last position, (B, 1, D); projection and MLP of the last block run on it
-        alone."""
+        """Token ids x (B, T) -> hidden states (B, T, D); position t depends on x[:, :t+1] only.
+        last_only: the last position's hidden state (B, 1, D); the last block's projection and MLP
+        then skip all other positions."""
         cos, sin = self.angles(x.size(1))
         h = norm(self.embed(x).to(self.dtype))                       # (B, T, D)
         for block in self.blocks[:-1]:
@@ -130,38 +150,31 @@ class GPT(nn.Module):
         return norm(h)
 
     def unembed(self) -> torch.Tensor:
-        """The rows of the output head that can be sampled: (n_text, D), in the compute dtype."""
+        """The rows of the output head that can be sampled: (n_text, D), in the dtype of the
+        activations."""
         return self.head[: self.n_text].to(self.dtype)
 
     # ---- Scoring text that is there --------------------------------------------------------------
     def hidden_before(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
-        """Completions y (B, T) -> the hidden states (B, T, D) from which each of its tokens is
-        predicted: those of the token before it. prompt (B, P) as in `lay_out`."""
-        if prompt is None:
-            prompt = y[:, :0]
+        """Completions y (B, T) after prompt (B, P) -> hidden states (B, T, D): for each token of y
+        the one that predicts it, which is that of the token before."""
         x, places = lay_out(y, prompt, self.bos)
         hidden = self(x[:, :-1])                                     # (B, P + T, D)
-        if prompt.size(1) == 0:
+        if hidden.size(1) == y.size(1):                              # no prompts
             return hidden
         return hidden.gather(1, places[..., None].expand(-1, -1, hidden.size(-1)))
 
     def logprob(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
-        """Completions y (B, T) after prompt (B, P) -> log-prob of each token, (B, T), nats."""
+        """Completions y (B, T) after prompt (B, P) -> log-prob of each token of y, (B, T), nats."""
         logp, _ = linear_logprob(self.hidden_before(y, prompt), self.unembed(), y, entropy=False)
         return logp
 
-    def logprob_and_entropy(self, y: torch.Tensor, prompt: torch.Tensor | None = None):
-        """The same, and the entropy of the distribution each token was drawn from, (B, T), nats."""
-        return linear_logprob(self.hidden_before(y, prompt), self.unembed(), y)
-
     def sentiment(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
-        """Completions y (B, T) after prompt (B, P) -> (B, 2): log p(happy), log p(sad) after the
-        last token of y, the soft-max restricted to the two. Only a reward model has learned to
-        predict them."""
-        if prompt is None:
-            prompt = y[:, :0]
+        """Completions y (B, T) after prompt (B, P) -> (B, 2): log p(happy), log p(sad) as the next
+        token after y, with the soft-max over these two only. Meaningful for a reward model, which
+        has learned to predict them."""
         x, places = lay_out(y, prompt, self.bos)
-        if prompt.size(1) == 0:
+        if x.size(1) == 1 + y.size(1):                               # no prompts
             last = self(x, last_only=True)[:, 0]                     # (B, D)
         else:
             last = self(x)[torch.arange(len(y)), places[:, -1] + 1]  # (B, D)
@@ -172,11 +185,12 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, n: int | torch.Tensor, length: int, seed: int, batch: int | None = None,
                  prompts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Completions at temperature 1 from the whole distribution: those numbered 0 to n - 1, or
-        those whose numbers are listed in n; unconditional, or each after its row of prompts (n, P).
+        """Draw completions at temperature 1 from the whole distribution: those numbered 0 to n - 1,
+        or those whose numbers are in the tensor n; unconditional, or one after each row of prompts
+        (n, P).
 
-        -> tokens (n, length) int64, the sampler's log-probs (n, length) float32, nats. A completion
-        depends on weights, seed, number and prompt, not on `batch`, which bounds the cache.
+        -> tokens (n, length) int64, and their log-probs (n, length) float32, nats. A completion
+        depends on weights, seed, number and prompt, and not on `batch`, which limits memory.
         """
         device = self.head.device
         numbers = n.to(device) if torch.is_tensor(n) else torch.arange(n, device=device)
@@ -196,8 +210,8 @@ class GPT(nn.Module):
 
     def draw(self, numbers, prompt, length, seed):
         """One batch of `generate`, token by token -> all tokens after the start token and their
-        log-probs, (B, P + length). While a row's prompt lasts, it replaces what is drawn, and the
-        log-probs mean nothing."""
+        log-probs, (B, P + length) each. While a row's prompt lasts, its tokens replace the drawn
+        ones, and the log-probs there mean nothing."""
         B, P = prompt.shape
         cos, sin = self.angles(P + length)
         cache = self.empty_cache(B, P + length)
@@ -214,8 +228,8 @@ class GPT(nn.Module):
         return torch.stack(tokens, 1), torch.stack(logps, 1)
 
     def step(self, token, cos, sin, cache, pos):
-        """One token a row (B,), which stands at position pos -> the hidden state (B, D) from which
-        the next one is drawn. Its keys and values are appended to the cache."""
+        """One token per row (B,) at position pos -> the hidden state (B, D) that predicts the next
+        one. Appends the token's keys and values to the cache."""
         h = norm(self.embed(token).to(self.dtype))
         for block, layer_cache in zip(self.blocks, cache):
             h = block(h, cos, sin, layer_cache, pos)
@@ -229,30 +243,57 @@ class GPT(nn.Module):
 
 
 def places_of(prompt: torch.Tensor, length: int) -> torch.Tensor:
-    """prompt (B, P), padded with -1 at its end -> (B, length): for each token of its completion the
-    column of what is read (start token, prompt, completion) from which it is predicted."""
+    """prompt (B, P) -> (B, length): the input position from which each completion token is
+    predicted. The input is start token, prompt, completion."""
     return (prompt >= 0).sum(1, keepdim=True) + torch.arange(length, device=prompt.device)
 
 
-def lay_out(y: torch.Tensor, prompt: torch.Tensor, bos: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Completions y (B, T), prompt (B, P) -> what the model reads, x (B, 1 + P + T), and the places
+def lay_out(y: torch.Tensor, prompt: torch.Tensor | None, bos: int):
+    """Completions y (B, T), prompt (B, P) or None -> the input x (B, 1 + P + T), and the positions
     (B, T) in x from which the tokens of y are predicted.
 
-        prompt   p   p  -1                 a row whose prompt has two tokens, P = 3
+        prompt   p   p  -1                     a row whose prompt has two tokens, P = 3
         y        y0  y1  y2
-        x        bos p   p   y0  y1  y2  y2    what is left over goes to the end, where a causal
-        places           2   3   4             model cannot see it
+        x        bos p   p   y0  y1  y2  y2    the padding ends up last, where a causal model
+        places           2   3   4             cannot see it
     """
+    prompt = y[:, :0] if prompt is None else prompt
     start = torch.full_like(y[:, :1], bos)
     places = places_of(prompt, y.size(1))
     x = torch.cat((start, prompt.clamp_min(0), y), 1)
     return x.scatter(1, places + 1, y), places
 
 
+def pad(prompts: list[list[int]]) -> torch.Tensor:
+    """Token ids of several prompts -> (n, P), padded with -1 at the end."""
+    longest = max(map(len, prompts))
+    rows = np.array([row + [-1] * (longest - len(row)) for row in prompts], dtype=np.int64)
+    return torch.from_numpy(rows)  # torch.tensor is slow for many empty rows
+
+
+def read_prompts(path: Path, part: str) -> torch.Tensor:
+    """The prompts (n, P) that 02 --prompts found in the "train" or "held_out" part of the corpus.
+    Raises UserError if there is no such file."""
+    require(path.exists(), f"{path} is missing: run 02_sample_label.py --prompts first")
+    return pad(json.loads(path.read_text())[part])
+
+
+def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tensor:
+    """n random rows of prompts, with replacement; (n, 0) if prompts is None."""
+    if prompts is None:
+        return torch.empty(n, 0, dtype=torch.long)
+    return prompts[torch.randint(len(prompts), (n,), generator=torch.Generator().manual_seed(seed))]
+
+
+def decode_prompts(tokenizer: Tokenizer, prompts: torch.Tensor) -> list[str]:
+    """prompts (n, P) -> their texts."""
+    return tokenizer.decode_batch([[t for t in row if t >= 0] for row in prompts.tolist()])
+
+
 @torch.no_grad()
 def chunked(f, size: int, *tensors: torch.Tensor):
-    """Apply f to `size` rows of the tensors at a time, without gradients, and concatenate its
-    results, or each of several."""
+    """Apply f to `size` rows of the tensors at a time, without gradients, and concatenate what it
+    returns: one tensor, or each of several."""
     rows = zip(*[x.split(size) for x in tensors])
     results = [f(*row) for row in rows]
     if torch.is_tensor(results[0]):
@@ -261,12 +302,15 @@ def chunked(f, size: int, *tensors: torch.Tensor):
 
 
 def kl_nats(policy: GPT, reference: GPT, y: torch.Tensor, prompt: torch.Tensor):
-    """KL(policy || reference) of completions, nats, by two estimators of the same expectation.
+    """KL(policy || reference) per completion, nats, by two estimators of the same expectation.
 
-    y (B, T), drawn from the policy, after prompt (B, P) ->
-    exact (B,): sum_t sum_v p_t(v) log(p_t(v) / q_t(v)), v over the whole vocabulary, where p_t and
-    q_t are the two models' next-token distributions before y_t;
-    k1 (B,): sum_t log(p_t(y_t) / q_t(y_t)); log p_t(y_t) (B, T); entropy (B, T) of p_t.
+    KL, the Kullback-Leibler divergence, says how far the policy has moved from the reference. With
+    p_t and q_t their next-token distributions before token y_t, and y (B, T) drawn from the policy
+    after prompt (B, P):
+
+    -> exact (B,): sum_t sum_v p_t(v) log(p_t(v) / q_t(v)), v over the whole vocabulary;
+       k1 (B,): sum_t log(p_t(y_t) / q_t(y_t)), which is noisier;
+       log p_t(y_t) (B, T); entropy of p_t (B, T). All in nats.
     """
     def of_rows(y, hidden_p, hidden_q):
         log_p = torch.log_softmax(hidden_p @ weight_p.T, -1, dtype=torch.float32)    # (8, T, V)
@@ -287,26 +331,240 @@ def kl_nats(policy: GPT, reference: GPT, y: torch.Tensor, prompt: torch.Tensor):
 
 
 # ---- Files: safetensors with a JSON header -------------------------------------------------------
-def save(path, model: GPT, tokenizer: Tokenizer, **header) -> None:
-    """Weights, in the dtype they compute in, and all that a later stage needs: model config,
-    tokenizer, and whatever JSON-able `header` adds."""
-    weights = {k: v.to(model.dtype) for k, v in model.state_dict().items()}
-    write_tensors(path, weights, **header, model=asdict(model.config),
-                  tokenizer=tokenizer.to_str())
+def save(path: Path, model: GPT, tokenizer: Tokenizer, **header) -> None:
+    """One file with all that a later stage needs: weights in the dtype they compute in, and a JSON
+    header with the model's config, the tokenizer, and `header`."""
+    header |= {"model": asdict(model.config), "tokenizer": tokenizer.to_str()}
+    weights = {k: v.to(model.dtype).contiguous() for k, v in model.state_dict().items()}
+    write(path, safetensors_bytes(weights, metadata={"rlhf-shakespeare": json.dumps(header)}))
 
 
-def load(path, made_by: str, device="cpu", dtype=torch.float32) -> tuple[GPT, Tokenizer, dict]:
-    """-> model (float32 weights, activations in dtype), tokenizer, header. Raises UserError if the
-    file is missing, truncated, or not ours."""
-    with readable(path, made_by):
-        weights, header = read_tensors(path)
+def load(path: Path, made_by: str, device="cpu", dtype=torch.float32) -> tuple:
+    """-> model (float32 weights, activations in dtype), tokenizer, header. made_by: the script that
+    writes it. Raises UserError if the file is missing, truncated, or not written by `save`."""
+    require(Path(path).exists(), f"{path} is missing: run {made_by} first")
+    try:
+        with safe_open(path, "pt") as f:
+            weights = {name: f.get_tensor(name) for name in f.keys()}
+            header = json.loads(f.metadata()["rlhf-shakespeare"])
         model = GPT(GPTConfig(**header["model"]))
         model.load_state_dict(weights)
         tokenizer = Tokenizer.from_str(header["tokenizer"])
+    except Exception as error:  # safetensors, json, torch and tokenizers each raise their own
+        raise UserError(f"{path} is truncated or damaged, or was not written by this version of "
+                        f"the project: delete it and run {made_by} again") from error
     model.to(device).dtype = dtype
     return model, tokenizer, header
 
 
-if __name__ == "__main__":  # python model.py out/policy-happy.safetensors --prompt "ROMEO:" -n 3
-    from running.complete import main
-    main()
+def fingerprint(model: GPT) -> str:
+    """Which weights a loaded model has: 16 hex digits of their SHA-256."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.float().numpy(force=True).tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- How a stage runs. Nothing below is about RLHF: skip it at first reading. --------------------
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line, with exit code 2."""
+
+
+def require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise UserError(otherwise)
+
+
+def one_line(kind, error, trace) -> None:
+    """sys.excepthook: what a user can mend is one line and exit code 2; a bug has its traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        error = "interrupted: run the same command again (01 and 04: --resume goes on)"
+    elif issubclass(kind, OSError) and error.errno is not None:
+        name = error.filename or "writing"
+        error = f"{name}: {error.strerror}; make room or choose another --out"
+    elif not issubclass(kind, UserError):
+        sys.stderr = sys.__stderr__
+        return sys.__excepthook__(kind, error, trace)
+    if world()[0] == 0:
+        print(f"\nerror: {error}", file=sys.__stderr__, flush=True)
+    else:
+        time.sleep(1)  # the first process says it; torchrun ends all when one has ended
+    os._exit(2)
+
+
+def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
+    """Read the command line, choose device and dtype, seed torch -> settings, device, dtype.
+    on_gpu: the defaults that differ where there is a GPU."""
+    sys.excepthook = one_line
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    defaults = Config(**(on_gpu or {})) if device.type == "cuda" else Config()
+    cfg = tyro.cli(Config, description=doc, default=defaults)
+    require(0 <= cfg.seed < 2**31, "--seed must be in [0, 2^31)")
+    keep_freed_pages()
+    gc.set_threshold(100_000)  # at the default, 700, reading rows is mostly garbage collection
+    if "RANK" in os.environ:   # set by torchrun
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if world()[0] > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.manual_seed(cfg.seed)
+    dtype = fast_dtype(device)
+    print("settings:", ", ".join(f"{k} {v}" for k, v in asdict(cfg).items()))
+    print(f"device: {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, "
+          f"{world()[1]} processes, kernels: {live_path(device)}", flush=True)
+    return cfg, device, dtype
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where it is fast: GPUs, and CPUs with AMX or AVX512-BF16. Else float32."""
+    flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    fast = device.type == "cuda" or re.search(r"\b(amx_bf16|avx512_bf16)\b", flags)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def keep_freed_pages() -> None:
+    """On Linux, keep freed memory: the kernel would zero every page again."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):      # glibc
+        libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)           # M_MMAP_MAX
+
+
+def finish(next_command: str, out: Path, earlier_s: float = 0.0) -> None:
+    """Print the cost and the next stage's command. earlier_s: seconds before it was resumed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    before = f" (before it was resumed {earlier_s:.0f} s)" if earlier_s else ""
+    print(f"wall time {time.time() - BEGAN:.0f} s{before}, peak memory {peak:.2f} GiB")
+    elsewhere = next_command.startswith("python") and str(out) != "out"
+    print(f"next: {next_command}" + (f" --out {shlex.quote(str(out))}" if elsewhere else ""))
+
+
+# ---- Several processes, started by torchrun, act as one; with one process this is the identity ---
+def world() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def my_rows(numbers: torch.Tensor, minibatch: int) -> torch.Tensor:
+    """This process's part of `numbers` (N,): an equal slice of each minibatch. So several processes
+    make the same updates as one."""
+    rank, size = world()
+    return numbers.view(-1, size, minibatch // size)[:, rank].flatten()
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """x (n, ...) of every process, joined: (size n, ...). So all processes decide alike."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(world()[1])]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def average_gradients(model: nn.Module) -> None:
+    if dist.is_initialized():
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= world()[1]
+
+
+# ---- Rows, states and other files: whole or not at all -------------------------------------------
+def write(path: Path, data: bytes | str) -> None:
+    """Write to a temporary name, then rename. Only the first of several processes does."""
+    if world()[0] > 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+(?:['’][a-z]+)*", text.lower())
+
+
+def jsonl(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(path: Path, made_by: str, right=lambda row: True) -> list[dict]:
+    """Rows of a JSON Lines file. Raises UserError if it is missing; or if a line is broken, or
+    right(row) is false or raises: it names the line."""
+    require(path.is_file(), f"{path} is missing: run {made_by} first")
+    rows = []
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+                if not right(rows[-1]):
+                    raise ValueError("an entry of the wrong kind")
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} line {number} is broken ({line[:40]!r}, {error}): mend or "
+                            f"delete it, or run {made_by} again") from error
+    return rows
+
+
+class Log:
+    """One JSON line per row, in a file and in the list `rows`, which may come from a state."""
+
+    def __init__(self, path: Path, rows: list[dict]):
+        write(path, jsonl(rows))
+        self.rows = rows
+        self.file = open(os.devnull if world()[0] else path, "a", buffering=1)
+
+    def __call__(self, **row) -> None:
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+
+
+def provenance(cfg, earlier_s: float = 0.0) -> dict:
+    """What each file says of its making: settings (not where files lie), seconds, version."""
+    paths = ("corpus", "labels", "out", "resume")
+    return {"settings": {k: v for k, v in asdict(cfg).items() if k not in paths},
+            "seconds": earlier_s + time.time() - BEGAN, "torch": str(torch.__version__)}
+
+
+def save_state(path: Path, cfg, state: dict) -> None:
+    """What --resume goes on from: a dict of plain types and tensors."""
+    buffer = io.BytesIO()
+    torch.save(state | provenance(cfg, state["seconds"]), buffer)
+    write(path, buffer.getvalue())
+
+
+def resume(path: Path, cfg, inputs: dict) -> dict:
+    """What `save_state` wrote; {} if this run starts from the beginning. Raises UserError if the
+    file is damaged, or a setting has changed that may not. inputs: what the run is made from."""
+    if not cfg.resume:
+        path.unlink(missing_ok=True)  # so that nobody resumes an earlier run by mistake
+        return {}
+    if not path.exists():
+        print(f"there is no {path} to resume: starting from the beginning")
+        return {}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds
+        raise UserError(f"{path} is truncated or damaged: start again without --resume") from error
+    if state["inputs"] != inputs:
+        print(f"{path} stems from other inputs: starting from the beginning")
+        return {}
+    may_change = ("measure_every", "save_s", "kl_stop", "max_iterations")
+    differ = [k for k, v in provenance(cfg)["settings"].items()
+              if state["settings"].get(k) != v and k not in may_change]
+    require(not differ, f"{path} was written with another {', '.join(differ)}: use the same "
+                        "settings, or start again without --resume")
+    print(f"resuming at step {state['step']}")
+    return state

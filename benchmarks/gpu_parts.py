@@ -21,7 +21,7 @@ from benchmarks.gpu import DRY, OUT, ROOT
 from benchmarks.kernels import ceilings, milliseconds
 from kernels import attention, decode_attention, linear_logprob, rotate, sample, squared_relu
 from model import GPTConfig, load
-from running import UserError, require
+from model import UserError, require
 
 TOY = {  # the scripts, and how small they are in a rehearsal
     "01_pretrain.py": "--vocab-size 300 --context 16 --n-layer 1 --n-head 2 --n-kv-head 1 "

@@ -1,6 +1,6 @@
 """How good is the reward model with fewer labels?
 
-    python -m benchmarks.learning_curve           # after 02_sample_label.py; the next 05 draws it
+    python -m benchmarks.learning_curve           # after 02_sample_label.py; `python -m report` draws it
 
 The last phase of 03 (a person's labels if there are any, else the machine's of whole samples), on
 300, 1,600, 6,400 and all of them: once alone, from the base model, and once after the phases before
@@ -15,9 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.bag_of_words import bag_of_words
-from model import load
-from running import auc, finish, start, write
+from model import finish, load, start, write
 
 rm = importlib.import_module("03_reward_model")
 
@@ -36,12 +34,12 @@ def learning_curve(base, phases: list, test: list[dict], cfg, sizes=(300, 1600, 
         few = replace(last, name=f"{n} labels", items=labelled[:n],
                       epochs=last.epochs * min(8, (len(labelled) / n) ** 0.5))
         row = {"labels": n,
-               "bag_alone": auc(bag_of_words(few.items, test), target),
-               "bag_after": auc(bag_of_words(known + few.items, test), target)}
+               "bag_alone": rm.auc(rm.bag_of_words(few.items, test), target),
+               "bag_after": rm.auc(rm.bag_of_words(known + few.items, test), target)}
         for name, model in (("alone", base), ("after", started)):
             model = copy.deepcopy(model)
             rm.train(model, few, cfg)
-            row[name] = auc(rm.predict(model, test)[:, 0], target)
+            row[name] = rm.auc(rm.predict(model, test)[:, 0], target)
         print("AUC with {labels} labels: {alone:.3f} alone, {after:.3f} after the phases before; "
               "bag of words {bag_alone:.3f} and {bag_after:.3f}".format(**row), flush=True)
         curve.append(row)
@@ -58,4 +56,4 @@ if __name__ == "__main__":
     test = [item for item in items if item["part"] == "test" and item["source"] != "piece"]
     test = [item for item in test if item["person"] or not people]
     write(cfg.out / "curve.json", json.dumps(learning_curve(base, phases, test, cfg)))
-    finish("python 05_eval.py", cfg.out)
+    finish("python -m report", cfg.out)

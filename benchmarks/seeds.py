@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from model import load
-from report.findings import fit_line
+from scipy.stats import linregress
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("01_pretrain.py", "02_sample_label.py", "03_reward_model.py", "04_ppo.py", "05_eval.py")
@@ -78,20 +78,18 @@ def figures(out: Path) -> dict[str, float]:
 def kl_at(ppo: list[dict], score: float) -> float:
     """KL where the score is first reached, linear between that policy and the one before; nan if none
     reaches it, or the first has it already."""
-    rows = [row for row in ppo if not row.get("taken_back")]
-    i = next((i for i, row in enumerate(rows) if row["score"] >= score), 0)
+    i = next((i for i, row in enumerate(ppo) if row["score"] >= score), 0)
     if i == 0:
         return float("nan")
-    a, b = rows[i - 1], rows[i]
+    a, b = ppo[i - 1], ppo[i]
     return a["kl"] + (score - a["score"]) / (b["score"] - a["score"]) * (b["kl"] - a["kl"])
 
 
 def straight(ppo: list[dict], score: float) -> float:
     """R^2 of the line through sqrt KL against optimizer steps, up to the first policy that reaches the score."""
-    rows = [row for row in ppo if not row.get("taken_back")]
-    until = next((i for i, row in enumerate(rows) if row["score"] >= score), len(rows)) + 1
-    steps, kl = zip(*((row["updates"], max(row["kl"], 0)) for row in rows[:until]))
-    return fit_line(steps, np.sqrt(kl))[2]
+    until = next((i for i, row in enumerate(ppo) if row["score"] >= score), len(ppo)) + 1
+    steps, kl = zip(*((row["updates"], max(row["kl"], 0)) for row in ppo[:until]))
+    return linregress(steps, np.sqrt(kl)).rvalue ** 2
 
 
 def speeds(out: Path) -> dict[str, float]:

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import load
+from model import load, start
 from people.answers import read_items
-from running import auc, start
 
 ROOT = Path(__file__).parent.parent
 FLIPPED = ("good", "love", "like", "well", "no", "great", "death", "fair", "true", "sweet")
@@ -90,7 +89,7 @@ if __name__ == "__main__":
             phase, = rm.phases_of([item | {"part": "train"} for item in rated], stage)
             model, _, _ = load(cfg.out / "reward.safetensors", "03_reward_model.py", device, dtype)
             rm.train(model, phase, stage)
-            aucs.append(auc(rm.predict(model, asked)[:, 0], target))
+            aucs.append(rm.auc(rm.predict(model, asked)[:, 0], target))
         row = {"labels": n, "replaced": careless, "auc": float(np.mean(aucs)),
                "auc_sd": float(np.std(aucs, ddof=1)) if len(aucs) > 1 else 0.0}
         result["last phase alone"].append(row)

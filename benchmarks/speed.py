@@ -4,7 +4,7 @@
     pip install transformers               # optional, for the rollout of Hugging Face `generate`
 
 On a CPU the comparisons are made twice: with the allocator as it comes, and with freed pages kept, as
-all scripts do (`running.keep_freed_pages`), which helps the others as well.
+all scripts do (`keep_freed_pages` in model.py), which helps the others as well.
 
 Rollout by `GPT.generate`, by Hugging Face `generate` (the same weights in its Nemotron, which has the
 same squared ReLU, rotary positions and grouped-query heads; its log-probs are compared first), and by
@@ -29,8 +29,7 @@ import torch.nn.functional as F
 import tyro
 
 from benchmarks.kernels import ceilings
-from model import GPT, GPTConfig, norm, rotate
-from running import fast_dtype, keep_freed_pages
+from model import GPT, GPTConfig, fast_dtype, keep_freed_pages, norm, rotate
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,12 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import chunked, load
-from running import auc, fast_dtype
-from running.stages import score_of
-from running.text import draw_prompts, read_prompts
-from running.vader import compound_scores
+from model import chunked, draw_prompts, fast_dtype, load, read_prompts
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,11 +60,12 @@ def ranking(out: Path, fresh: int, prompts: bool, seed: int) -> dict[str, float]
     given = draw_prompts(read_prompts(out / "prompts.json", "held_out") if prompts else None, fresh // 2, seed)
     given = given.repeat_interleave(2, 0)  # the two samples of a pair continue one prompt
     y, _ = base.generate(fresh, header["length"], seed << 32 | 7 << 24, prompts=given)
-    score = score_of(chunked(model.sentiment, 256, y, given.to(y.device)), "comparisons", "happy").numpy(force=True)
-    gold = np.array(compound_scores(tokenizer.decode_batch(y.tolist())))
+    happy, sad = chunked(model.sentiment, 256, y, given.to(y.device)).numpy(force=True).T
+    score, vader = happy - sad, SentimentIntensityAnalyzer()
+    gold = np.array([vader.polarity_scores(t)["compound"] for t in tokenizer.decode_batch(y.tolist())])
     target = np.array([rm.TARGET[label.feeling(g)] for g in gold])
     a, b, p, q = gold[::2], gold[1::2], score[::2], score[1::2]
-    return {"AUC": auc(score, target), "pair accuracy, %": 100 * float(((a > b) == (p > q))[a != b].mean())}
+    return {"AUC": rm.auc(score, target), "pair accuracy, %": 100 * float(((a > b) == (p > q))[a != b].mean())}
 
 
 def gold_at(out: Path, kl: float) -> float:

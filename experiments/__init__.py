@@ -5,6 +5,7 @@
 
 What two of them need and no stage has is here and in the modules that are no experiment.
 """
+import importlib
 import io
 import json
 import math
@@ -16,11 +17,12 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from running import require, write
-from running.stages import load_base_and_reward, score_of
+from model import require, write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
+
+ev = importlib.import_module("05_eval")
 
 ALL = ("frontier", "goodhart", "methods", "where_the_kl_goes", "over_optimisation",
        "recursive_reward_modelling", "weak_to_strong", "amplification", "debate",
@@ -42,11 +44,12 @@ def load_run(run: Path, device, dtype) -> tuple:
     reward model, tokenizer, what 05 reported. Raises UserError if it is not finished."""
     require((run / "report.json").exists(), f"{run} is not a finished run: make seeds first, or "
             "name those that are with --runs")
-    reference, reward_model, tokenizer, about = load_base_and_reward(run, device, dtype)
+    reference, reward_model, tokenizer, about = ev.load_run(run, device, dtype)
     require(not about["prompted"], f"{run} was made with prompts: these experiments have none")
 
     def reward_fn(y, prompt):
-        return score_of(reward_model.sentiment(y, prompt), about["kind"], "happy")
+        log_p = reward_model.sentiment(y, prompt)                            # (B, 2)
+        return log_p[:, 0] if about["kind"] == "labels" else log_p[:, 0] - log_p[:, 1]
     report = json.loads((run / "report.json").read_text()) | {"length": about["length"]}
     return reference, reward_fn, reward_model, tokenizer, report
 

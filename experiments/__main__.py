@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from experiments import ALL
-from running import one_line
+from model import one_line
 
 sys.excepthook = one_line
 out = Path("out/experiments")

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from experiments import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Config, keep, plt
-from running import start
+from model import start
 
 N, DEPTHS = 64, 9  # elements; d is 0 to 8
 

@@ -29,7 +29,7 @@ def meter(reference, reward_fn, reward_model, tokenizer, report: dict, n: int):
 
     def measured(policy, reference=reference, **more):
         row = ev.measure(policy, reference, reward_model, lambda *y: (reward_fn(*y),) * 2,
-                         tokenizer, None, empty, report["length"], report["seed"] << 32 | 5 << 24,
+                         tokenizer, empty, report["length"], report["seed"] << 32 | 5 << 24,
                          show=1)
         return figures(row, report["happy"][0], **more)
     return measured

@@ -41,11 +41,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from tqdm import tqdm
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments import BLACK, BLUE, GREEN, ORANGE, RED, Config, keep, over_seeds, plt
 from experiments.judges import Judge, additive_value, read, sets, train, value
-from running import start
-from running.vader import vader
+from model import start
 
 LYING = ("good", "love", "like", "well", "great", "fair", "true", "sweet")
 JUDGES = {"logistic": range(1, 7), "lexicon": range(1, 7), "misled": range(1, 7),
@@ -94,7 +94,7 @@ def play(judge: Judge, text: torch.Tensor, truth: int, k: int) -> dict[str, floa
 
 def measure(cfg: Settings, texts, label, vocabulary: list[str]) -> dict[str, float]:
     """One seed, texts (N, L) and label (N,): what -> accuracy."""
-    lexicon = vader().lexicon
+    lexicon = SentimentIntensityAnalyzer().lexicon
     valence = torch.tensor([[lexicon.get(word, 0.0), 0.0] for word in vocabulary])
     lying = torch.tensor([i for i, word in enumerate(vocabulary) if word in LYING])
     held = torch.cat([(label == c).nonzero()[:cfg.test, 0] for c in range(3)])

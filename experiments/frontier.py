@@ -39,9 +39,7 @@ from tqdm import tqdm
 from experiments import BLACK, BLUE, GREEN, RED, Config, keep, lines, load_run, plt
 from experiments.ppo import part_way
 from experiments.reweight import at, kept, small_step, tilt
-from model import chunked
-from report.text import judge, variety
-from running import bootstrap, start
+from model import chunked, start
 
 ev = importlib.import_module("05_eval")
 INVERSE_BETAS = 2.0 ** np.arange(-3, 9.5, 0.5)
@@ -64,7 +62,9 @@ def frontier(score, figures: dict[str, np.ndarray], enough: float = 200) -> list
         kl, means, log_z, ess = tilt(score[rows], INVERSE_BETAS, values[rows])
         return np.column_stack((kl, log_z, means, ess))                          # (K, 3 + F)
     values, line = np.stack(list(figures.values()), 1), []                       # (N, F)
-    low, high = (np.array(x) for x in bootstrap(of, len(score), resamples=200))
+    rng, n = np.random.default_rng(0), len(score)
+    resampled = [of(rng.integers(0, n, n)) for _ in range(200)]
+    low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
     for inverse_beta, x, a, b in zip(INVERSE_BETAS, of(np.arange(len(score))), low, high):
         row = {"inverse_beta": inverse_beta, "ess": x[-1]}
         for j, name in enumerate(("kl", "log_z", *figures)):
@@ -85,18 +85,18 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
     y, _ = reference.generate(cfg.n, report["length"], stream)
     prompt, texts = y[:, :0], tokenizer.decode_batch(y.tolist())
     score = chunked(reward_fn, 256, y, prompt).double().numpy(force=True)
-    afinn = judge(texts)["afinn"]
+    afinn = ev.judge(texts)["afinn"]
     figures = {"reward": score, "afinn": (afinn - afinn.mean()) / afinn.std()}
     uniform = np.random.default_rng(report["seed"]).random(cfg.n)
     line, best = frontier(score, figures), ev.best_of_n(score, figures, texts)
     for row in line:
         drawn = uniform < np.exp((score - score.max()) * row["inverse_beta"])  # by rejection
-        row |= variety([text for text, taken in zip(texts, drawn) if taken])
+        row |= ev.variety([text for text, taken in zip(texts, drawn) if taken])
     posterior, = (row for row in line if row["inverse_beta"] == 1)
     log_z = posterior["log_z"], np.ptp(posterior["log_z_interval"]) / 3.92
     for row in best:
         row["reward_se"] = np.ptp(row["reward_interval"]) / 3.92
-    ppo = [kept(np.full(cfg.n, True), figures) | variety(texts)]  # the base model
+    ppo = [kept(np.full(cfg.n, True), figures) | ev.variety(texts)]  # the base model
     for row in report["happy"][1:]:
         ppo.append({k: row[k] for k in ("kl", "kl_se", "distinct_2") if k in row} | {
             "reward": row["proxy"], "reward_se": row["proxy_se"],

@@ -38,10 +38,9 @@ from tqdm import tqdm
 
 from experiments import BLACK, BLUE, RED, Config, keep, lines, load_run, over_seeds, plt
 from experiments.frontier import INVERSE_BETAS
-from experiments.overseers import FLIPPED, others, person, retrained, targets
+from experiments.overseers import FLIPPED, others, person, retrained, rm, targets
 from experiments.reweight import at, tilt
-from model import chunked, load
-from running import auc, start
+from model import chunked, load, start
 
 ev = importlib.import_module("05_eval")
 STYLES = {"tilted": ("-", BLACK, "best possible"), "best of n": ("s--", BLUE, "best of n"),
@@ -101,7 +100,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
         for where, (tokens, said, _) in (("base", (y, texts, score)), ("policy", near)):
             p = chunked(model.sentiment, 256, tokens[n:])[:, 0].float().numpy(force=True)
             wanted = feels["wanted"](said[n:])
-            row[f"AUC, {where}"] = auc(p, targets(wanted))
+            row[f"AUC, {where}"] = rm.auc(p, targets(wanted))
             best = ev.best_of_n_weights(len(p), 16) @ wanted[np.argsort(p, kind="stable")]
             row[f"best of 16, {where}"] = (best - scale["wanted"][0]) / scale["wanted"][1]
     best = ev.best_of_n(score, figures, texts)

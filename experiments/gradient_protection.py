@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from experiments import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Config, keep, plt
-from running import start
+from model import start
 
 N, H, STEPS, SEEDS = 256, 16, 10_000, 5
 BLOCK = ("w2", "b2", "gamma", "beta")

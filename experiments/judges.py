@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from running import require
-from running.text import words
+from model import require, words
 
 ANSWERS = ("positive", "negative", "neutral")
 

@@ -8,17 +8,15 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from benchmarks.bag_of_words import bag_of_words
 from experiments import load_run
 from experiments.overseers import rm, targets
 from experiments.ppo import ppo, stage
-from model import load
-from running import auc, require
-from running.text import words
-from running.vader import vader
+from model import load, require, words
 
 ev = importlib.import_module("05_eval")
+vader = cache(SentimentIntensityAnalyzer)  # vader(): one for all, not to be changed
 LEXICON = vader().lexicon | {"": 0.0}
 parts = cache(words)  # "heart-ache," -> heart, ache
 
@@ -44,7 +42,7 @@ def fit(texts: list[list[str]], labels) -> dict[str, float]:
     names = ["", *dict.fromkeys(name for text in texts for word in text for name in parts(word))]
     rows = [{"text": " ".join(text), "target": label, "weight": 1.0}
             for text, label in zip(texts, labels)]
-    odds = bag_of_words(rows, [{"text": name} for name in names])
+    odds = rm.bag_of_words(rows, [{"text": name} for name in names])
     return dict(zip(names, [odds[0].item(), *(odds[1:] - odds[0]).tolist()]))
 
 
@@ -64,7 +62,7 @@ def judged(score: np.ndarray, gold: np.ndarray) -> dict:
     ranked = ((gold - gold.mean()) / gold.std())[np.argsort(score, kind="stable")]
     best = {n: ev.best_of_n_weights(len(score), n) @ ranked
             for n in ev.BEST_OF if n <= len(score)}
-    return {"AUC": auc(score, targets(gold)), "gold": best[16], "best of n": best}
+    return {"AUC": rm.auc(score, targets(gold)), "gold": best[16], "best of n": best}
 
 
 def known(model: dict[str, float], texts) -> dict:

@@ -50,8 +50,7 @@ from experiments.frontier import INVERSE_BETAS
 from experiments.ppo import part_way, ppo, stage
 from experiments.reweight import tilt
 from experiments.without_rl import dpo, figures_of, imitate, targets
-from model import chunked
-from running import start
+from model import chunked, start
 
 STYLES = {"best possible": ("-", BLACK, "best possible"),
           "best-of-n": (":", BLACK, "best-of-n, untrained"), "PPO": ("o-", RED, "PPO (04)"),

@@ -51,9 +51,7 @@ from experiments.overseers import targets
 from experiments.ppo import stage
 from experiments.proxies import (FORMS, NS, RULES, best_of_n, climb, ev, findings, fit, happy,
                                  learned, rm, shuffled, subset, table)
-from model import chunked
-from report.text import judge
-from running import auc, start
+from model import chunked, start
 
 COLOURS = {"100": PINK, "300": RED, "1000": ORANGE, "3000": GREEN, "20000": BLUE, "VADER": BLACK,
            "shuffled": SKY}
@@ -85,7 +83,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
     models = {k: [learned(base, rows, len(labels)) for rows in each] for k, each in sets.items()}
 
     def said(y):
-        return np.stack([*judge(tokenizer.decode_batch(y.tolist())).values()], 1)    # (N, 3)
+        return np.stack([*ev.judge(tokenizer.decode_batch(y.tolist())).values()], 1)    # (N, 3)
     y, _ = base.generate(cfg.n, length, seed << 32 | 7 << 24)  # stream of random numbers; 04: 3, 4
     judges = said(y)
     mean, sd = judges.mean(0), judges.std(0)
@@ -114,7 +112,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
                 seed=seed, batch=cfg.batch, max_batch=cfg.batch, kl_samples=cfg.batch // 8,
                 reward_samples=2 * cfg.batch, max_iterations=cfg.iterations), cfg.kl_stop)
     truth, pool = targets(judges[:, 0]), {k: x.T.numpy(force=True) for k, x in pool.items()}
-    return {"lines": found, "AUC": {k: [auc(one, truth) for one in x] for k, x in pool.items()}}
+    return {"lines": found, "AUC": {k: [rm.auc(one, truth) for one in x] for k, x in pool.items()}}
 
 
 def draw(seed: dict):

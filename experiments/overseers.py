@@ -7,7 +7,7 @@ import numpy as np
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.simulated_person import FLIPPED
-from running.text import words
+from model import words
 
 label, rm = importlib.import_module("02_sample_label"), importlib.import_module("03_reward_model")
 

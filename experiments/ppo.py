@@ -10,7 +10,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import GPT, chunked, kl_nats, load
-from running import means
 
 stage = importlib.import_module("04_ppo")
 
@@ -21,7 +20,7 @@ def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False
     batch_mean: the baseline is the mean of the batch, not a constant; times n / (n - 1) that is
     RLOO, whose baseline is the mean of the other n - 1 samples."""
     zero, std = stage.reward_constants(reward_fn, reference, None, length, cfg)
-    optimizer = stage.sgd(policy, cfg)
+    optimizer = torch.optim.SGD(stage.parameter_groups(policy, cfg), momentum=cfg.momentum)
     batch, clip_fractions, updates, n = cfg.batch, [], 0, cfg.kl_samples
     for step in range(cfg.max_iterations):
         # Rollout and score.
@@ -32,7 +31,8 @@ def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False
         if (logp_old[:n] - logp).abs().max() > 5e-6:
             logp_old = chunked(policy.logprob, cfg.minibatch, y, prompt)
         yield {"step": step, "batch": batch, "updates": updates,
-               **means(kl=kl, score=score, entropy=entropy)}
+               "kl": kl.mean().item(), "score": score.mean().item(),
+               "entropy": entropy.mean().item()}
 
         # Advantage, and PPO epochs.
         logp_ref = logp_old

@@ -45,7 +45,7 @@ from experiments.labellers import (LEXICON, ev, fit, judged, known, labels, opti
                                    transformer)
 from experiments.overseers import targets
 from experiments.reweight import at
-from running import require, start
+from model import require, start
 
 K = 4  # words that she reads
 FIXED = {"first 4": ("first", K), "first 8": ("first", 8), "first 16": ("first", 16),

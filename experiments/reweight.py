@@ -1,7 +1,12 @@
 """What samples of the base model say of other policies: by weights, without drawing from them."""
 import numpy as np
 
-from running import mean_se
+
+
+def mean_se(x) -> tuple[float, float]:
+    """x (n,) -> mean, and its standard error."""
+    x = np.asarray(x, dtype=np.float64)
+    return float(x.mean()), float(x.std(ddof=1) / len(x) ** 0.5)
 
 
 def tilt(score: np.ndarray, inverse_betas: np.ndarray, values: np.ndarray):

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import GPT, chunked
-from running import mean_se, require
+from experiments.reweight import mean_se
+from model import GPT, chunked, require
 
 rm = importlib.import_module("03_reward_model")
 STOPPED = ", stopped by truth"

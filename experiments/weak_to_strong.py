@@ -48,10 +48,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.bag_of_words import bag_of_words
 from experiments import BLUE, GREEN, ORANGE, RED, Config, keep, load_run, over_seeds, plt
-from experiments.students import STOPPED, cut, figures, fresh, learn, p_happy, read
-from running import start
+from experiments.students import STOPPED, cut, figures, fresh, learn, p_happy, read, rm
+from model import start
 
 SMALL = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "d_model": 48}
 TEACHERS = {"weak transformer": RED, "bag of words": BLUE}
@@ -81,7 +80,7 @@ def measure(cfg: Settings, seed: int, device, dtype) -> dict[str, dict[str, np.n
     texts, test, rest = y[cfg.labels:-cfg.test], y[-cfg.test:], slice(cfg.labels, -cfg.test)
 
     def bag(train, test):
-        return torch.tensor(bag_of_words(train, test), device=device).sigmoid()
+        return torch.tensor(rm.bag_of_words(train, test), device=device).float().sigmoid()
 
     def taught(student, labels, confidence=0.0):
         return learn(student, texts, labels, cfg.epochs, test, confidence, cfg.moments)

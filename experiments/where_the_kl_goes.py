@@ -33,6 +33,7 @@ Left out: larger models, prompts. Take away: PPO gets more for its KL than one v
 but as blindly. What would change my mind: a run whose KL per token falls as V rises.
 """
 import copy
+import importlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,10 +45,9 @@ from experiments import (BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Config, kee
 from experiments.ppo import OneVector, ppo, stage, straightness
 from experiments.prefixes import block_kl, expected, log_odds, logistic, posterior_kl, profile
 from experiments.reweight import at
-from model import chunked, kl_nats
-from report.text import judge
-from running import start
+from model import chunked, kl_nats, start
 
+ev = importlib.import_module("05_eval")
 STYLES = {"PPO": ("o-", RED, "PPO, before 6 nats"), "PPO, 1 nat": ("o:", PINK, "PPO, beyond 1 nat"),
           "one rate": ("x--", SKY, "PPO, one rate for all layers"),
           "scaled": ("v--", ORANGE, "first update, scaled"), "vector": ("s--", BLUE, "one vector"),
@@ -73,7 +73,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
         y, _ = model.generate(n, length, seed << 32 | 7 << 24)  # 04 has 3 and 4, 05 has 5
         s = chunked(lambda y: log_odds(reward_model, y), 256, y).numpy(force=True)
         score = chunked(reward_fn, 256, y, y[:, :0]).double().numpy(force=True)
-        return y, s, score, judge(tokenizer.decode_batch(y.tolist()))
+        return y, s, score, ev.judge(tokenizer.decode_batch(y.tolist()))
 
     def train(name, policy, **changed):
         path, fronts[name] = [], []

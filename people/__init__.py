@@ -1,17 +1,12 @@
-"""Asking people: a program of its own, `python -m people --help`.
+"""Asking people: a program beside the scripts, `python -m people --help`.
 
-    answers.py    items, the files of answers, who may answer
-    terminal.py   one key per item, in the terminal
+    answers.py    the items to ask about, and all answers
     sheet.py      sheet.html, a page to mail, and what comes back
     agreement.py  do people agree with each other, and with the machine?
     ratings.py    the blind test: base model against final policies
 
-An item is {"id", "text", ...}, its text one text, or two to compare, and perhaps a "prompt" that
-they continue. An answer is the item with "label", "labeller" and "time": one line of a file that
-only ever grows. An undo is one more line, and the last line about an item counts, so that no later
-run can orphan or lose a label.
+An item is {"id", "text", ...}. Its text is one text, or two to compare; it may have a "prompt". An
+answer is the item with "label", "labeller" and "time": one line of a file that only grows. An undo
+is one more line, and the last line about an item counts. So no later run can lose a label.
+The loop that asks in the terminal is in 02_sample_label.py.
 """
-from people.answers import need_name
-from people.terminal import label, need_terminal
-
-__all__ = ["label", "need_name", "need_terminal"]

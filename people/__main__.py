@@ -13,29 +13,35 @@ from pathlib import Path
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
-import people
+from model import one_line, require
 from people.agreement import print_agreement
-from people.answers import answers_in, need_name, read_items
+from people.answers import answers_in, read_items
+from people.answers import label as stage
 from people.ratings import items_to_rate
 from people.ratings import unblind as unblind_ratings
 from people.sheet import collect, read_sheet, write_sheet
-from people.terminal import ask, need_terminal
-from running import one_line, require
 
 app = SubcommandApp()
 OUT = Path("out")
 
 
+def ask(name: str, kind: str, out: Path, seed: int) -> None:
+    """Ask in the terminal, then say how far people agree."""
+    items = read_items(out, kind, seed)
+    stage.ask(items, out / f"{kind}-{name}.jsonl", name, kind)
+    print_agreement(answers_in(out, kind), items)
+
+
 @app.command
 def label(name: Positional[str], out: Path = OUT, seed: int = 0) -> None:
     """Label the samples in --out: positive, negative or neutral. Run again to go on."""
-    people.label(name, out, compare=False, seed=seed)
+    ask(name, "labels", out, seed)
 
 
 @app.command
 def compare(name: Positional[str], out: Path = OUT, seed: int = 0) -> None:
     """Which of two is the happier? About the pairs that 02_sample_label.py --compare made."""
-    people.label(name, out, compare=True, seed=seed)
+    ask(name, "comparisons", out, seed)
 
 
 @app.command
@@ -82,22 +88,21 @@ def rate(who: Positional[str], out: Path = OUT, seed: int = 0, n: int = 20,
     """
     require(n > 0, "--n must be positive")
     if not who.endswith(".html"):
-        need_name(who)
-        need_terminal()
+        stage.need_person(who)
     items, key = items_to_rate(out, n, seed, policy)
     if who.endswith(".html"):
         write_sheet(Path(who), "ratings", items)
         print(f"{who}: {len(items)} items. Keep {key} to yourself.\n"
               f"next: python -m people merge {who} FILE.jsonl ...")
     else:
-        ask(items, out / f"ratings-{who}.jsonl", who, "ratings")
+        stage.ask(items, out / f"ratings-{who}.jsonl", who, "ratings")
         unblind_ratings(out)
-        print("next: python 05_eval.py puts the result into the report")
+        print("next: python -m report")
 
 
 @app.command
 def unblind(out: Path = OUT) -> None:
-    """Print what the finished ratings say, and write it for 05_eval.py."""
+    """Print what the finished ratings say, and write it for the report."""
     unblind_ratings(out)
 
 

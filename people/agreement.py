@@ -5,7 +5,7 @@ from collections import Counter
 import krippendorff
 import numpy as np
 
-from people.answers import as_text
+from people.answers import label as stage
 
 
 def cohen_kappa(a: list[str], b: list[str]) -> float:
@@ -63,4 +63,4 @@ def print_agreement(people: dict[str, dict[str, str]], items: list[dict]) -> Non
     for key in disputed[:10]:
         given = (f"{name} {labels[key]}" for name, labels in people.items() if key in labels)
         print("---", ", ".join(given))
-        print(as_text(by_id[key]))
+        print(stage.as_text(by_id[key]))

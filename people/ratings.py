@@ -4,20 +4,22 @@ What is shown names an item by its place in a shuffled order alone. Which arm sp
 of its own, out/key-*.json, and is read once a rater has finished.
 """
 import hashlib
+import importlib
 import json
 import math
 from collections import Counter
 from pathlib import Path
 
 import torch
+from scipy.stats import binomtest
 from tokenizers import Tokenizer
 
-from model import GPT, load
+from model import (GPT, decode_prompts, draw_prompts, fast_dtype, fingerprint, load, read_prompts,
+                   require, write)
 from people.agreement import print_agreement
-from people.answers import read_answers
-from running import fast_dtype, newcombe, require, write
-from running.stages import fingerprint, load_base_and_reward, load_policies
-from running.text import decode_prompts, draw_prompts, read_prompts
+from people.answers import label as stage
+
+ev = importlib.import_module("05_eval")
 
 
 # ---- What is rated -------------------------------------------------------------------------------
@@ -25,7 +27,8 @@ def preferred(out: Path) -> Path:
     """The happy policy that the report prefers; the final one if there is no report of this run of
     04, or if it prefers the base model."""
     final, report = out / "policy-happy.safetensors", out / "report.json"
-    if not report.exists() or report.stat().st_mtime < final.stat().st_mtime:
+    fresh = report.exists() and final.exists() and report.stat().st_mtime >= final.stat().st_mtime
+    if not fresh:
         return final
     name = json.loads(report.read_text()).get("preferred_happy")
     path = out / "checkpoints" / f"{name}.safetensors"
@@ -38,12 +41,15 @@ def load_arms(out: Path, policy: Path | None) -> tuple[dict[str, GPT], dict, Tok
     header. Raises UserError if the policy stems from other models."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = fast_dtype(device)
-    base, _, tokenizer, about = load_base_and_reward(out, device, dtype)
-    policies = load_policies(out, about["inputs"], device, dtype)
+    base, _, tokenizer, about = ev.load_run(out, device, dtype)
     path = policy or preferred(out)
-    policies["happy"], _, header = load(path, "04_ppo.py", device, dtype)
-    require(header.get("inputs") == about["inputs"],
+    happy, _, header = load(path, "04_ppo.py", device, dtype)
+    policies = {"happy": happy}
+    require(header.get("inputs") == about["made_from"],
             f"{path} stems from another base model or reward model: run 04_ppo.py again")
+    if (out / "policy-sad.safetensors").exists():
+        sad, _, about_sad = load(out / "policy-sad.safetensors", "04_ppo.py", device, dtype)
+        policies |= {"sad": sad} if about_sad.get("inputs") == about["made_from"] else {}
     require(path.resolve().parent in (out.resolve(), (out / "checkpoints").resolve()),
             f"{path} is not of this run: copy it into {out / 'checkpoints'}")
     require(header["settings"]["target"] == "happy", f"{path} is not a policy towards happy")
@@ -79,6 +85,17 @@ def items_to_rate(out: Path, n: int, seed: int, policy: Path | None) -> tuple[li
 
 
 # ---- What was rated ------------------------------------------------------------------------------
+def newcombe(a: int, n: int, b: int, m: int) -> tuple[float, float]:
+    """95% interval of the difference b / m - a / n of two fractions (Newcombe 1998, Statistics in
+    Medicine 17:873, method 10), from Wilson's intervals of the two."""
+    if not n or not m:
+        return float("nan"), float("nan")
+    low_a, high_a = binomtest(a, n).proportion_ci(method="wilson")
+    low_b, high_b = binomtest(b, m).proportion_ci(method="wilson")
+    p, q = a / n, b / m
+    return q - p - math.hypot(q - low_b, high_a - p), q - p + math.hypot(high_b - q, p - low_a)
+
+
 def fisher_exact(a: int, n: int, b: int, m: int) -> float:
     """One-sided p-value that b of m is a higher share than a of n by chance (Fisher 1935)."""
     total = a + b
@@ -124,11 +141,11 @@ def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
 
 def keys_of(out: Path) -> list[dict]:
     """The keys whose policies are those in `out`. Raises UserError if there are none."""
-    _, _, _, about = load_base_and_reward(out, "cpu", torch.float32)
+    about = ev.load_run(out, "cpu", torch.float32)[3]
     paths = [*out.glob("policy-*.safetensors"), *(out / "checkpoints").glob("*.safetensors")]
     there = [load(path, "04_ppo.py") for path in paths]
     known = {fingerprint(model) for model, _, header in there
-             if header.get("inputs") == about["inputs"]}
+             if header.get("inputs") == about["made_from"]}
     keys = [json.loads(path.read_text()) for path in sorted(out.glob("key-*.json"))]
     keys = [key for key in keys
             if {policy["fingerprint"] for policy in key["policies"].values()} <= known]
@@ -139,12 +156,12 @@ def keys_of(out: Path) -> list[dict]:
 
 def unblind(out: Path) -> None:
     """Print the result of every finished rating of the present policies, and write
-    out/ratings.json, which 05 puts into the report. Raises UserError if no key fits them."""
+    out/ratings.json, which `python -m report` puts into the page. Raises UserError if no key fits them."""
     results, policies, sizes = [], {}, set()
     for key in keys_of(out):
         given = {}
         for path in sorted(out.glob("ratings-*.jsonl")):
-            answers = {i: label for i, label in read_answers(path).items() if i in key["arms"]}
+            answers = {i: label for i, label in stage.read_answers(path).items() if i in key["arms"]}
             if len(answers) == len(key["arms"]):
                 given[path.stem.removeprefix("ratings-")] = answers
             elif answers:

@@ -10,14 +10,14 @@ import sys
 from base64 import b64encode
 from pathlib import Path
 
-from people.answers import ASK, counts, is_name, jsonl, read_answers
-from running import UserError, require, write
+from model import UserError, jsonl, require, write
+from people.answers import label as stage
 
 
 def write_sheet(path: Path, kind: str, items: list[dict]) -> None:
     """One self-contained page. Raises UserError rather than replace a sheet of other items."""
     page = Path(__file__).with_name("sheet.html").read_text(encoding="utf-8")
-    keys, question = ASK[kind]
+    keys, question = stage.ASK[kind]
     sheet = {"kind": kind, "question": question, "answers": [*keys.items()], "items": items}
     sheet["hash"] = hashlib.sha256(json.dumps(sheet).encode()).hexdigest()[:16]
     require(not path.exists() or read_sheet(path)["hash"] == sheet["hash"],
@@ -55,7 +55,7 @@ def fault(row, items: dict[str, dict], labels: list[str], file_of: dict[str, Pat
             return "altered text"
         if label not in labels:
             return f"label {label!r} is none of {', '.join(labels)}"
-        if not is_name(name):
+        if not stage.is_name(name):
             return f"labeller {name!r} is not a name"
         if file_of.setdefault(name, path) != path:
             return f"{name} already answered in {file_of[name]}"
@@ -97,12 +97,12 @@ def collect(sheet: dict, files: list[Path], out: Path) -> int:
     people, wrong = returned(sheet, files)
     for name, rows in people.items():
         path = out / f"{kind}-{name}.jsonl"
-        before = read_answers(path)
+        before = stage.read_answers(path)
         new = [row for key, row in rows.items() if before.get(key) != row["label"]]
         kept = path.read_text(encoding="utf-8") if path.exists() else ""
         write(path, kept + jsonl(new))
         minutes = sum(row["seconds"] for row in rows.values()) / 60
         labels = {key: row["label"] for key, row in rows.items()}
         print(f"{path}: {len(rows)} answers, {len(new)} of them new, {minutes:.1f} minutes;",
-              counts(labels, kind))
+              stage.counts(labels, kind))
     return wrong

@@ -1,33 +1,35 @@
-"""The page that a run ends in: out/report.html, and the plots in it.
+"""The page that a run ends in: `python -m report` turns out/report.json into out/report.html.
 
-    text.py       what judges say of a text, its variety, what it copies
-    findings.py   what the measured rows say
     trust.py      what the reward model sees, token by token, and whether it still sees right
     health.py     marks for the run of PPO, each with its rule
     story.py      the run in a few sentences
     made.py       versions, settings, seconds
     plots.py      which figures; svg.py: how they are drawn
+    complete.py   completions of a prompt by any checkpoint: `python -m report.complete`
     page.html     the page, a Jinja template, with page.css, plot.css and page.js
 """
 import hashlib
+import importlib
 import json
 from base64 import b64encode
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from report.findings import JUDGES, conclusions
+from model import UserError, require, write
 from report.health import marks
+from report.made import made_by
 from report.plots import draw_plots
 from report.story import headline, in_short
 from report.svg import STYLE
 from report.trust import STEPS, against_vader, shown_samples
-from running import write
+
+ev = importlib.import_module("05_eval")
 
 
 def render(results: dict, figures: dict, made: dict) -> str:
-    """page.html with the results in it, everything escaped; its policy allows this very script and
-    style, and nothing to be loaded."""
+    """page.html with the results in it, everything escaped. Its policy allows this very script and
+    style, and loads nothing."""
     here = Path(__file__).parent
     html, css, script = ((here / f"page.{kind}").read_text(encoding="utf-8")
                          for kind in ("html", "css", "js"))
@@ -37,27 +39,43 @@ def render(results: dict, figures: dict, made: dict) -> str:
         digest = b64encode(hashlib.sha256(content.encode()).digest()).decode()
         policy += f"; {kind}-src 'sha256-{digest}'"
     return Environment(autoescape=True, undefined=StrictUndefined).from_string(html).render(
-        report=results, figures=figures, made=made, judges=JUDGES, steps=STEPS, style=style,
+        report=results, figures=figures, made=made, judges=ev.JUDGES, steps=STEPS, style=style,
         script=script, policy=policy)
 
 
-def build_report(results: dict, out: Path) -> dict:
-    """results: what 05_eval.py measured. Writes out/report.html and out/plots/*.svg -> the results
-    and what they say, without the counts of every word and the scores of every sample."""
-    made = results.pop("made")
-    for target in ("happy", "sad"):
-        for row in results.get(target, ()):
-            row |= against_vader(row) | {"shown": shown_samples(row)}
-    results = results | conclusions(results)
-    results |= {"health": marks(results["ppo"]), "headline": headline(results["happy"]),
-                "in_short": in_short(results)}
-    curve = out / "curve.json"  # of benchmarks/learning_curve.py
-    learning_curve = json.loads(curve.read_text()) if curve.exists() else []
+def read_json(path: Path, otherwise):
+    """What a JSON file holds; `otherwise` if there is none. Raises UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else otherwise
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: delete it, or write it again") from error
+
+
+def read_ratings(path: Path, fingerprints: set[str]) -> list[dict]:
+    """What `python -m people` wrote of blind ratings, if they are of these policies."""
+    ratings = read_json(path, {"policies": {}, "results": []})
+    if not {*ratings["policies"].values()} <= fingerprints:
+        print(f"{path} is of other policies: left out")
+        return []
+    return ratings["results"]
+
+
+def read_results(out: Path) -> dict:
+    """What 05 wrote, and what the page says of it. Raises UserError if 05 has not run."""
+    require((out / "report.json").exists(), f"{out}/report.json is missing: run 05_eval.py first")
+    results = read_json(out / "report.json", {})
+    rows = results["happy"] + results.get("sad", [])
+    for row in rows:
+        row |= against_vader(row) | {"shown": shown_samples(row)}
+    fingerprints = {row["fingerprint"] for row in rows}
+    results["ratings"] = read_ratings(out / "ratings.json", fingerprints)
+    return results | {"health": marks(results["ppo"]), "headline": headline(results["happy"]),
+                      "in_short": in_short(results)}
+
+
+def build_report(out: Path) -> None:
+    """Writes out/report.html and out/plots/*.svg."""
+    results = read_results(out)
+    learning_curve = read_json(out / "curve.json", [])  # of benchmarks/learning_curve.py
     figures = draw_plots(results, learning_curve, out / "plots")
-    write(out / "report.html", render(results, figures, made))
-    for target in ("happy", "sad"):
-        if target in results:
-            results[target] = [{k: v for k, v in row.items()
-                                if k not in ("words", "each", "pieces", "log_odds", "shown")}
-                               for row in results[target]]
-    return results
+    write(out / "report.html", render(results, figures, made_by(out, results)))

@@ -2,8 +2,7 @@
 import math
 
 import numpy as np
-
-from report.findings import fit_line
+from scipy.stats import linregress
 
 
 def mark(name: str, healthy: str, rule: str, measured: str, ok: bool) -> dict:
@@ -14,7 +13,7 @@ def mark(name: str, healthy: str, rule: str, measured: str, ok: bool) -> dict:
 def distance(run: list[dict]) -> dict:
     """run: the rows of 04's log whose policies some updates made."""
     roots = [math.sqrt(max(row["kl"], 0)) for row in run]
-    r2 = fit_line([row["updates"] for row in run], roots)[2]
+    r2 = linregress([row["updates"] for row in run], roots).rvalue ** 2
     apart = [abs(row["kl"] - row["kl_k1"]) / math.hypot(row["kl_se"], row["kl_k1_se"])
              for row in run if row["kl_k1_se"] > 0]
     worst = max(apart, default=0)
@@ -57,7 +56,6 @@ def entropy(run: list[dict]) -> dict:
 
 def marks(ppo: list[dict]) -> dict[str, dict]:
     """The rows of 04's log -> name -> mark."""
-    run = [row for row in ppo if not row.get("taken_back")]
     updates = [row for row in ppo if "clip_fraction" in row]
-    found = (distance(run), clipping(updates), advantage(updates), entropy(run))
+    found = (distance(ppo), clipping(updates), advantage(updates), entropy(ppo))
     return {row["name"]: row for row in found}

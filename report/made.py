@@ -1,4 +1,5 @@
 """All that made a run: versions, commit, machine, settings, inputs, seconds."""
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from running import read_tensors
+from model import load
 
 
 def commit(root: Path) -> str:
@@ -29,16 +30,23 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def made_by(out: Path, stages: dict[str, dict]) -> dict:
-    """stages: script -> its settings and seconds, as out/stages.json has them."""
-    inputs = {}
-    for model in ("base", "reward", "policy-happy", "policy-sad"):
+def made_by(out: Path, report: dict) -> dict:
+    """report: what 05 wrote. The other stages' settings and seconds are in the headers of their
+    files."""
+    files = {"01_pretrain.py": "base", "03_reward_model.py": "reward", "04_ppo.py": "policy-happy",
+             "04_ppo.py --target sad": "policy-sad"}
+    stages, inputs = {"05_eval.py": report}, {}
+    for script, model in files.items():
         path = out / f"{model}.safetensors"
-        header = read_tensors(path)[1] if path.exists() else {}
-        for name, value in header.get("inputs", {}).items():
-            inputs[f"{model} made from {name}"] = value
+        if path.exists():
+            stages[script] = header = load(path, script)[2]
+            for name, value in header.get("inputs", {}).items():
+                inputs[f"{model} made from {name}"] = value
+    if (out / "02.json").exists():
+        stages["02_sample_label.py"] = json.loads((out / "02.json").read_text())
     return {"versions": {"Python": platform.python_version(), "PyTorch": torch.__version__,
                          "NumPy": np.__version__, "system": platform.system(),
                          "processor": processor(), "threads": torch.get_num_threads(),
                          "commit": commit(Path(__file__).parent.parent)},
-            "stages": stages, "inputs": inputs}
+            "stages": {script: {"seconds": row.get("seconds", 0), "settings": row["settings"]}
+                       for script, row in stages.items() if "settings" in row}, "inputs": inputs}

@@ -1,15 +1,18 @@
 """The figures of the report: each an SVG within the page, and a file of its own."""
+import importlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
 from markupsafe import Markup
+from scipy.stats import binomtest
 
-from report.findings import JUDGES
+from model import write
 from report.svg import Line, arrows, plot, ridges, standing_alone
-from report.text import WORDS
 from report.trust import histogram
-from running import wilson, write
+
+ev = importlib.import_module("05_eval")
+JUDGES = ev.JUDGES
 
 KL = "KL from the base model, nats per completion"
 STEPS = "optimizer steps"
@@ -36,7 +39,7 @@ def by_people(results: dict) -> list[Line]:
     for r in results["ratings"]:
         if r["feeling"] == "positive" and r["policy"] in kl and r["of_base"] and r["of_other"]:
             counts = (r["base"], r["of_base"]), (r["other"], r["of_other"])
-            intervals = [wilson(*count) for count in counts]
+            intervals = [binomtest(*count).proportion_ci(method="wilson") for count in counts]
             lines.append(Line(r["rater"], [0, kl[r["policy"]]], [k / n for k, n in counts],
                               column(intervals, 0), column(intervals, 1),
                               colour=1 + len(lines) % 4))
@@ -60,10 +63,9 @@ def by_kl(title: str, ylabel: str, results: dict, keys: dict[str, str], more: It
 
 def of_training(ppo: list[dict], fit: dict) -> dict[str, Markup]:
     """What 04 logged, against its optimizer steps."""
-    run = [row for row in ppo if not row.get("taken_back")]
     updates = [row for row in ppo if "clip_fraction" in row]
-    steps, at = column(run, "updates"), column(updates, "updates")
-    roots = [math.sqrt(max(row["kl"], 0)) for row in run]
+    steps, at = column(ppo, "updates"), column(updates, "updates")
+    roots = [math.sqrt(max(row["kl"], 0)) for row in ppo]
     line = [fit["slope"] * step + fit["intercept"] for step in steps]
     clipped, binding = ([100 * max(row[key], 1e-5) for row in updates]
                         for key in ("clip_fraction", "clip_binding"))
@@ -78,7 +80,7 @@ def of_training(ppo: list[dict], fit: dict) -> dict[str, Markup]:
                           [Line("mean", at, column(updates, "adv_mean")),
                            Line("spread", at, column(updates, "adv_std"), colour=1)]),
         "entropy": plot("Entropy of the policy", STEPS, "nats per token",
-                        [Line("", steps, column(run, "entropy"))])}
+                        [Line("", steps, column(ppo, "entropy"))])}
 
 
 def of_reward_model(results: dict) -> dict[str, Markup]:
@@ -111,7 +113,7 @@ def of_reward_model(results: dict) -> dict[str, Markup]:
 
 
 def draw_plots(results: dict, learning_curve: list[dict], folder: Path) -> dict[str, Markup]:
-    """results: with what findings.py and trust.py add. Writes folder/NAME.svg -> name -> SVG."""
+    """results: with what trust.py adds. Writes folder/NAME.svg -> name -> SVG."""
     risen, fallen = results["risen_words"], results["fallen_words"]
     most = max(max(row["before"], row["after"]) for row in risen + fallen)
     figures = {
@@ -121,7 +123,7 @@ def draw_plots(results: dict, learning_curve: list[dict], folder: Path) -> dict[
                         cursors=column(results["happy"], "kl")),
         "positive": by_kl("Share called positive", "share of samples", results,
                           {"positive": "VADER"}, by_people(results)),
-        "variety": by_kl("Variety", f"distinct-2 of {WORDS:,} words", results,
+        "variety": by_kl("Variety", f"distinct-2 of {ev.WORDS:,} words", results,
                          {"distinct_2": "distinct-2"}),
         **of_reward_model(results),
         **of_training(results["ppo"], results["sqrt_kl_fit"])}

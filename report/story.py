@@ -1,7 +1,8 @@
 """The run in a sentence, and in four: what was done, gained, paid, and what to distrust."""
+import importlib
 import math
 
-from report.findings import JUDGES
+JUDGES = importlib.import_module("05_eval").JUDGES
 
 
 def headline(rows: list[dict]) -> str:
@@ -15,10 +16,11 @@ def headline(rows: list[dict]) -> str:
 
 def done(rows: list[dict], ppo: list[dict]) -> str:
     last = rows[-1]
+    updates = [row for row in ppo if "clip_fraction" in row]  # not of a policy that went too far
     times = float(f"{math.exp(last['kl']):.2g}")
     return ("A language model, pretrained on Shakespeare, wrote samples that were labelled happy "
             "or sad; a copy of it, the reward model, learned to predict these labels; and PPO "
-            f"changed the language model in {ppo[-1]['updates']} steps to write what the reward "
+            f"changed the language model in {updates[-1]['updates']} steps to write what the reward "
             f"model calls happy. The distance from the base model is the KL divergence: "
             f"{last['kl']:.1f} nats at the end, so the texts of the final policy are, in geometric "
             f"mean, e to the {last['kl']:.1f} or some {times:,.0f} times as probable there as in "

@@ -2,12 +2,13 @@
 
 VADER is what it is held against: it made the labels of the default run.
 """
+import importlib
 import re
 
 import numpy as np
 
-from running import auc, bootstrap, calibration
-from running.vader import POSITIVE
+rm = importlib.import_module("03_reward_model")
+POSITIVE = importlib.import_module("05_eval").POSITIVE
 
 STEPS = (0.5, 1, 1.5, 2)  # change of log-odds from which a token is coloured, and more strongly
 
@@ -56,9 +57,9 @@ def against_vader(row: dict) -> dict:
     """How well p(happy) predicts VADER's labels in a policy's samples: AUC with its interval, ten
     bins of calibration, the mean predicted and labelled."""
     p, target = np.asarray(row["each"]["p_happy"]), labels(np.asarray(row["each"]["vader"]))
-    return {"rm_auc": auc(p, target),
-            "rm_auc_interval": bootstrap(lambda i: auc(p[i], target[i]), len(p), resamples=200),
-            "rm_calibration": calibration(p, target),
+    return {"rm_auc": rm.auc(p, target),
+            "rm_auc_interval": rm.interval(lambda i: rm.auc(p[i], target[i]), len(p), 200),
+            "rm_calibration": rm.calibration(p, target),
             "rm_predicted": float(p.mean()), "rm_labelled": float(target.mean())}
 
 

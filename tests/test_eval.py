@@ -9,18 +9,17 @@ import pytest
 from afinn import Afinn
 
 from people import ratings
-from report import findings, text
 
 ev = importlib.import_module("05_eval")
 
 
 def test_distinct_and_self_similarity():
-    assert text.distinct(["a b a", "a b"], 1, n_words=5) == 2 / 5 and text.distinct(["a b a", "a b"], 2, n_words=5) == 2 / 3
-    assert text.distinct(["a b a", "a", "c d", "e f", "g"], 1, n_words=4) == (2 / 4 + 4 / 4) / 2  # two runs of four words
-    assert text.variety(["too few"]) == {}
-    assert math.isclose(text.self_similarity(["a b", "a b"]), 1, rel_tol=1e-6)
-    assert abs(text.self_similarity(["a", "b"])) < 1e-6
-    assert math.isclose(text.self_similarity(["a b", "a c"]), 0.5, rel_tol=1e-6)
+    assert ev.distinct(["a b a", "a b"], 1, n_words=5) == 2 / 5 and ev.distinct(["a b a", "a b"], 2, n_words=5) == 2 / 3
+    assert ev.distinct(["a b a", "a", "c d", "e f", "g"], 1, n_words=4) == (2 / 4 + 4 / 4) / 2  # two runs of four words
+    assert ev.variety(["too few"]) == {}
+    assert math.isclose(ev.self_similarity(["a b", "a b"]), 1, rel_tol=1e-6)
+    assert abs(ev.self_similarity(["a", "b"])) < 1e-6
+    assert math.isclose(ev.self_similarity(["a b", "a c"]), 0.5, rel_tol=1e-6)
 
 
 def test_longest_copied_run_against_substring_search():
@@ -34,10 +33,10 @@ def test_longest_copied_run_against_substring_search():
         runs = (n for n in range(len(w), 0, -1) for i in range(len(w) - n + 1)
                 if f" {' '.join(w[i:i + n])} " in f" {corpus} ")
         return next(runs, 0)
-    known = text.Corpus(corpus)
     expected = [brute(t) for t in texts[:-1]]
-    assert known.longest_runs(texts[:-1]).tolist() == expected and max(expected) > 3
-    assert known.longest_runs([texts[-1]])[0] >= len(texts[-1].split()) - 1
+    assert ev.copied_runs(texts[:-1], corpus).tolist() == expected and max(expected) > 3
+    assert ev.copied_runs([texts[-1]], corpus)[0] >= len(texts[-1].split()) - 1
+    assert ev.copied_runs([corpus], corpus).tolist() == [400]
 
 
 def test_best_of_n_by_enumerating_subsets():
@@ -61,22 +60,16 @@ def test_fisher_and_its_power():
     assert ratings.fisher_power(0.5, 0.5, 20) < 0.05
 
 
-def test_fit_line():
-    slope, intercept, r2 = findings.fit_line([0, 1, 2, 3], [1.0, 3.0, 5.0, 7.0])
-    assert math.isclose(slope, 2) and math.isclose(intercept, 1) and math.isclose(r2, 1)
-    assert findings.fit_line([0, 1, 2, 3], [0, 1, 0, 1])[2] < 0.5
-
-
 def test_risen_words():
-    risen = findings.risen_words({"woe": 6, "the": 4}, {"joy": 10, "the": 8, "woe": 2}, top=2)
+    risen = ev.risen_words(["woe the woe, woe", "the woe the woe the woe"], ["joy the woe joy the"] * 2 + ["Joy the joy the"] * 2 + ["joy joy"], top=2)
     assert risen == [{"word": "joy", "before": 0.0, "after": 500.0}, {"word": "the", "before": 400.0, "after": 400.0}]
 
 
 def test_holm_by_hand():
     """Holm 1979: .01 <= .05/4, .02 > .05/3, so nothing after the first, small as it is."""
-    assert findings.holm([0.04, 0.01, 0.03, 0.02]) == [False, True, False, False]
-    assert findings.holm([0.04, 0.01, 0.012, 0.02]) == [True, True, True, True]
-    assert findings.holm([]) == []
+    assert ev.holm([0.04, 0.01, 0.03, 0.02]) == [False, True, False, False]
+    assert ev.holm([0.04, 0.01, 0.012, 0.02]) == [True, True, True, True]
+    assert ev.holm([]) == []
 
 
 def simulated(rng, means, n=1024, sd=0.5, correlation=0.3):
@@ -89,15 +82,15 @@ def simulated(rng, means, n=1024, sd=0.5, correlation=0.3):
 def test_where_over_optimisation_starts():
     rng = np.random.default_rng(0)
     rows = simulated(rng, [0, 0.5, 0.9, 0.85, 0.5])
-    best, over = findings.over_optimisation(rows, "vader")
+    best, over = ev.over_optimisation(rows, "vader")
     assert best is rows[2] and any(over is row for row in rows[3:])
     rows = simulated(rng, [0.9, 0.2])
-    best, over = findings.over_optimisation(rows, "vader")
+    best, over = ev.over_optimisation(rows, "vader")
     assert best is rows[0] and over is rows[1]
-    best, over = findings.over_optimisation(rows, "vader", sign=-1)
+    best, over = ev.over_optimisation(rows, "vader", sign=-1)
     assert best is rows[1] and over is None
     rows[1]["proxy"] = -1                                      # the reward falls as well: that is no over-optimisation
-    assert findings.over_optimisation(rows, "vader")[1] is None
+    assert ev.over_optimisation(rows, "vader")[1] is None
 
 
 def test_the_rate_of_false_alarms_and_the_power():
@@ -106,11 +99,11 @@ def test_the_rate_of_false_alarms_and_the_power():
     rng, runs = np.random.default_rng(1), 1000
 
     def found(fall):
-        return sum(findings.over_optimisation(simulated(rng, [0.5] * 11 + [0.5 - fall]), "vader")[1] is not None for _ in range(runs)) / runs
+        return sum(ev.over_optimisation(simulated(rng, [0.5] * 11 + [0.5 - fall]), "vader")[1] is not None for _ in range(runs)) / runs
     flat, *power = [found(fall) for fall in (0, 0.05, 0.075, 0.1)]
     assert flat <= 0.05 / 3 + 0.01 and power == sorted(power)  # a third of 5 % a judge, and three errors of 1,000 runs
-    said = re.search(r"in (\S+) % where the score is flat; falls by .05, .075 and .1 at\s+the last checkpoint are found in (\S+), (\S+) and (\S+) %",
-                     findings.over_optimisation.__doc__)
+    said = re.search(r"in (\S+)% where the score is flat; falls by 0.05, 0.075 and 0.1 at\s+the last checkpoint are found in (\S+)%, (\S+)% and (\S+)%",
+                     ev.over_optimisation.__doc__)
     assert [100 * x for x in (flat, *power)] == pytest.approx([float(x) for x in said.groups()], abs=0.5)
 
 
@@ -123,11 +116,11 @@ def test_the_preferred_policy_is_liked_by_the_outside_judges_and_varied():
     """Standard deviations of the base (1 for the reward, 2 for AFINN); the one liked most has lost its variety."""
     rows = [policy("base", 0, -1, 0, 0, 0.9), policy("a", 2, -0.5, 1, 0.5, 0.8), policy("b", 5, -0.2, 3, 1, 0.73),
             policy("c", 9, -0.1, 6, 2, 0.7)]
-    findings.standardise(rows, rows[0])
+    ev.standardise(rows, rows[0])
     assert [row["afinn_sd"] for row in rows] == [0, 0.5, 1.5, 3] and rows[3]["proxy_sd"] == pytest.approx(0.9)
-    best, because = findings.preferred(rows)
+    best, because = ev.preferred(rows)
     assert best is rows[2] and "3 of 4 policies keep at least 80%" in because and "+1.25 standard deviations" in because
-    assert findings.preferred(rows, keep=0.5)[0] is rows[3] and findings.preferred(rows, sign=-1)[0] is rows[0]
+    assert ev.preferred(rows, keep=0.5)[0] is rows[3] and ev.preferred(rows, sign=-1)[0] is rows[0]
 
 
 def test_a_skipped_item_is_not_an_answer():
@@ -143,7 +136,7 @@ def test_a_skipped_item_is_not_an_answer():
 def test_the_quick_afinn_finds_what_afinn_finds():
     """Guards against a grouping that lets a short word win over a long one, or over a phrase: of "does not work", "can't
     stand" and the like, of all its words in a row, and of those that only begin like one."""
-    slow, quick, rng = Afinn(), text.QuickAfinn(), random.Random(0)
+    slow, quick, rng = Afinn(), ev.QuickAfinn(), random.Random(0)
     known = [*slow._dict]
     texts = [" ".join(known), " ".join(reversed(known)), "-".join(known), "It does not  work; I can't\nstand GOOD good's goods"]
     texts += [" ".join(w[:rng.randint(1, len(w))] for w in rng.choices(known, k=60)) for _ in range(50)]
@@ -153,7 +146,7 @@ def test_the_quick_afinn_finds_what_afinn_finds():
 
 def test_three_judges():
     """Their own scales: VADER and Pattern in [-1, 1], AFINN the sum of valences (love 3, hate -3)."""
-    judged = text.judge(["I love this love", "hate", "the"])
+    judged = ev.judge(["I love this love", "hate", "the"])
     assert judged["afinn"].tolist() == [6, -3, 0]
     for name in ("vader", "pattern"):
         assert 0 < judged[name][0] <= 1 and -1 <= judged[name][1] < 0 == judged[name][2]

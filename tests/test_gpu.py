@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from benchmarks import gpu, gpu_parts
-from running import UserError
+from model import UserError
 
 
 def test_each_call_fits_ten_minutes_and_every_part_is_there():

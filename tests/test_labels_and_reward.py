@@ -7,13 +7,9 @@ import pytest
 import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from benchmarks.bag_of_words import bag_of_words
-from running import UserError, auc, bootstrap, newcombe, wilson
-
-from running import vader
-
+from model import UserError
 from people.agreement import cohen_kappa
-from people.answers import read_answers, read_jsonl
+from people.ratings import newcombe
 
 label = importlib.import_module("02_sample_label")
 rm = importlib.import_module("03_reward_model")
@@ -34,28 +30,17 @@ def test_vader_thresholds():
         "negative", "negative", "neutral", "neutral", "neutral", "positive"]
 
 
-def test_vader_by_processes_is_vader(tmp_path):
-    """As on a machine with many cores: the same labels in the same order, of texts and of pairs, whatever process had
-    them; also of texts that JSON has to escape."""
-    words = "love hate good death joy grief kind cruel so not very ! \u2019 \x00 \U0001f600 \ud800".split(" ")
-    texts = [f"{words[i % 16]} {words[i // 16 % 16]} {words[i // 256 % 16]}, {i}" for i in range(1000)]
+def test_vader_labels_texts_and_pairs(tmp_path):
+    """Each item its own label, in order; of a pair, the happier side."""
+    texts = ["I love thee", "hate and death", "the table"]
+    one = SentimentIntensityAnalyzer()
+    scores = [one.polarity_scores(text)["compound"] for text in texts]
     items = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
     pairs = [{"id": str(i), "text": [a, b]} for i, (a, b) in enumerate(zip(texts, reversed(texts)))]
-    one = SentimentIntensityAnalyzer()
-    alone = [one.polarity_scores(text)["compound"] for text in texts]
-    elsewhere = []
-
-    def counted(texts, really=vader.score_elsewhere):
-        elsewhere.append(len(texts))
-        return really(texts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vader, "CHUNK", 300)
-        patch.setattr(vader, "score_elsewhere", counted)
-        for threads, expected in ((2, []), (4, [100, 300, 300, 300])):
-            patch.setattr(torch, "get_num_threads", lambda: threads)
-            assert vader.compound_scores(texts) == alone and sorted(elsewhere) == expected
-        assert label.label_by_vader(items, tmp_path / "a") == [label.feeling(c) for c in alone]
-        assert label.label_by_vader(pairs, tmp_path / "b") == [label.happier(a, b) for a, b in zip(alone, alone[::-1])]
+    assert label.label_by_vader(items, tmp_path / "a") == ["positive", "negative", "neutral"]
+    assert label.label_by_vader(pairs, tmp_path / "b") == [label.happier(a, b) for a, b in zip(scores, scores[::-1])]
+    rows = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
+    assert rows == [item | {"label": name, "labeller": "vader"} for item, name in zip(items, ("positive", "negative", "neutral"))]
 
 
 def test_vader_compares():
@@ -98,14 +83,14 @@ def test_bradley_terry_by_hand():
 def test_the_bag_of_words_of_a_pair():
     """Counts of the left less those of the right: exchanging the sides turns the sign."""
     train = [{"text": ["good", "bad day"], "target": 1.0, "weight": 1.0}, {"text": ["bad", "good day"], "target": 0.0, "weight": 1.0}] * 5000
-    ahead, behind = bag_of_words(train, [{"text": ["good", "bad"]}, {"text": ["bad", "good"]}])
+    ahead, behind = rm.bag_of_words(train, [{"text": ["good", "bad"]}, {"text": ["bad", "good"]}])
     assert ahead > 1 and ahead + behind == pytest.approx(0, abs=0.05)
 
 
 def test_the_last_line_about_an_item_counts(tmp_path):
     rows = [row(1, "positive"), row(2, "skip"), row(3, "negative"), row(1, "undo"), row(1, "neutral"), row(3, "undo")]
     path = write_rows(tmp_path / "l.jsonl", rows)
-    assert list(read_answers(path).items()) == [("2", "skip"), ("1", "neutral")]
+    assert list(label.read_answers(path).items()) == [("2", "skip"), ("1", "neutral")]
     read = rm.read_labels(path)
     assert [(r["id"], r["label"]) for r in read] == [("1", "neutral")]
 
@@ -116,7 +101,7 @@ def test_the_last_line_about_an_item_counts(tmp_path):
                                           {"tokens": []}, {"tokens": [1, -1]}, {"tokens": [1.5]}, {"tokens": ["1"]},
                                           {"tokens": [[1], [2]]}, {"tokens": 1}, {"text": ["a", "b"]}, {"text": None}, {"id": 5},
                                           {"labeller": []}, {"prompt": 5}, {"text": ["a"], "tokens": [[1]]})),
-                                      (json.dumps(row(2, "joyful")), "line 2: label 'joyful' is not one of")])
+                                      (json.dumps(row(2, "joyful")), "line 2 is broken .*label 'joyful' is not one of")])
 def test_a_bad_line_is_named(tmp_path, bad, why):
     path = tmp_path / "labels-anna.jsonl"
     path.write_text(json.dumps(row(1, "positive")) + "\n" + bad + "\n")
@@ -124,23 +109,25 @@ def test_a_bad_line_is_named(tmp_path, bad, why):
         rm.read_labels(path)
 
 
-@pytest.mark.parametrize("text, kept", [('{"id": "1"}\n{"id": "2", "lab', '{"id": "1"}\n'), ('{"id": "1', ""),
-                                        ('{"id": "1"}\n{"id": "2"}', '{"id": "1"}\n{"id": "2"}\n')])
+ONE, TWO = '{"id": "1", "label": "skip"}\n', '{"id": "2", "label": "tie"}\n'
+
+
+@pytest.mark.parametrize("text, kept", [(ONE + TWO[:12], ONE), (ONE[:9], ""), (ONE + TWO.strip(), ONE + TWO), (ONE, ONE)])
 def test_an_unfinished_last_line_is_dropped_and_a_whole_one_kept(tmp_path, text, kept):
     path = tmp_path / "l.jsonl"
     path.write_text(text)
-    rows = read_jsonl(path)
-    assert path.read_text() == kept and rows == [json.loads(line) for line in kept.splitlines()]
+    answers = label.read_answers(path)
+    assert path.read_text() == kept and list(answers) == [json.loads(line)["id"] for line in kept.splitlines()]
 
 
 def test_a_bad_line_of_answers_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json.dumps(row(1, "positive")).encode() + b'\n{"id": "2"}\n')
     with pytest.raises(UserError, match="line 2 is broken"):
-        read_answers(tmp_path / "a.jsonl")
+        label.read_answers(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\n")
     with pytest.raises(UserError, match="line 1 is broken"):
-        read_answers(tmp_path / "a.jsonl")
-    assert read_answers(tmp_path / "none.jsonl") == {}
+        label.read_answers(tmp_path / "a.jsonl")
+    assert label.read_answers(tmp_path / "none.jsonl") == {}
 
 
 def test_pooling_weighs_a_machine_below_a_person():
@@ -179,8 +166,8 @@ def test_auc_by_counting_pairs():
     g = np.random.default_rng(0)
     score, target = g.integers(0, 5, 60), g.choice([0, 0.5, 1], 60)
     pairs = [(p > n) + 0.5 * (p == n) for p in score[target == 1] for n in score[target == 0]]
-    assert math.isclose(auc(score, target), np.mean(pairs))
-    assert math.isnan(auc(score[target == 1], target[target == 1]))
+    assert math.isclose(rm.auc(score, target), np.mean(pairs))
+    assert math.isnan(rm.auc(score[target == 1], target[target == 1]))
 
 
 def test_loss_and_measures_in_closed_form():
@@ -197,9 +184,10 @@ def test_loss_and_measures_in_closed_form():
     assert math.isclose(out["brier"], (0.04 + 0.16 + 0.16) / 3, rel_tol=1e-5)
 
 
-def test_wilson_interval_of_a_known_case():
-    low, high = wilson(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
-    assert abs(low - 0.2553) < 5e-4 and abs(high - 0.3662) < 5e-4
+def test_the_interval_of_an_accuracy():
+    """Newcombe 1998, table I, Wilson's: 81 of 263, 0.2553 to 0.3662."""
+    log_p = np.log(np.where(np.arange(263) < 81, 0.9, 0.1))[:, None].repeat(2, 1)
+    assert rm.measures(log_p, np.ones(263))["accuracy_interval"] == pytest.approx((0.2553, 0.3662), abs=5e-4)
 
 
 def test_newcombe_interval_of_known_cases():
@@ -210,13 +198,14 @@ def test_newcombe_interval_of_known_cases():
 
 
 def test_bootstrap_of_a_mean():
-    """Of a mean: the normal interval; of arrays, elementwise; and it covers the truth as often as it says."""
-    x = np.random.default_rng(0).normal(size=(200, 400))
-    low, high = bootstrap(lambda rows: x[0][rows].mean(), 400)
+    """The normal interval, about; it covers the truth as often as it says; resamples without a figure are left out."""
+    x = np.random.default_rng(0).normal(size=(60, 400))
+    low, high = rm.interval(lambda rows: x[0][rows].mean(), 400)
     assert low == pytest.approx(x[0].mean() - 1.96 / 20, abs=0.02) and high == pytest.approx(x[0].mean() + 1.96 / 20, abs=0.02)
-    low, high = bootstrap(lambda rows: x[:, rows].mean(1), 400, resamples=300)
-    assert 0.9 < np.mean((np.array(low) < 0) & (0 < np.array(high))) < 0.99
-    assert math.isnan(bootstrap(lambda rows: float("nan"), 4, 10)[0])
+    covered = [low < 0 < high for low, high in (rm.interval(lambda rows: y[rows].mean(), 400, 300) for y in x)]
+    assert np.mean(covered) > 0.95 - 4 * (0.95 * 0.05 / 60)**0.5
+    assert rm.interval(lambda rows: 1.0 if 0 in rows else float("nan"), 4, 50) == (1, 1)
+    assert math.isnan(rm.interval(lambda rows: float("nan"), 4, 10)[0])
 
 
 def test_calibration_bins():
@@ -246,7 +235,7 @@ def test_the_bag_of_words_is_logistic_regression():
     def item(word, target, weight=1.0):
         return {"text": word, "target": target, "weight": weight}
     train = ([item("Joy!", 1.0)] * 9 + [item("joy", 0.0)] + [item("woe", 1.0, 0.5)] * 4 + [item("woe", 0.0)] * 8) * 400
-    joy, woe, unseen = bag_of_words(train, [item("joy", 1), item("WOE", 1), item("unseen", 1)], epochs=150, l2=0)
+    joy, woe, unseen = rm.bag_of_words(train, [item("joy", 1), item("WOE", 1), item("unseen", 1)])
     assert joy == pytest.approx(math.log(9), abs=0.1) and woe == pytest.approx(math.log(0.2 / 0.8), abs=0.1) and woe < unseen < joy
 
 

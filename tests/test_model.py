@@ -1,21 +1,18 @@
+import importlib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import model as m
-import running
-from kernels import squared_relu
+from kernels import linear_logprob, squared_relu
 from kernels.decoder import Decoder
-from model import GPT, GPTConfig, load, save
-from running import State, UserError, fast_dtype
-from running.complete import complete
-from running.stages import fingerprint
-from running.text import read_prompts
+from model import (GPT, GPTConfig, Log, UserError, fast_dtype, fingerprint, load, read_prompts, resume, save,
+                   save_state)
+from report.complete import complete
 
 
 def tiny(vocab=20, context=12, kv=1, seed=0, noise=0.3, dtype=torch.float32):
@@ -28,10 +25,13 @@ def tiny(vocab=20, context=12, kv=1, seed=0, noise=0.3, dtype=torch.float32):
     return gpt
 
 
+def logprob_and_entropy(gpt, y, prompt=None):
+    return linear_logprob(gpt.hidden_before(y, prompt), gpt.unembed(), y)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
-    from importlib import import_module
-    return import_module("01_pretrain").train_tokenizer("to be or not to be " * 50, 300)
+    return importlib.import_module("01_pretrain").train_tokenizer("to be or not to be " * 50, 300)
 
 
 def test_reversing_needs_the_first_half_and_cannot_foresee_it():
@@ -121,7 +121,7 @@ def test_prompts_of_different_lengths_equal_one_by_one():
     gpt, length = tiny(seed=4), 5
     prompt = torch.tensor([[3, 1, 4, 1], [5, 9, -1, -1], [-1, -1, -1, -1], [2, -1, -1, -1], [6, 5, 3, 5]])
     y, sampled = gpt.generate(5, length, seed=1, prompts=prompt, batch=3)
-    logp, entropy = gpt.logprob_and_entropy(y, prompt)
+    logp, entropy = logprob_and_entropy(gpt, y, prompt)
     assert torch.equal(logp, gpt.logprob(y, prompt))
     torch.testing.assert_close(sampled, logp.detach(), rtol=1e-4, atol=1e-5)
     logp.sum().backward()
@@ -130,7 +130,7 @@ def test_prompts_of_different_lengths_equal_one_by_one():
         start = row[row >= 0]
         alone, _ = gpt.generate(torch.tensor([i]), length, seed=1, prompts=start[None])
         assert torch.equal(alone, y[i:i + 1])
-        both, both_entropy = gpt.logprob_and_entropy(torch.cat((start, y[i]))[None])  # the whole as one completion
+        both, both_entropy = logprob_and_entropy(gpt, torch.cat((start, y[i]))[None])  # the whole as one completion
         torch.testing.assert_close(both[0, len(start):], logp[i], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(both_entropy[0, len(start):], entropy[i], rtol=1e-5, atol=1e-6)
         both[0, len(start):].sum().backward()
@@ -147,8 +147,7 @@ def test_the_picture_of_the_layout():
 
 
 def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
-    from importlib import import_module
-    label = import_module("02_sample_label")
+    label = importlib.import_module("02_sample_label")
     speech = "ROMEO:\nTo be, or not\nTo be\n\nNURSE:\n" + "a very long line " * 30 + "\n\n"
     (tmp_path / "c.txt").write_text(speech * 40 + "JULIET:\nNot to be\n" * 200)
     label.write_prompts(tmp_path / "c.txt", tokenizer, 24, tmp_path / "prompts.json")
@@ -169,13 +168,12 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
 
 def test_settings_of_a_gpu(monkeypatch, capsys):
     """Where there is a GPU the defaults are ON_GPU's; a flag on the command line still counts."""
-    from importlib import import_module
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, flag in (("01_pretrain", "--steps"), ("02_sample_label", "--n"), ("03_reward_model", "--warmup"),
                        ("04_ppo", "--max-iterations")):
-        stage = import_module(name)
+        stage = importlib.import_module(name)
         monkeypatch.setattr("sys.argv", [name, flag, "7"])
-        cfg, device, dtype = running.start(stage.Config, stage.__doc__, stage.ON_GPU)
+        cfg, device, dtype = m.start(stage.Config, stage.__doc__, stage.ON_GPU)
         expected = stage.Config(**stage.ON_GPU | {flag[2:].replace("-", "_"): 7})
         assert cfg == expected != stage.Config() and device.type == "cuda" and dtype is torch.bfloat16
 
@@ -268,49 +266,55 @@ def test_optimizers_continue_exactly(tmp_path, tokenizer):
     optimizers = make(gpt)
     for s in range(3):
         step(gpt, optimizers, s)
-    @dataclass
-    class Config:
-        out: Path = tmp_path
-        resume: bool = True
-        lr: float = 0.01
-        save_s: float = 0
-    State(Config(), "s", {"corpus": "x"}, gpt, optimizers, step=0, seen=[1]).save(step=3)
+    path, inputs = tmp_path / "state.pt", {"corpus": "x"}
+    save_state(path, Config(), {"step": 3, "seen": [1], "seconds": 0.0, "inputs": inputs, "model": gpt.state_dict(),
+                                "optimizers": [o.state_dict() for o in optimizers]})
     again = tiny(vocab=tokenizer.get_vocab_size(), seed=9)
     more = make(again)
-    resumed = State(Config(), "s", {"corpus": "x"}, again, more, step=0, seen=[])
-    assert vars(resumed.memory) == {"step": 3, "seen": [1]}
+    state = resume(path, Config(), inputs)
+    assert (state["step"], state["seen"]) == (3, [1])
+    again.load_state_dict(state["model"])
+    for optimizer, saved in zip(more, state["optimizers"]):
+        optimizer.load_state_dict(saved)
     for s in range(3, 6):
         step(gpt, optimizers, s), step(again, more, s)
     assert fingerprint(gpt) == fingerprint(again)
-    saved = resumed.path.read_bytes()
-    for cfg, corpus in ((Config(), "y"), (Config(resume=False), "x")):  # of other inputs; a new run: nothing of the old stays
-        assert State(cfg, "s", {"corpus": corpus}, again, more, step=0).memory.step == 0 and not resumed.path.exists()
-        resumed.path.write_bytes(saved)
+
+
+@dataclass
+class Config:
+    out: Path = Path("out")
+    resume: bool = True
+    lr: float = 0.01
+    save_s: float = 0
+
+
+def test_what_a_run_resumes_from(tmp_path):
+    """Nothing of other inputs, of other settings, or of an earlier run; and never a damaged file."""
+    path, inputs = tmp_path / "state.pt", {"corpus": "x"}
+    assert resume(path, Config(), inputs) == {}
+    save_state(path, Config(), {"step": 3, "seconds": 1.0, "inputs": inputs})
+    assert resume(path, Config(save_s=9, out=Path("elsewhere")), inputs)["step"] == 3
+    assert resume(path, Config(), {"corpus": "y"}) == {} and path.exists()
     with pytest.raises(UserError, match="another lr"):
-        State(Config(lr=0.1), "s", {"corpus": "x"}, again, more, step=0)
-    resumed.path.write_bytes(resumed.path.read_bytes()[:-10])
-    with pytest.raises(UserError, match="truncated or damaged"):
-        State(Config(), "s", {"corpus": "x"}, again, more, step=0)
-    resumed.delete()
-    assert State(Config(), "s", {"corpus": "x"}, again, more, step=0).memory.step == 0
+        resume(path, Config(lr=0.1), inputs)
+    whole = path.read_bytes()
+    for broken in (whole[:-10], b"", b"not a state"):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="truncated or damaged"):
+            resume(path, Config(), inputs)
+        assert path.read_bytes() == broken
+    assert resume(path, Config(resume=False), inputs) == {} and not path.exists()
 
 
-def test_a_state_is_saved_by_the_clock(tmp_path, monkeypatch):
-    """Guards against a run that saves at every step, and one that never does. No fsync: a state need not outlive a power cut."""
-    @dataclass
-    class Config:
-        out: Path = tmp_path
-        resume: bool = False
-        save_s: float = 30
-    now, saved = [1000.0], []
-    monkeypatch.setattr(running.files, "time", SimpleNamespace(time=lambda: now[0]))
-    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("fsync"))
-    state = State(Config(), "s", {}, tiny(), (), step=0)
-    for step in range(1, 9):
-        now[0] += 10
-        state.save(now=step == 8, step=step)
-        saved.append(running.read_tensors(state.path)[1]["memory"]["step"] if state.path.exists() else 0)
-    assert saved == [0, 0, 3, 3, 3, 6, 6, 8]
+def test_a_state_holds_plain_types_only(tmp_path):
+    """Guards against a file that could run code when it is read."""
+    import pickle
+    save_state(tmp_path / "s.pt", Config(), {"step": 0, "seconds": 0.0, "inputs": {}, "bad": Config()})
+    with pytest.raises(UserError, match="damaged"):
+        resume(tmp_path / "s.pt", Config(), {})
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "s.pt", weights_only=True)
 
 
 def test_load_refuses_what_it_cannot_use(tmp_path, tokenizer):
@@ -330,20 +334,66 @@ def test_load_refuses_what_it_cannot_use(tmp_path, tokenizer):
 
 
 def test_write_keeps_the_old_file_if_it_cannot_write_the_new(tmp_path, monkeypatch):
-    running.write(tmp_path / "a", "old")
+    m.write(tmp_path / "a", "old")
 
     def full(_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        running.write(tmp_path / "a", "new")
+        m.write(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
 
 
-def test_log_drops_what_a_resumed_run_will_write_again(tmp_path):
-    path = tmp_path / "log.jsonl"
+def test_a_log_begins_with_the_rows_of_the_state(tmp_path):
+    """What a killed run wrote after its last state goes; what is logged joins the rows that the next state saves."""
+    path, rows = tmp_path / "log.jsonl", [{"step": 0}, {"step": 1}]
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    running.Log(path, resume_at=2)(step=2, again=True)
-    assert [json.loads(x)["step"] for x in path.read_text().splitlines()] == [0, 1, 2]
-    running.Log(path)
+    Log(path, rows)(step=2, again=True)
+    assert [json.loads(x) for x in path.read_text().splitlines()] == rows == [
+        {"step": 0}, {"step": 1}, {"step": 2, "again": True}]
+    Log(path, [])
     assert path.read_text() == ""
+
+
+def test_rows_as_other_programs_write_them(tmp_path):
+    """A byte-order mark, other line ends, blank lines, and a line separator inside a text."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"id": "1"}\r\n\r\n{"id": "\xe2\x80\xa8"}\n\n')
+    assert m.read_rows(path, "it") == [{"id": "1"}, {"id": "\u2028"}]
+    for line, why in (("[", "line 2 is broken"), ("{}", "line 2 is broken .*'id'"), ("7", "line 2 is broken")):
+        path.write_text('{"id": "1"}\n' + line)
+        with pytest.raises(UserError, match=why):
+            m.read_rows(path, "it", lambda row: row["id"])
+    with pytest.raises(UserError, match="missing: run it first"):
+        m.read_rows(tmp_path / "none.jsonl", "it")
+
+
+def test_the_arrows_run_one_way():
+    """kernels <- model <- 01 to 05 <- people, report, experiments, benchmarks. A numbered script imports model alone."""
+    import ast
+    root = Path(m.__file__).parent
+    rooms = ("people", "report", "experiments", "benchmarks", "tests")
+
+    def imported(path):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module)
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+                found.add(getattr(node.args[0], "value", "a name that is computed"))
+        own = {name for name in found if (root / name.split(".")[0]).is_dir() or (root / f"{name}.py").exists()}
+        return {name.split(".")[0] for name in own}
+    scripts = sorted(root.glob("0?_*.py"))
+    assert len(scripts) == 5
+    for script in scripts:
+        assert imported(script) == {"model"}, script
+    assert imported(root / "model.py") == {"kernels"}
+    for path in (root / "kernels").glob("*.py"):
+        assert imported(path) <= {"kernels"}, path
+    above = {"people": {"people"}, "report": {"report"}, "benchmarks": {"benchmarks", "people", "report"},
+             "experiments": {"experiments", "benchmarks", "people", "report"}}
+    for room, allowed in above.items():
+        for path in (root / room).glob("*.py"):
+            assert imported(path) & {*rooms} <= allowed, path

@@ -1,14 +1,10 @@
 import importlib
-import json
 import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
 
-from running import UserError, errors
-from running.ppo import Keeper, update_figures, way_back
+from model import UserError
 
 ppo = importlib.import_module("04_ppo")
 
@@ -74,7 +70,7 @@ def test_both_kl_estimators_against_an_enumerated_model():
     and the full-vocabulary estimate on samples lie within four of their own standard errors, and
     the second has the smaller one. Guards against a per-token mean called KL, and a swapped sign."""
     from model import kl_nats
-    from tests.test_model import tiny
+    from tests.test_model import logprob_and_entropy, tiny
     policy, ref = tiny(vocab=9, seed=1, noise=0.4), tiny(vocab=9, seed=2, noise=0.4)
     every = torch.cartesian_prod(*[torch.arange(6)] * 3)
     with torch.no_grad():
@@ -82,59 +78,21 @@ def test_both_kl_estimators_against_an_enumerated_model():
         exact = float((lp.exp() * (lp - lq)).sum())
         y, _ = policy.generate(8000, 3, seed=0)
         full, k1, logp, entropy = kl_nats(policy, ref, y, y[:, :0])
-        se = errors(full=full, k1=k1)
-        full, full_se, k1, k1_se = full.mean(), se["full_se"], k1.mean(), se["k1_se"]
-        torch.testing.assert_close((logp, entropy), policy.logprob_and_entropy(y), rtol=1e-5, atol=1e-5)
+        (full, full_se), (k1, k1_se) = ((ppo.mean(x), ppo.standard_error(x)) for x in (full, k1))
+        assert math.isclose(k1_se, (policy.logprob(y) - ref.logprob(y)).sum(1).std() / 8000**0.5, rel_tol=1e-4)
+        torch.testing.assert_close((logp, entropy), logprob_and_entropy(policy, y), rtol=1e-5, atol=1e-5)
     assert exact > 0.05
     assert abs(k1 - exact) < 4 * k1_se and abs(full - exact) < 4 * full_se and full_se < k1_se / 2
     same, same_k1, *_ = kl_nats(policy, policy, y, y[:, :0])
     assert same.abs().max() == same_k1.abs().max() == 0
 
 
-def test_the_way_back_of_a_quadratic_kl():
-    """KL = 4 a^2 along a line: from a = 1 to 2, three quarters of the way back are at a = 1.25."""
-    assert way_back(4.0, 16.0, 4 * 1.25**2) == pytest.approx(0.75)
-    assert way_back(4.0, 16.0, 16.0) == 0 and way_back(4.0, 16.0, 4.0) == 1
-
-
 def test_vader_as_the_reward():
     """No word of feeling: one half. The two targets share one probability."""
     texts = ["the table", "I love thee, sweet and happy", "hate and murder, vile death"]
-    happy, sad = ppo.vader_score(texts, "happy").exp(), ppo.vader_score(texts, "sad").exp()
+    happy, sad = (ppo.vader_score(texts, target).exp() for target in ("happy", "sad"))
     assert happy[0] == 0.5 and happy[1] > 0.9 and happy[2] < 0.1
     torch.testing.assert_close(happy + sad, torch.ones(3))
-
-
-def test_a_run_ends_within_its_kl(tmp_path):
-    """An update leads beyond 10 nats: a part is taken back; what is left measures more than 10 again, by chance:
-    a part of that too. The policy that was measured below 10 is the one that is written."""
-    from model import load
-    from running import State
-    from tests.test_model import tiny
-    policy = tiny(vocab=9)
-    cfg = ppo.Config(out=tmp_path)
-    state = State(cfg, "04-happy", {}, policy, (), step=0, batch=8, updates=0, kl_max=5.0, clip_fractions=[])
-    keeper = Keeper(cfg, state, Tokenizer(BPE()), {})
-    figures = {"kl_se": 0.1, "p_target": 0.5, "entropy": 1.0}
-    weight = policy.head
-    path = []
-    for step, kl in zip(keeper.steps(), (7.0, 11.5, 10.2, 9.8, 99.0)):
-        if step == 1:
-            with torch.no_grad():
-                weight += 1  # the update
-        before = weight.detach().clone()
-        assert keeper.keep({"step": step, "kl": kl, **figures}) == (step == 0)
-        path.append((weight - before).mean().item())
-    first, second = way_back(7.0, 11.5, 9.85), way_back(7.0, 10.2, 9.85)
-    assert path == pytest.approx([0, -first, -second * (1 - first), 0], abs=1e-6)
-    assert keeper.done and keeper.taken_back == pytest.approx(first + (1 - first) * second)
-    logged = [json.loads(line) for line in (tmp_path / "04-happy.jsonl").read_text().splitlines()]
-    assert [row["taken_back"] for row in logged] == pytest.approx([0, first, keeper.taken_back])  # a whole update; parts
-    keeper.finish()
-    final, _, header = load(tmp_path / "policy-happy.safetensors", "04_ppo.py")
-    assert header["kl"] == 9.8 and torch.equal(final.head, weight)
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["happy-kl-07.00.safetensors", "happy-kl-09.00.safetensors"]
 
 
 def test_batch_rule():
@@ -149,10 +107,10 @@ def test_batch_rule():
 def test_the_head_has_a_rate_of_its_own():
     from tests.test_model import tiny
     policy = tiny(vocab=9)
-    optimizer = ppo.sgd(policy, ppo.Config(lr=0.5, head_lr=0.25, momentum=0.0))
+    groups = ppo.parameter_groups(policy, ppo.Config(lr=0.5, head_lr=0.25))
+    assert all(group["lr"] == group["peak_lr"] for group in groups)
+    optimizer = torch.optim.SGD(groups)
     before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"]
     for weight in policy.parameters():
         weight.grad = torch.ones_like(weight)
     optimizer.step()
@@ -171,14 +129,3 @@ def test_the_constants_are_those_of_the_reward_on_the_base_model(capsys):
     assert math.isclose(zero, first.mean() + std / 4)
     with pytest.raises(UserError, match="all samples get the same reward"):
         ppo.reward_constants(lambda y, prompt: torch.zeros(len(y)), base, None, 3, cfg)
-
-
-def test_figures_of_an_update():
-    """Means over the minibatches in which a ratio can differ from 1, the very first ratio, and the advantage."""
-    stats = [{"clip_fraction": torch.tensor(c), "clip_binding": torch.tensor(c), "ratio_off": torch.tensor(r)}
-             for c, r in ((0.0, 0.0), (0.2, 0.1), (0.4, 0.2), (0.6, 0.3))]
-    row = update_figures(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), stats, lr=0.1)
-    assert row["clip_fraction"] == pytest.approx(0.4)  # of the last three
-    assert row["lr"] == 0.1 and row["adv_mean"] == 3 and row["adv_std"] == pytest.approx(math.sqrt(14 / 3))
-    assert update_figures(torch.zeros(2, 2), stats[:1], lr=0.1)["clip_fraction"] == 0
-    assert row["ratio_off_first"] == 0 and "ratio_off" not in row

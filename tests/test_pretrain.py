@@ -7,8 +7,7 @@ import time
 import pytest
 import torch
 
-from model import RESERVED
-from running import UserError
+from model import RESERVED, UserError
 
 pre = importlib.import_module("01_pretrain")
 

@@ -90,7 +90,7 @@ def test_people_stand_beside_vader():
 
 def page_of(out, text):
     """The page of a finished run, in which the model, a word and a rater say `text`."""
-    results = json.loads((out / "report.json").read_text())
+    results = report.read_results(out)
     for row in results["happy"]:
         row["shown"] = [{"prompt": text, "tokens": [(text, 0.5, "up2"), ("\n", -2.0, "down4")], **trust.opinions(0.9, -0.5)}]
     results["ratings"] = [{"rater": text, "feeling": text, "base": 1, "of_base": 2, "policy": text, "other": 2, "of_other": 2,

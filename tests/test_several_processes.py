@@ -22,9 +22,9 @@ def copy(source, out, *names):
 
 
 WRAPPER = """
-import runpy, sys, torch, running.script
+import runpy, sys, torch, model
 from model import GPT, chunked
-running.script.fast_dtype = lambda device: torch.float32
+model.fast_dtype = lambda device: torch.float32
 real = GPT.generate
 
 
@@ -63,7 +63,7 @@ def test_two_processes_do_what_one_does(script, inputs, log, keys, limit, pipeli
         assert done.returncode == 0, done.stderr
         assert ("2 processes" in done.stdout) == (processes == 2) and done.stdout.count("wall time") == 1
         logs.append(rows(out / log))
-        headers.append([load(p, "")[2]["crossed"] for p in sorted((out / "checkpoints").glob("happy-*"))])
+        headers.append([load(p, "")[2]["step"] for p in sorted((out / "checkpoints").glob("happy-*"))])
     assert len(logs[0]) == len(logs[1]) and headers[0] == headers[1]
     if script == "04_ppo.py":
         assert logs[0][-1]["batch"] == 512 and headers[0]
@@ -76,7 +76,7 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(pipeline, corpus, tmp
     out = tmp_path / "out"
     process = subprocess.Popen(torchrun("01_pretrain.py", out, "--corpus", str(corpus)), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(process, (out / "01-state.safetensors").exists)
+    wait_for(process, (out / "01-state.pt").exists)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     workers = [pid for pid in children if "01_pretrain" in open(f"/proc/{pid}/cmdline").read()]
     os.kill(int(workers[-1]), signal.SIGKILL)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from running import UserError
+from model import UserError
 from people import agreement
 from people import sheet as people
 from tests.test_pipeline import rows, run

@@ -1,4 +1,7 @@
-"""Completions of a prompt by any checkpoint: python model.py out/policy-happy.safetensors."""
+"""Completions of a prompt by any checkpoint:
+
+    python -m report.complete out/policy-happy.safetensors --prompt "ROMEO:" -n 3
+"""
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -7,14 +10,12 @@ import torch
 import tyro
 from tyro.conf import Positional, arg
 
-from model import load
-from running.files import require
-from running.script import fast_dtype, one_line
+from model import fast_dtype, load, one_line, require
 
 
 def complete(checkpoint: Positional[Path], prompt: str = "", length: int = 64, seed: int = 0,
              n: Annotated[int, arg(aliases=["-n"])] = 1) -> None:
-    """Print n completions of the prompt, `length` tokens each. The same seed gives every checkpoint
+    """Print n completions of the prompt, `length` tokens each. The same seed gives all checkpoints
     the same random numbers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, _ = load(checkpoint, "the script that writes it", device, fast_dtype(device))
@@ -28,6 +29,6 @@ def complete(checkpoint: Positional[Path], prompt: str = "", length: int = 64, s
         print(f"{prompt}{text}\n")
 
 
-def main() -> None:
+if __name__ == "__main__":
     sys.excepthook = one_line
     tyro.cli(complete)
