@@ -75,8 +75,6 @@ class Config:
         return self.target if self.reward == "model" else f"{self.target}-{self.reward}"
 
 
-SHOWN = ("batch {batch}  KL {kl:.2f} +- {kl_se:.2f}  k1 {kl_k1:.2f}  score {score:.3f}  "
-         "p {p_target:.3f}  entropy {entropy:.3f}  clipped {clip_fraction:.2%}")
 ON_GPU = dict(batch=8192, max_batch=8192, minibatch=512)
 
 
@@ -183,6 +181,19 @@ def now() -> float:
     return time.time()
 
 
+def show(row: dict, texts: list[str]) -> None:
+    """On the screen. Raises UserError if the update has ruined the policy."""
+    tqdm.write("batch {batch}  KL {kl:.2f} +- {kl_se:.2f}  k1 {kl_k1:.2f}  score {score:.3f}  "
+               "p {p_target:.3f}  entropy {entropy:.3f}  clipped {clip_fraction:.2%}".format(**row))
+    for text in texts:
+        tqdm.write(f"    {text!r}")
+    clipped = f"{row['clip_fraction']:.0%} of the ratios were clipped"
+    require(math.isfinite(row["loss"]) and row["clip_fraction"] < 0.5, "diverged at iteration "
+            f"{row['step']}: {clipped}, the loss is {row['loss']:.3g}; lower --lr and --head-lr")
+    if row["clip_fraction"] > 0.2:
+        tqdm.write(f"warning: {clipped}: lower --lr and --head-lr")
+
+
 def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer) -> SimpleNamespace:
     """What changes during a run: as at its start; or, with --resume, as a killed one saved it."""
     run = SimpleNamespace(**{
@@ -226,9 +237,9 @@ if __name__ == "__main__":
     policy = copy.deepcopy(reference)
     optimizer = torch.optim.SGD(parameter_groups(policy, cfg), momentum=cfg.momentum)
 
-    state_path = cfg.out / f"04-{cfg.name}-state.pt"
-    inputs = made_from | {"reward": f"{reward_zero:.2f} +- {reward_std:.2f}"}
-    run = begin(cfg, state_path, inputs, policy, optimizer)
+    state_path = cfg.out / f"04-{cfg.name}-state.pt"  # for --resume
+    run = begin(cfg, state_path, made_from | {"reward": f"{reward_zero:.2f} +- {reward_std:.2f}"},
+                policy, optimizer)
     log = Log(cfg.out / f"04-{cfg.name}.jsonl", run.rows)
     mb_size = cfg.minibatch // world()[1]  # each process has an equal part of every minibatch
     saved = time.time()
@@ -259,8 +270,8 @@ if __name__ == "__main__":
                "p_target": mean(score.sigmoid() if log_odds else score.exp())}
         scored = now()
 
-        # 4. Stop beyond kl_stop: the policy before this one is final. Else save, now and then, a
-        #    state for --resume; and a checkpoint whenever sqrt KL has grown by a quarter.
+        # 4. Stop beyond kl_stop: the policy before this one is final. Else keep it: in a state for
+        #    --resume, now and then; as a checkpoint, whenever sqrt KL has grown by a quarter.
         require(row["kl"] < run.kl + 5, f"diverged at iteration {run.step}: the KL jumped from "
                 f"{run.kl:.1f} to {row['kl']:.1f} nats; lower --lr and --head-lr")
         if row["kl"] > cfg.kl_stop:
@@ -301,18 +312,12 @@ if __name__ == "__main__":
         for key in ("clip_fraction", "clip_binding", "approx_kl", "loss", "grad_norm"):
             of = stats[1:] if key.startswith("clip") and len(stats) > 1 else stats
             row[key] = mean(torch.stack([stat[key] for stat in of]))
-        row |= {"adv_mean": mean(adv), "adv_std": gather(adv).std().item(), "lr": optimizer.param_groups[0]["lr"],
-                "ratio_off_first": stats[0]["ratio_off"].item(), "s_rollout": rolled_out - began,
-                "s_score": scored - rolled_out, "s_update": now() - scored}
+        row |= {"ratio_off_first": stats[0]["ratio_off"].item(), "adv_mean": mean(adv),
+                "adv_std": gather(adv).std().item(), "lr": optimizer.param_groups[0]["lr"],
+                "s_rollout": rolled_out - began, "s_score": scored - rolled_out,
+                "s_update": now() - scored}
         log(**row)
-        tqdm.write(SHOWN.format(**row))
-        for text in tokenizer.decode_batch(y[:3].tolist()) if run.step % 4 == 0 else ():
-            tqdm.write(f"    {text!r}")
-        clipped = f"{row['clip_fraction']:.0%} of the ratios were clipped"
-        require(math.isfinite(row["loss"]) and row["clip_fraction"] < 0.5, "diverged at iteration "
-                f"{run.step}: {clipped}, the loss is {row['loss']:.3g}; lower --lr and --head-lr")
-        if row["clip_fraction"] > 0.2:
-            tqdm.write(f"warning: {clipped}: lower --lr and --head-lr")
+        show(row, tokenizer.decode_batch(y[:3].tolist()) if run.step % 4 == 0 else [])
 
         # 8. Double the batch if, after warm-up, hardly any ratio was clipped.
         if run.updates >= cfg.warmup:
@@ -328,5 +333,5 @@ if __name__ == "__main__":
         print(f"still below {cfg.kl_stop:g} nats: --resume with more --max-iterations goes on")
     print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
           "{entropy:.3f} nats per token".format(target=cfg.target, **final))
-    see = "python 05_eval.py" if cfg.reward == "model" else f"read {cfg.out}/04-{cfg.name}.jsonl"
-    finish(see, cfg.out, run.seconds)
+    finish("python 05_eval.py" if cfg.reward == "model" else f"read {log.file.name}", cfg.out,
+           run.seconds)

@@ -352,7 +352,7 @@ def load(path: Path, made_by: str, device="cpu", dtype=torch.float32) -> tuple:
         tokenizer = Tokenizer.from_str(header["tokenizer"])
     except Exception as error:  # safetensors, json, torch and tokenizers each raise their own
         raise UserError(f"{path} is truncated or damaged, or was not written by this version of "
-                        f"the project: delete it and run {made_by} again") from error
+                        f"the project ({error}): run {made_by} again") from error
     model.to(device).dtype = dtype
     return model, tokenizer, header
 
@@ -411,9 +411,13 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
             sys.stdout = sys.stderr = open(os.devnull, "w")
     torch.manual_seed(cfg.seed)
     dtype = fast_dtype(device)
+    try:
+        kernels = live_path(device)
+    except ValueError as error:  # TORCH_KERNELS names a family that there is not
+        raise UserError(str(error)) from error
     print("settings:", ", ".join(f"{k} {v}" for k, v in asdict(cfg).items()))
     print(f"device: {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, "
-          f"{world()[1]} processes, kernels: {live_path(device)}", flush=True)
+          f"{world()[1]} processes, kernels: {kernels}", flush=True)
     return cfg, device, dtype
 
 

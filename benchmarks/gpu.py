@@ -58,7 +58,8 @@ def missing() -> tuple[list[str], list[str]]:
     """What is not there, a line each: what nothing runs without, and what some part would want."""
     needed = re.findall(r"(?m)^([\w-]+)", (ROOT / "requirements.txt").read_text())
     first = [f"{name} is not installed: pip install {name}" for name in dict.fromkeys(needed)
-             if not find_spec(name) and name != "selenium"]  # which drives a browser
+             if name != "selenium"  # which drives a browser
+             and not find_spec({"scikit-learn": "sklearn"}.get(name, name))]
     if DRY or not find_spec("torch"):
         return first, []
     import torch
