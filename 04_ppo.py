@@ -204,10 +204,12 @@ def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer) -> SimpleNam
             f"{path} is beyond --max-iterations or --kl-stop already")
     policy.load_state_dict(run.policy)
     optimizer.load_state_dict(run.optimizer)
-    for old in (cfg.out / "checkpoints").glob(f"{cfg.name}-kl-*.safetensors"):
-        if old.name not in [row.get("checkpoint") for row in run.rows]:
-            print(f"removing {old}: it is of an earlier run")
-            old.unlink(missing_ok=True)
+    own = {row.get("checkpoint") for row in run.rows}
+    there = (cfg.out / "checkpoints").glob(f"{cfg.name}-kl-*.safetensors")
+    if old := [path for path in there if path.name not in own]:
+        print(f"removing {len(old)} checkpoints of an earlier run from {cfg.out}/checkpoints")
+    for path in old:
+        path.unlink(missing_ok=True)
     return run
 
 

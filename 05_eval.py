@@ -94,7 +94,7 @@ def find_policies(out: Path, target: str, made_from: dict) -> tuple[list[Path], 
         return [], []
     require(last["inputs"] == made_from,
             f"{final} stems from another base model or reward model: {again}")
-    rows = read_rows(log, "04_ppo.py", lambda row: row["step"] >= 0 and row["kl"] >= 0)
+    rows = read_rows(log, "04_ppo.py", lambda row: row["step"] >= 0 and row["kl"] > -1)
     require(len(rows) >= 2, f"{log} has no two iterations: {again}")
     paths = []
     for path in sorted((out / "checkpoints").glob(f"{target}-kl-*.safetensors")) + [final]:
@@ -298,12 +298,11 @@ def preferred(rows: list[dict], sign: int = 1, keep: float = 0.8) -> tuple[dict,
         return row.get("distinct_2", 1) / rows[0].get("distinct_2", 1)
     varied = [row for row in rows if kept(row) >= keep]
     row = max(varied, key=liked)
-    variety = (f"{len(varied)} of {len(rows)} policies keep at least {keep:.0%} of the base "
-               f"model's distinct-2 (this one {kept(row):.0%}). " if "distinct_2" in row else "")
-    return row, (f"Preferred: {row['name']}, {row['kl']:.2f} nats. {variety}Of these, AFINN and "
-                 f"Pattern, which never made labels, like it best: {liked(row):+.2f} standard "
-                 "deviations of the base model's samples on average (the reward: "
-                 f"{row['proxy_sd']:+.2f}).")
+    variety = (f"{len(varied)} of {len(rows)} policies keep at least {keep:.0%} of the base model's "
+               f"distinct-2 (this one {kept(row):.0%}); of these " if "distinct_2" in row else "")
+    return row, (f"Preferred: {row['name']}, {row['kl']:.2f} nats: {variety}AFINN and Pattern, "
+                 f"which never made labels, like it best, by {liked(row):+.2f} standard deviations "
+                 f"of the base model's samples on average (the reward: {row['proxy_sd']:+.2f}).")
 
 
 def holm(p_values: list[float], level: float = 0.05) -> list[bool]:

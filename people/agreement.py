@@ -5,7 +5,7 @@ from collections import Counter
 import krippendorff
 import numpy as np
 
-from people.answers import label as stage
+from people.answers import stage
 
 
 def cohen_kappa(a: list[str], b: list[str]) -> float:

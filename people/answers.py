@@ -4,7 +4,7 @@ from pathlib import Path
 
 from model import read_rows, require
 
-label = importlib.import_module("02_sample_label")
+stage = importlib.import_module("02_sample_label")
 
 
 def read_items(out: Path, kind: str, seed: int) -> list[dict]:
@@ -14,7 +14,7 @@ def read_items(out: Path, kind: str, seed: int) -> list[dict]:
     name, flag = ("pairs", " --compare") if kind == "comparisons" else ("samples", "")
     items = read_rows(out / f"{name}.jsonl", f"02_sample_label.py{flag}",
                       lambda row: row["id"] and row["text"])
-    return label.shuffled(items, seed)
+    return stage.shuffled(items, seed)
 
 
 def answers_in(out: Path, kind: str) -> dict[str, dict[str, str]]:
@@ -23,5 +23,5 @@ def answers_in(out: Path, kind: str) -> dict[str, dict[str, str]]:
     for path in sorted(out.glob(f"{kind}-*.jsonl")):
         name = path.stem.removeprefix(f"{kind}-")
         if name != "vader-pieces":
-            found[name] = label.read_answers(path)
+            found[name] = stage.read_answers(path)
     return found

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from model import (GPT, decode_prompts, draw_prompts, fast_dtype, fingerprint, load, read_prompts,
                    require, write)
 from people.agreement import print_agreement
-from people.answers import label as stage
+from people.answers import stage
 
 ev = importlib.import_module("05_eval")
 

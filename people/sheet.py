@@ -11,7 +11,7 @@ from base64 import b64encode
 from pathlib import Path
 
 from model import UserError, jsonl, require, write
-from people.answers import label as stage
+from people.answers import stage
 
 
 def write_sheet(path: Path, kind: str, items: list[dict]) -> None:
