@@ -1,30 +1,32 @@
 """Stage 4: PPO against the reward model, until the policy is 10 nats away from the base model.
 
-    python 04_ppo.py                     # NUMBERS
+    python 04_ppo.py                     # 164 s: p(happy) 0.63 -> 0.93, 8.6 nats away
     python 04_ppo.py --target sad        # the negative twin: rewards log p(sad), not -log p(happy)
     python 04_ppo.py --reward vader      # rewards the labeller itself; writes policy-happy-vader
 
 Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each batch, where
           rho = pi(token | text before it) / pi_old(token | text before it)  and, at every token,
           A   = (log p(happy | completion) - reward_zero) / reward_std.
-The distance is KL(policy || base model) per completion, in nats (log 2 nats are one bit).
+The distance is KL(policy || base model) per completion, in nats (log 2 nats are one bit). The code
+calls the base model `reference`.
 
 Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 03 learned from prompts
 Writes  out/policy-happy.safetensors: the last policy that measured at most 10 nats
-        out/checkpoints/happy-kl-*.safetensors: one whenever sqrt KL has grown by a quarter
+        out/checkpoints/happy-kl-*.safetensors: one whenever sqrt KL has grown by 0.25
         out/04-happy.jsonl: one row per iteration
 
 Decisions a reader may question:
-1. No value function, no GAE, no KL penalty (--kl-coef adds one, for comparison). The normalised
-   reward is the advantage of every token. Clipping bounds each step; the end bounds the KL.
-2. reward_zero and reward_std are measured once, on the base model's samples. Whitening each batch
-   would blow noise up to unit variance once all samples are alike. The zero is a baseline: it
-   changes the gradient's variance, not its mean. It lies a third of a deviation above the base
-   model's mean, amid the scores of a run.
+1. No learned baseline (value function, GAE) and no KL penalty (--kl-coef adds one, to compare). The
+   normalised reward is the advantage of every token. Clipping bounds each step; stopping at
+   kl_stop bounds the KL.
+2. reward_zero and reward_std are measured once, on the base model's samples. Normalising each batch
+   by its own deviation would amplify noise once all samples are alike. The zero is a baseline: it
+   changes the gradient's variance, not its mean. It lies 0.35 deviations above the base model's
+   mean, because scores rise during the run.
 3. A policy is measured before its update, on samples it has just drawn. At each token the KL is
    exact (a sum over the vocabulary): less noisy than log pi / pi_ref of the drawn token.
 4. The sampler's log-probs serve as the old ones where they equal those of the training forward
-   pass. Elsewhere (bf16 on most GPUs) we recompute them. So the first minibatch has ratio 1.
+   pass. Where they differ (bf16 on most GPUs) we recompute them. So the first ratio is always 1.
 5. SGD instead of Adam: most of the gradient is noise, and Adam would rescale by it.
 6. The head learns 50 times as fast as the rest: the same reward at a smaller KL.
 """
@@ -42,19 +44,19 @@ from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from model import (Log, average_gradients, chunked, draw_prompts, fingerprint, finish, gather,
-                   kl_nats, load, my_rows, provenance, read_prompts, require, resume, save,
-                   save_state, start, world)
+                   kl_nats, load, my_rows, provenance, read_prompts, remove, require, resume,
+                   save, save_state, start, world)
 
 
 @dataclass
 class Config:
     target: Literal["happy", "sad"] = "happy"
-    reward: Literal["model", "vader"] = "model"  # "vader": the best that any reward model could do
+    reward: Literal["model", "vader"] = "model"  # "vader": the lexicon that made the labels
     out: Path = Path("out")   # where all stages write
     seed: int = 0
     resume: bool = False      # continue a killed run from its last saved state
-    batch: int = 4096         # completions an iteration; doubled if hardly any ratio is clipped
-    max_batch: int = 4096     # the doubling stops here
+    batch: int = 4096         # completions an iteration
+    max_batch: int = 4096     # a smaller batch doubles up to this while hardly any ratio is clipped
     minibatch: int = 256      # completions an optimizer step
     epochs: int = 1           # passes over each batch
     lr: float = 0.0012        # of all weights but the head's
@@ -62,7 +64,7 @@ class Config:
     momentum: float = 0.9
     warmup: int = 16          # optimizer steps of linear warm-up
     clip: float = 0.2         # ratios are clipped to [1 - clip, 1 + clip]
-    kl_coef: float = 0.0      # of a KL penalty, in units of log p(target)
+    kl_coef: float = 0.0      # of a KL penalty: score lost per nat
     kl_stop: float = 10.0     # nats per completion
     max_iterations: int = 60
     save_s: float = 30        # seconds between saved states, for --resume
@@ -103,7 +105,7 @@ def advantage(reward, logp, logp_ref, kl_coef: float, reward_std: float) -> torc
 
 
 def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7), mean over tokens.
+    """Clipped objective (Schulman et al. 2017, arXiv:1707.06347, eq. 7), mean over tokens.
 
     logp (with gradient), logp_old, adv: (B, T) -> loss, and measured over the tokens:
     clip_fraction: fraction of ratios outside [1 - clip, 1 + clip]; clip_binding: fraction where the
@@ -123,8 +125,8 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
 
 def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple[int, list[float]]:
     """Double the batch, up to max_batch, if over the last three iterations fewer than 1% of ratios
-    were clipped: the gradient is then too noisy to lead anywhere. clip_fractions: since warm-up, at
-    this batch size. -> batch size, and the clip fractions at that size so far."""
+    were clipped: the gradient is then too noisy to lead anywhere. clip_fractions: at this batch
+    size, since the iteration that ended the warm-up. -> batch size, clip fractions at that size."""
     quiet = len(clip_fractions) >= 3 and sum(clip_fractions[-3:]) / 3 < 0.01
     if not quiet or batch == max_batch:
         return batch, clip_fractions
@@ -133,12 +135,12 @@ def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple
 
 def reward_constants(reward_fn, reference, prompts, length: int, cfg) -> tuple[float, float]:
     """reward_zero and reward_std, from cfg.reward_samples samples of the base model."""
-    n, stream = cfg.reward_samples, (cfg.seed << 32) + (3 << 24)  # not the rollouts' random numbers
+    n, seed = cfg.reward_samples, (cfg.seed << 32) + (3 << 24)  # not the rollouts' random numbers
     prompt = draw_prompts(prompts, n, cfg.seed).to(reference.head.device)    # (n, P)
-    y, _ = reference.generate(n, length, stream, prompts=prompt)             # (n, T)
+    y, _ = reference.generate(n, length, seed, prompts=prompt)               # (n, T)
     score = chunked(reward_fn, 256, y, prompt).double()                      # (n,)
     require(score.std() > 1e-3, "all samples get the same reward: label more samples")
-    print(f"reward of the base model: {score.mean():.3f} +- {score.std():.3f}")
+    print(f"reward of the base model: mean {score.mean():.3f}, deviation {score.std():.3f}")
     return (score.mean() + cfg.recenter * score.std()).item(), score.std().item()
 
 
@@ -194,34 +196,39 @@ def show(row: dict, texts: list[str]) -> None:
         tqdm.write(f"warning: {clipped}: lower --lr and --head-lr")
 
 
-def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer) -> SimpleNamespace:
-    """What changes during a run: as at its start; or, with --resume, as a killed one saved it."""
-    run = SimpleNamespace(**{
+def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **start) -> SimpleNamespace:
+    """What changes during a run: as at its start; or, with --resume, as a killed run saved it."""
+    saved = resume(path, cfg, inputs)
+    if saved and abs(saved["reward_zero"] - start["reward_zero"]) > 0.1 * start["reward_std"]:
+        print("the reward has changed: starting from the beginning")
+        saved = {}
+    run = SimpleNamespace(**start | {
         "step": 0, "batch": cfg.batch, "updates": 0, "clip_fractions": [], "kl": 0.0, "kept": 0.0,
-        "rows": [], "seconds": 0.0, "inputs": inputs, "policy": policy.state_dict(),
-        "optimizer": optimizer.state_dict()} | resume(path, cfg, inputs))
+        "rows": [], "final": {}, "seconds": 0.0, "inputs": inputs, "policy": policy.state_dict(),
+        "optimizer": optimizer.state_dict()} | saved)
     require(run.step < cfg.max_iterations and run.kl <= cfg.kl_stop,
-            f"{path} is beyond --max-iterations or --kl-stop already")
+            f"{path} has already reached --max-iterations or --kl-stop")
     policy.load_state_dict(run.policy)
     optimizer.load_state_dict(run.optimizer)
-    own = {row.get("checkpoint") for row in run.rows}
-    there = (cfg.out / "checkpoints").glob(f"{cfg.name}-kl-*.safetensors")
-    if old := [path for path in there if path.name not in own]:
-        print(f"removing {len(old)} checkpoints of an earlier run from {cfg.out}/checkpoints")
+    logged = {row.get("checkpoint") for row in run.rows}
+    found = (cfg.out / "checkpoints").glob(f"{cfg.name}-kl-*.safetensors")
+    if old := [path for path in found if path.name not in logged]:
+        print(f"removing {len(old)} checkpoints that are not of this run's log")
     for path in old:
-        path.unlink(missing_ok=True)
+        remove(path)
     return run
 
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
-    cfg, *on = start(Config, __doc__, ON_GPU)  # on: device and dtype
+    cfg, device, dtype = start(Config, __doc__, ON_GPU)
     check(cfg)
-    reference, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py", *on)
-    reward_model, _, about = load(cfg.out / "reward.safetensors", "03_reward_model.py", *on)
-    made_from = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
-    require(about["inputs"]["base"] == made_from["base"], "reward.safetensors stems from another "
-            "base model: run 02_sample_label.py and 03_reward_model.py again")
+    reference, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py", device, dtype)
+    path = cfg.out / "reward.safetensors"
+    reward_model, _, about = load(path, "03_reward_model.py", device, dtype)
+    inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
+    require(about["inputs"]["base"] == inputs["base"], f"{path} stems from another base model: "
+            "run 02_sample_label.py and 03_reward_model.py again")
     prompts = read_prompts(cfg.out / "prompts.json", "train") if about["prompted"] else None
     length, target = about["length"], ("happy", "sad").index(cfg.target)
     log_odds = about["kind"] == "comparisons" and cfg.reward == "model"  # defined up to a constant
@@ -229,7 +236,7 @@ if __name__ == "__main__":
     def reward_fn(y: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """Completions y (B, T) after prompt (B, P) -> score (B,). Return your own reward here."""
         if cfg.reward == "vader":
-            return vader_score(tokenizer.decode_batch(y.tolist()), cfg.target).to(on[0])
+            return vader_score(tokenizer.decode_batch(y.tolist()), cfg.target).to(device)
         log_p = reward_model.sentiment(y, prompt)                            # (B, 2): happy, sad
         if log_odds:
             return log_p[:, target] - log_p[:, 1 - target]
@@ -238,71 +245,70 @@ if __name__ == "__main__":
     reward_zero, reward_std = reward_constants(reward_fn, reference, prompts, length, cfg)
     policy = copy.deepcopy(reference)
     optimizer = torch.optim.SGD(parameter_groups(policy, cfg), momentum=cfg.momentum)
-
     state_path = cfg.out / f"04-{cfg.name}-state.pt"  # for --resume
-    run = begin(cfg, state_path, made_from | {"reward": f"{reward_zero:.2f} +- {reward_std:.2f}"},
-                policy, optimizer)
+    run = begin(cfg, state_path, inputs, policy, optimizer, reward_zero=reward_zero,
+                reward_std=reward_std)
     log = Log(cfg.out / f"04-{cfg.name}.jsonl", run.rows)
     mb_size = cfg.minibatch // world()[1]  # each process has an equal part of every minibatch
     saved = time.time()
 
-    for run.step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
-        # 1. Rollout: the policy writes a batch of completions.
+    for step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
+        # 1. Rollout: the policy writes a batch of completions; B of them in this process.
         began = now()
-        seed = (cfg.seed << 32) + (4 << 24) + run.step  # 4: the rollouts' random numbers
+        seed = (cfg.seed << 32) + (4 << 24) + step  # 4: the rollouts' random numbers
         mine = my_rows(torch.arange(run.batch), cfg.minibatch)               # (B,), their numbers
-        prompt = draw_prompts(prompts, run.batch, seed)[mine].to(on[0])      # (B, P), P may be 0
+        prompt = draw_prompts(prompts, run.batch, seed)[mine].to(device)     # (B, P), P may be 0
         y, logp_old = policy.generate(mine, length, seed, prompts=prompt)    # (B, T) each
         rolled_out = now()
 
-        # 2. Score: log p(target) of each, in standard deviations of the base model's samples.
+        # 2. Score each, and put it in standard deviations of the base model's samples.
         score = chunked(reward_fn, mb_size, y, prompt)                       # (B,)
-        reward = (score - reward_zero) / reward_std                          # (B,)
+        reward = (score - run.reward_zero) / run.reward_std                  # (B,)
 
         # 3. Measure this policy before it changes: how far has it moved from the reference?
         part = slice(cfg.kl_samples // world()[1])
         kl, k1, logp, entropy = kl_nats(policy, reference, y[part], prompt[part])
         if gather((logp_old[part] - logp).abs().max()[None]).max() > 5e-6:   # decision 4
             logp_old = chunked(policy.logprob, mb_size, y, prompt)
-        row = {"step": run.step, "batch": run.batch, "updates": run.updates,
+        row = {"step": step, "batch": run.batch, "updates": run.updates,
                "kl": mean(kl), "kl_se": standard_error(kl),                  # nats per completion
-               "kl_k1": mean(k1), "kl_k1_se": standard_error(k1),
+               "kl_k1": mean(k1), "kl_k1_se": standard_error(k1),            # a noisier estimate
                "score": mean(score), "score_std": gather(score).std().item(),
                "reward": mean(reward), "entropy": mean(entropy),             # nats per token
                "p_target": mean(score.sigmoid() if log_odds else score.exp())}
         scored = now()
 
         # 4. Stop beyond kl_stop: the policy before this one is final. Else keep it: in a state for
-        #    --resume, now and then; as a checkpoint, whenever sqrt KL has grown by a quarter.
-        require(row["kl"] < run.kl + 5, f"diverged at iteration {run.step}: the KL jumped from "
+        #    --resume, every save_s; as a checkpoint, whenever sqrt KL has grown by 0.25.
+        require(row["kl"] < run.kl + 5, f"diverged at iteration {step}: the KL jumped from "
                 f"{run.kl:.1f} to {row['kl']:.1f} nats; lower --lr and --head-lr")
         if row["kl"] > cfg.kl_stop:
             log(**row)
             tqdm.write(f"stopped: {row['kl']:.2f} nats; the policy before this one is final")
             break
-        run.kl, final, run.policy = row["kl"], dict(row), copy.deepcopy(policy.state_dict())
-        if time.time() - saved > cfg.save_s or run.step + 1 == cfg.max_iterations:
-            run.optimizer, saved = optimizer.state_dict(), time.time()
+        run.kl, run.final, run.policy = row["kl"], dict(row), copy.deepcopy(policy.state_dict())
+        if time.time() - saved > cfg.save_s or step + 1 == cfg.max_iterations:
+            run.step, run.optimizer, saved = step, optimizer.state_dict(), time.time()
             save_state(state_path, cfg, vars(run))
         if run.kl >= (run.kept ** 0.5 + 0.25) ** 2:
             run.kept = run.kl
             row["checkpoint"] = f"{cfg.name}-kl-{run.kl:05.2f}.safetensors"
             save(cfg.out / "checkpoints" / row["checkpoint"], policy, tokenizer, **row,
-                 inputs=made_from, **provenance(cfg, run.seconds))
+                 inputs=inputs, **provenance(cfg, run.seconds))
 
-        # 5. Advantage: the reward of a completion, at each of its tokens (and no KL penalty).
+        # 5. Advantage: the reward of a completion, at each of its tokens; less any KL penalty.
         logp_ref = chunked(reference.logprob, mb_size, y, prompt) if cfg.kl_coef else logp_old
-        adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, reward_std)     # (B, T)
+        adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, run.reward_std)  # (B, T)
 
-        # 6. PPO epochs: make tokens of good completions likelier than those of bad ones.
+        # 6. Update, in minibatches: make the tokens of good completions likelier.
         stats = []
-        for b in minibatches(len(y), mb_size, cfg.epochs, cfg.seed * 1000 + run.step, on[0]):
+        for b in minibatches(len(y), mb_size, cfg.epochs, cfg.seed * 1000 + step, device):
             logp = policy.logprob(y[b], prompt[b])                           # (mb_size, T)
             loss, stat = ppo_loss(logp, logp_old[b], adv[b], cfg.clip)
             optimizer.zero_grad()
             loss.backward()
             average_gradients(policy)
-            grad_norm = clip_grad_norm_(policy.parameters(), math.inf)       # measured only
+            grad_norm = clip_grad_norm_(policy.parameters(), math.inf)       # clips nothing
             run.updates += 1
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * min(1.0, run.updates / cfg.warmup)
@@ -312,28 +318,28 @@ if __name__ == "__main__":
         # 7. Log. In the first minibatch every ratio is 1, so the clip fractions leave it out.
         assert stats[0]["ratio_off"] < 1e-5, "the ratio must be 1 before any update"
         for key in ("clip_fraction", "clip_binding", "approx_kl", "loss", "grad_norm"):
-            of = stats[1:] if key.startswith("clip") and len(stats) > 1 else stats
-            row[key] = mean(torch.stack([stat[key] for stat in of]))
+            used = stats[1:] if key.startswith("clip") and len(stats) > 1 else stats
+            row[key] = mean(torch.stack([stat[key] for stat in used]))
         row |= {"ratio_off_first": stats[0]["ratio_off"].item(), "adv_mean": mean(adv),
                 "adv_std": gather(adv).std().item(), "lr": optimizer.param_groups[0]["lr"],
                 "s_rollout": rolled_out - began, "s_score": scored - rolled_out,
                 "s_update": now() - scored}
         log(**row)
-        show(row, tokenizer.decode_batch(y[:3].tolist()) if run.step % 4 == 0 else [])
+        show(row, tokenizer.decode_batch(y[:3].tolist()) if step % 4 == 0 else [])
 
-        # 8. Double the batch if, after warm-up, hardly any ratio was clipped.
+        # 8. Double the batch if hardly any ratio was clipped.
         if run.updates >= cfg.warmup:
             run.clip_fractions.append(row["clip_fraction"])
         run.batch, run.clip_fractions = next_batch(run.clip_fractions, run.batch, cfg.max_batch)
 
     policy.load_state_dict(run.policy)
-    save(cfg.out / f"policy-{cfg.name}.safetensors", policy, tokenizer, **final, inputs=made_from,
+    save(cfg.out / f"policy-{cfg.name}.safetensors", policy, tokenizer, **run.final, inputs=inputs,
          **provenance(cfg, run.seconds))
     if row["kl"] > cfg.kl_stop:
-        state_path.unlink(missing_ok=True)
+        remove(state_path)
     else:
         print(f"still below {cfg.kl_stop:g} nats: --resume with more --max-iterations goes on")
     print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
-          "{entropy:.3f} nats per token".format(target=cfg.target, **final))
+          "{entropy:.3f} nats per token".format(target=cfg.target, **run.final))
     finish("python 05_eval.py" if cfg.reward == "model" else f"read {log.file.name}", cfg.out,
            run.seconds)

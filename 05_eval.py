@@ -1,7 +1,7 @@
 """Stage 5: measure every checkpoint on fresh samples. Which one is the best, and where did
 over-optimisation start?
 
-    python 05_eval.py                    # NUMBERS
+    python 05_eval.py                    # 58 s: VADER calls 56.8% -> 98.1% positive
     python -m report                     # then makes a page of it, out/report.html
 
 Reads   out/*.safetensors, out/checkpoints/*.safetensors, out/04-happy.jsonl; out/corpus.txt and
@@ -69,15 +69,16 @@ def check(cfg: Config) -> None:
 
 # ---- What there is to measure --------------------------------------------------------------------
 def load_run(out: Path, device, dtype) -> tuple:
-    """-> base model, reward model, tokenizer, the reward model's header; its "made_from" names the
-    two, its "base_metrics" are 01's. Raises UserError if one is missing, or they do not belong
-    together."""
+    """-> base model, reward model, tokenizer, the reward model's header, with "made_from" (the two
+    models' fingerprints) and "base_metrics" (from 01). Raises UserError if one is missing, or they
+    do not belong together."""
     base, tokenizer, header = load(out / "base.safetensors", "01_pretrain.py", device, dtype)
     reward_model, _, about = load(out / "reward.safetensors", "03_reward_model.py", device, dtype)
     about["base_metrics"] = header.get("metrics", {})
     about["made_from"] = {"base": fingerprint(base), "reward_model": fingerprint(reward_model)}
-    require(about["inputs"]["base"] == fingerprint(base), f"{out}/reward.safetensors stems from "
-            "another base model: run 02_sample_label.py and 03_reward_model.py again")
+    same_base = about["inputs"]["base"] == about["made_from"]["base"]
+    require(same_base, f"{out}/reward.safetensors stems from another base model: run "
+                       "02_sample_label.py and 03_reward_model.py again")
     return base, reward_model, tokenizer, about
 
 
@@ -159,7 +160,7 @@ def variety(texts: list[str]) -> dict[str, float]:
 
 
 def copied_runs(texts: list[str], corpus: str) -> np.ndarray:
-    """-> for each text, how many words in a row stand in the corpus, at most."""
+    """For each text, the length in words of its longest run that is also in the corpus."""
     theirs, ours = words(corpus), [words(text) for text in texts]
     longest, n, alive = np.zeros(len(texts), int), 1, range(len(texts))
     while alive:  # those with a run of n - 1 words
@@ -189,7 +190,7 @@ def best_of_n_kl(n: int) -> float:
 
 def best_of_n(proxy: np.ndarray, figures: dict[str, np.ndarray], texts: list[str]) -> list[dict]:
     """For each n: the mean of every figure (N,) over the best of n by proxy (N,), unbiased, with a
-    95% bootstrap interval; and the variety of disjoint such samples where there are enough."""
+    95% bootstrap interval; and the variety of the best of disjoint groups of n."""
     sizes = [n for n in BEST_OF if n <= len(proxy)]
     weights = np.stack([best_of_n_weights(len(proxy), n) for n in sizes])              # (sizes, N)
     values = np.stack(list(figures.values()), 1).astype(float)                         # (N, F)
@@ -214,8 +215,8 @@ def best_of_n(proxy: np.ndarray, figures: dict[str, np.ndarray], texts: list[str
 
 # ---- Measuring one policy ------------------------------------------------------------------------
 def draw_and_judge(model, reward_fn, tokenizer, prompt, length: int, seed: int) -> tuple:
-    """One sample for each row of prompt (n, P) -> tokens (n, T), texts, and what is said of them:
-    name -> (n,). reward_fn: tokens (B, T), prompt (B, P) -> score (B,), p(happy) (B,)."""
+    """One sample for each row of prompt (n, P) -> tokens (n, T), texts, and the scores of each
+    text: name -> (n,). reward_fn: tokens (B, T), prompt (B, P) -> score (B,), p(happy) (B,)."""
     y, _ = model.generate(len(prompt), length, seed, prompts=prompt)                       # (n, T)
     proxy, p_happy = chunked(reward_fn, 256, y, prompt)                                    # (n,)
     texts = tokenizer.decode_batch(y.tolist())
@@ -227,7 +228,7 @@ def draw_and_judge(model, reward_fn, tokenizer, prompt, length: int, seed: int) 
 def log_odds(reward_model, y, prompt) -> torch.Tensor:
     """log p(happy) - log p(sad) after each prefix of y (n, T), from the empty one on: (n, T + 1).
     Their differences are what each token does to the reward model."""
-    longer = torch.cat((y, y[:, -1:]), 1)  # so that all of y stands before some token
+    longer = torch.cat((y, y[:, -1:]), 1)  # one more token: the last prefix is all of y
     hidden = reward_model.hidden_before(longer, prompt)                             # (n, T + 1, D)
     head = reward_model.head[[reward_model.happy, reward_model.sad]].to(hidden.dtype).float()
     return hidden.float() @ (head[0] - head[1])
@@ -239,11 +240,6 @@ def pieces(tokenizer, tokens: list[int]) -> list[str]:
     text = tokenizer.decode(tokens)
     ends = [len(tokenizer.decode(tokens[:t]).rstrip("\ufffd")) for t in range(len(tokens))]
     return [text[a:b] for a, b in zip(ends, ends[1:] + [len(text)])]
-
-
-def correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's; 0 if one does not vary."""
-    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
 
 
 @torch.no_grad()
@@ -267,8 +263,10 @@ def measure(policy, reference, reward_model, reward_fn, tokenizer, prompt, lengt
     for name, x in figures.items():
         x = x.astype(float)
         row |= {name: float(x.mean()), f"{name}_se": float(stats.sem(x))}
-    for name, x in judged.items():
-        row[f"{name}_correlation"] = correlation(judged["proxy"], x)
+    for name in JUDGES:  # Pearson's correlation with the reward; 0 if one does not vary
+        x, proxy = judged[name], judged["proxy"]
+        varies = x.std() > 0 and proxy.std() > 0
+        row[f"{name}_correlation"] = float(np.corrcoef(proxy, x)[0, 1]) if varies else 0.0
     return row
 
 
@@ -298,14 +296,15 @@ def preferred(rows: list[dict], sign: int = 1, keep: float = 0.8) -> tuple[dict,
         return row.get("distinct_2", 1) / rows[0].get("distinct_2", 1)
     varied = [row for row in rows if kept(row) >= keep]
     row = max(varied, key=liked)
-    variety = (f"{len(varied)} of {len(rows)} policies keep at least {keep:.0%} of the base model's "
-               f"distinct-2 (this one {kept(row):.0%}); of these " if "distinct_2" in row else "")
+    variety = (f"{len(varied)} of {len(rows)} policies keep at least {keep:.0%} of the base "
+               f"model's distinct-2 (this one {kept(row):.0%}); of these "
+               if "distinct_2" in row else "")
     return row, (f"Preferred: {row['name']}, {row['kl']:.2f} nats: {variety}AFINN and Pattern, "
                  f"which never made labels, like it best, by {liked(row):+.2f} standard deviations "
                  f"of the base model's samples on average (the reward: {row['proxy_sd']:+.2f}).")
 
 
-def holm(p_values: list[float], level: float = 0.05) -> list[bool]:
+def holm(p_values, level: float = 0.05) -> list[bool]:
     """Which hypotheses to reject so that the chance of any false rejection is at most `level` (Holm
     1979): the smallest of m p-values is held against level / m, the next against level / (m - 1),
     ..., up to the first that fails."""
@@ -332,24 +331,21 @@ def over_optimisation(rows: list[dict], judge: str, sign: int = 1) -> tuple[dict
     """
     score = sign * np.array([row["each"][judge] for row in rows])                 # (rows, n)
     best = int(score[:, ::2].mean(1).argmax())
-    later = range(best + 1, len(rows))
-    p_values = []
-    for k in later:
-        fall = score[best, 1::2] - score[k, 1::2]
-        error = max(fall.std(ddof=1) / math.sqrt(len(fall)), 1e-12)
-        p_values.append(stats.norm.sf(fall.mean() / error))
-    for k, lower in zip(later, holm(p_values, 0.05 / len(JUDGES))):
-        if lower and rows[k]["proxy"] >= rows[best]["proxy"]:
-            return rows[best], rows[k]
+    fall = score[best, 1::2] - score[best + 1:, 1::2]                             # (later, n / 2)
+    error = np.maximum(fall.std(1, ddof=1) / math.sqrt(fall.shape[1]), 1e-12)
+    lower = holm(stats.norm.sf(fall.mean(1) / error), 0.05 / len(JUDGES))
+    for row, worse in zip(rows[best + 1:], lower):
+        if worse and row["proxy"] >= rows[best]["proxy"]:
+            return rows[best], row
     return rows[best], None
 
 
-def risen_words(before: list[str], after: list[str], top: int = 12) -> list[dict]:
-    """Texts of two policies -> the words whose share rose most, per 1,000 words."""
+def risen_words(before: list[str], after: list[str]) -> list[dict]:
+    """Texts of two policies -> the 12 words whose share rose most, per 1,000 words."""
     old, new = (Counter(words(" ".join(texts))) for texts in (before, after))
     rows = [{"word": word, "before": 1000 * old[word] / old.total(),
              "after": 1000 * n / new.total()} for word, n in new.items()]
-    return sorted(rows, key=lambda row: row["before"] - row["after"])[:top]
+    return sorted(rows, key=lambda row: row["before"] - row["after"])[:12]
 
 
 def answers(rows: list[dict], target: str) -> dict:
@@ -366,7 +362,7 @@ def answers(rows: list[dict], target: str) -> dict:
 
 
 def summary(rows: list[dict], over: dict[str, list[str]]) -> str:
-    """What the run towards happy has come to. over: as in `answers`."""
+    """How the run towards happy ended. over: as in `answers`."""
     first, last = rows[0], rows[-1]
     falls = [f"Over-optimisation starts at {worse}: {JUDGES[judge]} finds it worse than {best}, "
              "though its reward is not lower." for judge, (best, worse) in over.items()]
@@ -385,6 +381,7 @@ if __name__ == "__main__":
     reference, reward_model, tokenizer, about = load_run(cfg.out, device, dtype)
     prompts = read_prompts(cfg.out / "prompts.json", "held_out") if about["prompted"] else None
     found = {target: find_policies(cfg.out, target, about["made_from"]) for target in TARGETS}
+    targets = [target for target in TARGETS if found[target][0]]
     stream = cfg.seed << 32 | 5 << 24  # 04's rollouts have 4
     prompt = draw_prompts(prompts, cfg.n, stream).to(device)                               # (n, P)
     results = {"seed": cfg.seed, "base_metrics": about["base_metrics"], "ppo": found["happy"][1],
@@ -396,7 +393,7 @@ if __name__ == "__main__":
         score = log_p[:, i] if about["kind"] == "labels" else log_p[:, i] - log_p[:, 1 - i]
         return score, log_p[:, 0].exp()
 
-    for target in [target for target in TARGETS if found[target][0]]:
+    for target in targets:
         results[target] = []
         for path in tqdm([cfg.out / "base.safetensors", *found[target][0]], desc=target):
             policy, _, _ = load(path, "04_ppo.py", device, dtype)
@@ -421,8 +418,8 @@ if __name__ == "__main__":
             row["copied_run_99"] = float(np.percentile(run, 99))
             row["copied_run_max"] = int(run.max())
 
-    # -- what they say
-    for target in [target for target in TARGETS if target in results]:
+    # -- conclusions
+    for target in targets:
         results |= answers(results[target], target)
     first, *_, last = results["happy"]
     standardise(results["best_of_n"], first)

@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, D = d_model, H query heads, Hkv key and value hea
 A prompt (B, P) is padded with -1 at its end; P is 0 where there are no prompts.
 """
 import ctypes
+import errno
 import gc
 import hashlib
 import io
@@ -20,6 +21,7 @@ import resource
 import shlex
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,7 +40,7 @@ from kernels.backend import live_path
 from kernels.decoder import can_capture, decoder_for
 
 RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
-BEGAN = time.time()  # of this process
+BEGAN = time.time()  # when this process started
 
 
 # ---- The transformer -----------------------------------------------------------------------------
@@ -85,10 +87,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (H + 2 * Hkv, -1))           # (B, T, H + 2 Hkv, Dh)
         qk, v = qkv.split((H + Hkv, Hkv), dim=-2)
         q, k = rotate(qk, cos, sin).split((H, Hkv), dim=-2)
-        if cache is not None:
-            y = decode_attention(q, k, v, *cache, pos)               # (B, D)
-        else:
-            y = attention(q, k, v)                                   # (B, T, D)
+        y = attention(q, k, v) if cache is None else decode_attention(q, k, v, *cache, pos)
         if last_only:
             y = y[:, -1:]                                            # (B, 1, D)
         return self.proj(y)
@@ -150,14 +149,13 @@ class GPT(nn.Module):
         return norm(h)
 
     def unembed(self) -> torch.Tensor:
-        """The rows of the output head that can be sampled: (n_text, D), in the dtype of the
-        activations."""
+        """The head's rows that can be sampled: (n_text, D), in the dtype of the activations."""
         return self.head[: self.n_text].to(self.dtype)
 
     # ---- Scoring text that is there --------------------------------------------------------------
     def hidden_before(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
-        """Completions y (B, T) after prompt (B, P) -> hidden states (B, T, D): for each token of y
-        the one that predicts it, which is that of the token before."""
+        """Completions y (B, T) after prompt (B, P) -> (B, T, D): for each token of y the hidden
+        state one position earlier, which predicts it."""
         x, places = lay_out(y, prompt, self.bos)
         hidden = self(x[:, :-1])                                     # (B, P + T, D)
         if hidden.size(1) == y.size(1):                              # no prompts
@@ -185,13 +183,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, n: int | torch.Tensor, length: int, seed: int, batch: int | None = None,
                  prompts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw completions at temperature 1 from the whole distribution: those numbered 0 to n - 1,
-        or those whose numbers are in the tensor n; unconditional, or one after each row of prompts
-        (n, P).
-
-        -> tokens (n, length) int64, and their log-probs (n, length) float32, nats. A completion
-        depends on weights, seed, number and prompt, and not on `batch`, which limits memory.
-        """
+        """Draw completions at temperature 1: number 0 to n - 1, or the numbers in the tensor n; one
+        after each row of prompts (n, P), if given -> tokens (n, length) int64, and their log-probs
+        (n, length) float32, nats. A completion depends on weights, seed, number and prompt, not on
+        `batch`, which limits memory."""
         device = self.head.device
         numbers = n.to(device) if torch.is_tensor(n) else torch.arange(n, device=device)
         if prompts is None:
@@ -294,8 +289,7 @@ def decode_prompts(tokenizer: Tokenizer, prompts: torch.Tensor) -> list[str]:
 def chunked(f, size: int, *tensors: torch.Tensor):
     """Apply f to `size` rows of the tensors at a time, without gradients, and concatenate what it
     returns: one tensor, or each of several."""
-    rows = zip(*[x.split(size) for x in tensors])
-    results = [f(*row) for row in rows]
+    results = [f(*rows) for rows in zip(*[x.split(size) for x in tensors])]
     if torch.is_tensor(results[0]):
         return torch.cat(results)
     return [torch.cat(parts) for parts in zip(*results)]
@@ -376,19 +370,21 @@ def require(condition: bool, otherwise: str) -> None:
 
 
 def one_line(kind, error, trace) -> None:
-    """sys.excepthook: what a user can mend is one line and exit code 2; a bug has its traceback."""
+    """sys.excepthook: a user's mistake is one line and exit code 2; a bug gets its traceback."""
     if issubclass(kind, KeyboardInterrupt):
         error = "interrupted: run the same command again (01 and 04: --resume goes on)"
     elif issubclass(kind, OSError) and error.errno is not None:
-        name = error.filename or "writing"
-        error = f"{name}: {error.strerror}; make room or choose another --out"
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        error = f"{error.filename or 'writing'}: {error.strerror}" + "; make room" * full
     elif not issubclass(kind, UserError):
         sys.stderr = sys.__stderr__
         return sys.__excepthook__(kind, error, trace)
     if world()[0] == 0:
+        with suppress(OSError):  # a closed pipe
+            sys.stdout.flush()
         print(f"\nerror: {error}", file=sys.__stderr__, flush=True)
     else:
-        time.sleep(1)  # the first process says it; torchrun ends all when one has ended
+        time.sleep(1)  # the first process prints it; torchrun stops the others
     os._exit(2)
 
 
@@ -413,7 +409,7 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     dtype = fast_dtype(device)
     try:
         kernels = live_path(device)
-    except ValueError as error:  # TORCH_KERNELS names a family that there is not
+    except ValueError as error:  # TORCH_KERNELS names an unknown family
         raise UserError(str(error)) from error
     print("settings:", ", ".join(f"{k} {v}" for k, v in asdict(cfg).items()))
     print(f"device: {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, "
@@ -437,7 +433,7 @@ def keep_freed_pages() -> None:
 
 
 def finish(next_command: str, out: Path, earlier_s: float = 0.0) -> None:
-    """Print the cost and the next stage's command. earlier_s: seconds before it was resumed."""
+    """Print the cost and the next stage's command. earlier_s: seconds spent before --resume."""
     if dist.is_initialized():
         dist.destroy_process_group()
     unit = 2**30 if sys.platform == "darwin" else 2**20
@@ -496,6 +492,11 @@ def write(path: Path, data: bytes | str) -> None:
         raise
 
 
+def remove(path: Path) -> None:
+    if world()[0] == 0:
+        path.unlink(missing_ok=True)
+
+
 def words(text: str) -> list[str]:
     return re.findall(r"[a-z]+(?:['’][a-z]+)*", text.lower())
 
@@ -515,7 +516,7 @@ def read_rows(path: Path, made_by: str, right=lambda row: True) -> list[dict]:
             if line.strip():
                 rows.append(json.loads(line))
                 if not right(rows[-1]):
-                    raise ValueError("an entry of the wrong kind")
+                    raise ValueError("a value is missing or of the wrong kind")
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} line {number} is broken ({line[:40]!r}, {error}): mend or "
                             f"delete it, or run {made_by} again") from error
@@ -536,7 +537,7 @@ class Log:
 
 
 def provenance(cfg, earlier_s: float = 0.0) -> dict:
-    """What each file says of its making: settings (not where files lie), seconds, version."""
+    """How a file was made: settings (without paths), seconds, version of PyTorch."""
     paths = ("corpus", "labels", "out", "resume")
     return {"settings": {k: v for k, v in asdict(cfg).items() if k not in paths},
             "seconds": earlier_s + time.time() - BEGAN, "torch": str(torch.__version__)}
@@ -551,19 +552,16 @@ def save_state(path: Path, cfg, state: dict) -> None:
 
 def resume(path: Path, cfg, inputs: dict) -> dict:
     """What `save_state` wrote; {} if this run starts from the beginning. Raises UserError if the
-    file is damaged, or a setting has changed that may not. inputs: what the run is made from."""
+    file is damaged, or a setting changed that must not. inputs: what the run is made from."""
     if not cfg.resume:
-        path.unlink(missing_ok=True)  # so that nobody resumes an earlier run by mistake
-        return {}
-    if not path.exists():
-        print(f"there is no {path} to resume: starting from the beginning")
+        remove(path)  # so that nobody resumes an earlier run by mistake
         return {}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    except Exception as error:  # torch.load raises many kinds
         raise UserError(f"{path} is truncated or damaged: start again without --resume") from error
-    if state["inputs"] != inputs:
-        print(f"{path} stems from other inputs: starting from the beginning")
+    if state.get("inputs") != inputs:
+        print(f"{path} is missing or stems from other inputs: starting from the beginning")
         return {}
     may_change = ("measure_every", "save_s", "kl_stop", "max_iterations")
     differ = [k for k, v in provenance(cfg)["settings"].items()

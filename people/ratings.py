@@ -1,7 +1,7 @@
 """The blind test: does the policy express its feeling more often than the base model?
 
-What is shown names an item by its place in a shuffled order alone. Which arm spoke stands in a file
-of its own, out/key-*.json, and is read once a rater has finished.
+A rater sees samples numbered in a shuffled order. Only out/key-*.json says which model wrote which;
+it is read once a rater has finished.
 """
 import hashlib
 import importlib
@@ -73,7 +73,7 @@ def items_to_rate(out: Path, n: int, seed: int, policy: Path | None) -> tuple[li
         texts = tokenizer.decode_batch(y.tolist())
         for text, given in zip(texts, decode_prompts(tokenizer, prompt)):
             mixed.append((arm, {"text": text, "prompt": given} if given else {"text": text}))
-    # seeded by the policy too: one key tells nothing of another
+    # seeded by the policy too, so one key reveals nothing about another
     g = torch.Generator().manual_seed(int(policies["happy"]["fingerprint"][:15], 16) ^ stream)
     mixed = [mixed[i] for i in torch.randperm(len(mixed), generator=g).tolist()]
     series = hashlib.sha256(json.dumps(mixed).encode()).hexdigest()[:16]
@@ -115,7 +115,7 @@ def fisher_power(p: float, q: float, n: int, level: float = 0.05) -> float:
 def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
     """key: of `items_to_rate`. given: rater -> id -> label. -> for each rater, and for the majority
     of several, how often each arm against the base expresses its feeling, of the items that were
-    not skipped: the difference of the shares with its 95 % interval, and a test."""
+    not skipped: the difference of the shares with its 95% interval, and a test."""
     arm_of = key["arms"]
     if len(given) > 1:  # summing over raters would count one sample several times
         majority = {}
@@ -156,12 +156,14 @@ def keys_of(out: Path) -> list[dict]:
 
 def unblind(out: Path) -> None:
     """Print the result of every finished rating of the present policies, and write
-    out/ratings.json, which `python -m report` puts into the page. Raises UserError if no key fits them."""
+    out/ratings.json, which `python -m report` puts into the page. Raises UserError if no key fits.
+    """
     results, policies, sizes = [], {}, set()
     for key in keys_of(out):
         given = {}
         for path in sorted(out.glob("ratings-*.jsonl")):
-            answers = {i: label for i, label in stage.read_answers(path).items() if i in key["arms"]}
+            answers = {i: label for i, label in stage.read_answers(path).items()
+                       if i in key["arms"]}
             if len(answers) == len(key["arms"]):
                 given[path.stem.removeprefix("ratings-")] = answers
             elif answers:

@@ -22,6 +22,7 @@ def complete(checkpoint: Positional[Path], prompt: str = "", length: int = 64, s
     ids = torch.tensor([tokenizer.encode(prompt).ids] * n)                   # (n, P)
     require(n > 0 and length > 0, "-n and --length must be positive")
     room = model.config.context - ids.size(1)
+    require(room > 0, f"the prompt has {ids.size(1)} tokens, too many for this model: shorten it")
     require(length <= room, f"the model has learned {model.config.context} tokens: --length {room} "
                             "or less for this prompt")
     y, _ = model.generate(n, length, seed, prompts=ids.long())

@@ -16,7 +16,7 @@ def commit(root: Path) -> str:
                "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except OSError:  # no git
+    except (OSError, subprocess.SubprocessError):  # no git, or a slow one
         return "none"
     return done.stdout.strip() or "none"
 

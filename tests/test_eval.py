@@ -61,7 +61,7 @@ def test_fisher_and_its_power():
 
 
 def test_risen_words():
-    risen = ev.risen_words(["woe the woe, woe", "the woe the woe the woe"], ["joy the woe joy the"] * 2 + ["Joy the joy the"] * 2 + ["joy joy"], top=2)
+    risen = ev.risen_words(["woe the woe, woe", "the woe the woe the woe"], ["joy the woe joy the"] * 2 + ["Joy the joy the"] * 2 + ["joy joy"])[:2]
     assert risen == [{"word": "joy", "before": 0.0, "after": 500.0}, {"word": "the", "before": 400.0, "after": 400.0}]
 
 

@@ -100,7 +100,7 @@ def test_the_pipeline_does_what_it_is_for(pipeline):
 def test_constants_never_change_and_checkpoints_know_their_kl(pipeline):
     """Guards against running normalisation: the constants that 04 prints first reproduce every reward."""
     out, printed = pipeline
-    mean, std = map(float, re.search(r"reward of the base model: (\S+) \+- (\S+)", printed["04_ppo.py"]).groups())
+    mean, std = map(float, re.search(r"reward of the base model: mean (\S+), deviation (\S+)", printed["04_ppo.py"]).groups())
     for r in rows(out / "04-happy.jsonl"):
         assert abs((r["score"] - mean) / std - 0.35 - r["reward"]) < 5e-3  # they are printed with three digits
     log, last = rows(out / "04-happy.jsonl"), 0.0
@@ -208,7 +208,7 @@ def test_resuming_a_run_that_has_no_iterations_left(pipeline, tmp_path):
     log = (out / "04-happy.jsonl").read_text()
     for flags in (["--max-iterations", "1"], ["--kl-stop", "0.0001"]):  # already beyond: refused before anything is lost
         done = run("04_ppo.py", out, "--resume", *flags)
-        assert done.returncode == 2 and "beyond --max-iterations or --kl-stop" in done.stderr, done.stderr
+        assert done.returncode == 2 and "has already reached --max-iterations or --kl-stop" in done.stderr, done.stderr
         assert (out / "04-happy.jsonl").read_text() == log
 
 
@@ -243,13 +243,13 @@ def test_another_reward_and_a_new_run_start_from_the_beginning(pipeline, tmp_pat
     orphan.write_bytes(b"")
     done = subprocess.run([sys.executable, str(other), *STAGES["04_ppo.py"], "--out", str(out), "--resume"], timeout=200,
                           capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert "stems from other inputs: starting from the beginning" in done.stdout and not orphan.exists(), done.stderr
+    assert "the reward has changed: starting from the beginning" in done.stdout and not orphan.exists(), done.stderr
 
 
 CHANGES = {  # what users change: the lines of 04_ppo.py, and those that replace them
     "another reward": {"        return log_p[:, target]\n":
                        "        return torch.tensor([text.count('e') for text in tokenizer.decode_batch(y.tolist())]).float()\n"},
-    "batch mean": {"reward = (score - reward_zero) / reward_std ": "reward = (score - gather(score).mean()) / reward_std "},
+    "batch mean": {"(score - run.reward_zero) / run.reward_std ": "(score - gather(score).mean()) / run.reward_std "},
     "AdamW": {"torch.optim.SGD(parameter_groups(policy, cfg), momentum=cfg.momentum)":
               "torch.optim.AdamW(parameter_groups(policy, cfg))"},
     "tracker": {"import math\n": "import math\nimport tracker\n",
