@@ -213,7 +213,7 @@ def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **start) -> 
     logged = {row.get("checkpoint") for row in run.rows}
     found = (cfg.out / "checkpoints").glob(f"{cfg.name}-kl-*.safetensors")
     if old := [path for path in found if path.name not in logged]:
-        print(f"removing {len(old)} checkpoints that are not of this run's log")
+        print(f"removing {len(old)} checkpoints that this run's log does not name")
     for path in old:
         remove(path)
     return run
