@@ -288,6 +288,19 @@ def test_changes_that_a_user_makes(name, processes, pipeline, tmp_path):
         assert f"tracked 3 {log[3]['kl']}" in done.stdout
 
 
+def test_a_state_is_saved_by_the_clock(pipeline, tmp_path):
+    """Guards against a run that saves at every iteration, and one that never does; the last one is always saved."""
+    source, line = (ROOT / "04_ppo.py").read_text(), "            save_state(state_path"
+    assert source.count(line) == 1
+    (tmp_path / "04_ppo.py").write_text(source.replace(line, "            print('saved', step)\n" + line))
+    out = tmp_path / "out"
+    shutil.copytree(pipeline[0], out)
+    for seconds, saved in (("0", ["0", "1", "2"]), ("1000", ["2"])):
+        done = subprocess.run([sys.executable, str(tmp_path / "04_ppo.py"), *STAGES["04_ppo.py"], "--out", str(out), "--save-s", seconds,
+                               "--max-iterations", "3"], capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0 and re.findall(r"saved (\d+)", done.stdout) == saved, done.stderr
+
+
 @pytest.mark.parametrize("prompts", [False, True])
 def test_comparisons_train_a_reward_model_that_04_takes_as_it_is(pipeline, tmp_path, prompts):
     out = tmp_path / "out"
