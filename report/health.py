@@ -18,7 +18,7 @@ def distance(run: list[dict]) -> dict:
              for row in run if row["kl_k1_se"] > 0]
     worst = max(apart, default=0)
     return mark("distance", "The square root of the KL grows steadily, nearly in a straight line.",
-                "R² of the line at least .9; the exact KL and its sampled estimate never more than "
+                "R² of the line at least 0.9; the exact KL and its sampled estimate never more than "
                 "four standard errors apart",
                 f"R² {r2:.3f}; at most {worst:.1f} standard errors apart", r2 >= 0.9 and worst <= 4)
 
@@ -30,8 +30,8 @@ def clipping(updates: list[dict]) -> dict:
     return mark("clip", "About a per cent of the tokens leaves the clip range: the steps are large "
                 "enough to lead somewhere, and small enough to be trusted; where fewer do, the "
                 "batch is doubled. Binding: where the clip sets the gradient to 0. Broken: 1 and "
-                "20 %.", "the highest of the iterations 1 to 20 %",
-                f"median {middle:.1f} %, highest {most:.1f} %", 1 <= most <= 20)
+                "20%.", "the highest of the iterations 1 to 20%",
+                f"median {middle:.1f}%, highest {most:.1f}%", 1 <= most <= 20)
 
 
 def advantage(updates: list[dict]) -> dict:
@@ -49,8 +49,8 @@ def entropy(run: list[dict]) -> dict:
     steepest = float((1 - values[1:] / values[:-1]).max())
     kept = values[-1] / values[0]
     return mark("entropy", "It changes gradually. A sudden fall is a collapse onto a few texts.",
-                "no iteration takes more than 10 % of it; at least half is left",
-                f"at most {100 * max(steepest, 0):.1f} % in one iteration; {100 * kept:.0f} % left",
+                "no iteration takes more than 10% of it; at least half is left",
+                f"at most {100 * max(steepest, 0):.1f}% in one iteration; {100 * kept:.0f}% left",
                 steepest <= 0.1 and kept >= 0.5)
 
 

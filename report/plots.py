@@ -23,7 +23,7 @@ def column(rows: list[dict], key: str, scale: float = 1) -> list[float]:
 
 
 def ends(rows: list[dict], key: str) -> tuple[list, list] | tuple[None, None]:
-    """Of 95 % intervals, where there are: two standard errors, or a bootstrap's."""
+    """Of 95% intervals, where there are: two standard errors, or a bootstrap's."""
     if f"{key}_interval" in rows[0]:
         low, high = zip(*column(rows, f"{key}_interval"))
         return [*low], [*high]

@@ -10,8 +10,8 @@ def headline(rows: list[dict]) -> str:
     first, last = rows[0], rows[-1]
     return ("A small model of Shakespeare was trained by PPO to please a reward model, which had "
             "learned to tell happy samples from sad ones. VADER, a lexicon of sentiment, calls "
-            f"{100 * first['positive']:.1f} % of its samples positive before and "
-            f"{100 * last['positive']:.1f} % after.")
+            f"{100 * first['positive']:.1f}% of its samples positive before and "
+            f"{100 * last['positive']:.1f}% after.")
 
 
 def done(rows: list[dict], ppo: list[dict]) -> str:
@@ -42,8 +42,8 @@ def paid(rows: list[dict], best_of_n: list[dict], risen: list[dict]) -> str:
     parts = []
     if "distinct_2" in first and "distinct_2" in last:
         parts.append(f"Variety: of the pairs of neighbouring words in a text of 4,000, "
-                     f"{100 * first['distinct_2']:.0f} % were distinct before, "
-                     f"{100 * last['distinct_2']:.0f} % after.")
+                     f"{100 * first['distinct_2']:.0f}% were distinct before, "
+                     f"{100 * last['distinct_2']:.0f}% after.")
     kind = ", ".join("“{word}” {before:.1f} to {after:.1f}".format(**row) for row in risen[:3])
     parts.append(f"The words that rose most, of 1,000: {kind}.")
     equal = [row for row in best_of_n if row["proxy"] >= last["proxy"]]

@@ -18,7 +18,7 @@ STYLE = Path(__file__).with_name("plot.css").read_text(encoding="utf-8")
 
 @dataclass
 class Line:
-    """low and high: the ends of 95 % intervals."""
+    """low and high: the ends of 95% intervals."""
     label: str                # stands at its end
     x: list[float]
     y: list[float]
