@@ -95,7 +95,7 @@ def jackknife(figure, lines: np.ndarray) -> np.ndarray:
 def fit(kl, gold, form) -> tuple[np.ndarray, np.ndarray]:
     """One of FORMS, by least squares on the lower half of the KL (K,) -> its a and b, and what it
     says of gold (K,) everywhere."""
-    d, low = np.maximum(kl, 0) ** 0.5, kl <= kl.max() / 2  # rounding can make a tiny KL negative
+    d, low = np.maximum(kl, 1e-12) ** 0.5, kl <= kl.max() / 2  # rounding can give -1e-8
     terms = np.stack((d, -d * form(d)), 1)                                           # (K, 2)
     both = np.linalg.lstsq(terms[low], gold[low], rcond=None)[0]
     return both, terms @ both
