@@ -26,7 +26,8 @@ Decisions a reader may question:
 3. A policy is measured before its update, on samples it has just drawn. At each token the KL is
    exact (a sum over the vocabulary): less noisy than log pi / pi_ref of the drawn token.
 4. The sampler's log-probs serve as the old ones where they equal those of the training forward
-   pass. Where they differ (bf16 on most GPUs) we recompute them. So the first ratio is always 1.
+   pass (tried on the first minibatch). Where they differ, as in bf16 on most GPUs, we recompute
+   them. So the first ratio is always 1.
 5. SGD instead of Adam: most of the gradient is noise, and Adam would rescale by it.
 6. The head learns 50 times as fast as the rest: the same reward at a smaller KL.
 """
@@ -267,8 +268,9 @@ if __name__ == "__main__":
 
         # 3. Measure this policy before it changes: how far has it moved from the reference?
         part = slice(cfg.kl_samples // world()[1])
-        kl, k1, logp, entropy = kl_nats(policy, reference, y[part], prompt[part])
-        if gather((logp_old[part] - logp).abs().max()[None]).max() > 5e-6:   # decision 4
+        kl, k1, _, entropy = kl_nats(policy, reference, y[part], prompt[part])
+        logp = chunked(policy.logprob, mb_size, y[:mb_size], prompt[:mb_size])
+        if gather((logp_old[:mb_size] - logp).abs().max()[None]).max() > 5e-6:   # decision 4
             logp_old = chunked(policy.logprob, mb_size, y, prompt)
         row = {"step": step, "batch": run.batch, "updates": run.updates,
                "kl": mean(kl), "kl_se": standard_error(kl),                  # nats per completion

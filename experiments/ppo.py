@@ -27,8 +27,10 @@ def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False
         y, logp_old = policy.generate(batch, length, cfg.seed << 32 | 4 << 24 | step)    # (B, T)
         prompt = y[:, :0]
         score = chunked(reward_fn, cfg.minibatch, y, prompt)                             # (B,)
-        kl, _, logp, entropy = kl_nats(policy, reference, y[:n], prompt[:n])
-        if (logp_old[:n] - logp).abs().max() > 5e-6:
+        kl, _, _, entropy = kl_nats(policy, reference, y[:n], prompt[:n])
+        first = slice(cfg.minibatch)
+        logp = chunked(policy.logprob, cfg.minibatch, y[first], prompt[first])
+        if (logp_old[first] - logp).abs().max() > 5e-6:
             logp_old = chunked(policy.logprob, cfg.minibatch, y, prompt)
         yield {"step": step, "batch": batch, "updates": updates,
                "kl": kl.mean().item(), "score": score.mean().item(),

@@ -288,6 +288,22 @@ def test_changes_that_a_user_makes(name, processes, pipeline, tmp_path):
         assert f"tracked 3 {log[3]['kl']}" in done.stdout
 
 
+def test_old_log_probs_are_formed_anew_where_the_sampler_rounds_otherwise(pipeline, tmp_path):
+    """As bf16 does on most GPUs. The ratios start at 1, and the run is the one without the difference."""
+    source, line = (ROOT / "04_ppo.py").read_text(), "        rolled_out = now()\n"
+    assert source.count(line) == 1
+    (tmp_path / "04_ppo.py").write_text(source.replace(line, "        logp_old = logp_old + 1e-3\n" + line))
+    logs = []
+    for script in (ROOT / "04_ppo.py", tmp_path / "04_ppo.py"):
+        out = tmp_path / script.parent.name
+        shutil.copytree(pipeline[0], out)
+        done = subprocess.run([sys.executable, str(script), *STAGES["04_ppo.py"], "--out", str(out), "--max-iterations", "3"],
+                              capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        logs.append(rows(out / "04-happy.jsonl"))
+    assert [[r["kl"], r["score"], r["ratio_off_first"]] for r in logs[0]] == [[r["kl"], r["score"], r["ratio_off_first"]] for r in logs[1]]
+
+
 def test_a_state_is_saved_by_the_clock(pipeline, tmp_path):
     """Guards against a run that saves at every iteration, and one that never does; the last one is always saved."""
     source, line = (ROOT / "04_ppo.py").read_text(), "            save_state(state_path"
