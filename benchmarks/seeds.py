@@ -62,7 +62,7 @@ def figures(out: Path) -> dict[str, float]:
         "the same, until the score, mean log p(happy), reaches -.10": straight(ppo, -0.10),
         "KL at which 04's score, mean log p(happy), reaches -.10": kl_at(ppo, -0.10),
         "samples drawn by PPO": sum(row["batch"] for row in ppo),
-        "checkpoints kept": len(report["happy"]) - 2,
+        "checkpoints kept": sum("checkpoint" in row for row in ppo),
         "clip fraction, mean over iterations, %": 100 * float(np.mean([r["clip_fraction"] for r in ppo if "clip_fraction" in r])),
     }
     for name, policy in (("best of 4", best[4]), ("best of 64", best[64]), ("preferred policy", preferred),
