@@ -1,20 +1,17 @@
 """Do people agree with each other, and with the machine?"""
 import itertools
-from collections import Counter
 
 import krippendorff
 import numpy as np
+from sklearn.metrics import cohen_kappa_score
 
 from people.answers import stage
 
 
 def cohen_kappa(a: list[str], b: list[str]) -> float:
-    """Agreement of two labellers on the same items beyond chance, Cohen 1960."""
-    n = len(a)
-    of_a, of_b = Counter(a), Counter(b)
-    observed = sum(x == y for x, y in zip(a, b)) / n
-    expected = sum(of_a[label] * of_b[label] for label in of_a) / n**2
-    return (observed - expected) / (1 - expected) if expected < 1 else 1.0
+    """Agreement of two labellers on the same items beyond chance (Cohen 1960); 1 if they agree on
+    all, also where all labels are the same."""
+    return 1.0 if a == b else float(cohen_kappa_score(a, b))
 
 
 def kappas(people: dict[str, dict[str, str]]) -> dict[str, tuple[float, int]]:

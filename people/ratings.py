@@ -10,8 +10,10 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
+from scipy.stats import fisher_exact as fisher_test
 from tokenizers import Tokenizer
 
 from model import (GPT, decode_prompts, draw_prompts, fast_dtype, fingerprint, load, read_prompts,
@@ -97,19 +99,16 @@ def newcombe(a: int, n: int, b: int, m: int) -> tuple[float, float]:
 
 
 def fisher_exact(a: int, n: int, b: int, m: int) -> float:
-    """One-sided p-value that b of m is a higher share than a of n by chance (Fisher 1935)."""
-    total = a + b
-    ways = (math.comb(m, k) * math.comb(n, total - k) for k in range(b, min(m, total) + 1)
-            if total - k <= n)
-    return sum(ways) / math.comb(n + m, total)
+    """One-sided p-value that b of m is a higher fraction than a of n by chance (Fisher 1935)."""
+    return float(fisher_test([[b, m - b], [a, n - a]], "greater").pvalue)
 
 
 def fisher_power(p: float, q: float, n: int, level: float = 0.05) -> float:
     """Chance that n against n ratings reach p < level when the true shares are p and q."""
-    def binomial(k, p):
-        return math.comb(n, k) * p**k * (1 - p) ** (n - k)
-    return sum(binomial(a, p) * binomial(b, q) for a in range(n + 1) for b in range(n + 1)
-               if fisher_exact(a, n, b, n) < level)
+    every = range(n + 1)
+    chance = np.outer(binom.pmf(every, n, p), binom.pmf(every, n, q))              # (n + 1, n + 1)
+    reached = [[fisher_exact(a, n, b, n) < level for b in every] for a in every]
+    return float(chance[reached].sum())
 
 
 def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
