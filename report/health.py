@@ -18,8 +18,8 @@ def distance(run: list[dict]) -> dict:
              for row in run if row["kl_k1_se"] > 0]
     worst = max(apart, default=0)
     return mark("distance", "The square root of the KL grows steadily, nearly in a straight line.",
-                "R² of the line at least 0.9; the exact KL and its sampled estimate never more than "
-                "four standard errors apart",
+                "R² of the line at least 0.9; the exact KL and its sampled estimate never more "
+                "than four standard errors apart",
                 f"R² {r2:.3f}; at most {worst:.1f} standard errors apart", r2 >= 0.9 and worst <= 4)
 
 

@@ -20,8 +20,8 @@ def done(rows: list[dict], ppo: list[dict]) -> str:
     times = float(f"{math.exp(last['kl']):.2g}")
     return ("A language model, pretrained on Shakespeare, wrote samples that were labelled happy "
             "or sad; a copy of it, the reward model, learned to predict these labels; and PPO "
-            f"changed the language model in {updates[-1]['updates']} steps to write what the reward "
-            f"model calls happy. The distance from the base model is the KL divergence: "
+            f"changed the language model in {updates[-1]['updates']} steps to write what the "
+            f"reward model calls happy. The distance from the base model is the KL divergence: "
             f"{last['kl']:.1f} nats at the end, so the texts of the final policy are, in geometric "
             f"mean, e to the {last['kl']:.1f} or some {times:,.0f} times as probable there as in "
             "the base model.")
