@@ -34,9 +34,28 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from model import (GPT, RESERVED, GPTConfig, Log, UserError, average_gradients, finish, gather,
-                   load, my_rows, provenance, remove, require, resume, save, save_state, start,
-                   words, world, write)
+from model import (
+    GPT,
+    RESERVED,
+    GPTConfig,
+    Log,
+    UserError,
+    average_gradients,
+    finish,
+    gather,
+    load,
+    my_rows,
+    provenance,
+    remove,
+    require,
+    resume,
+    save,
+    save_state,
+    start,
+    words,
+    world,
+    write,
+)
 
 HERE = Path(__file__).parent
 URLS = ("https://www.gutenberg.org/cache/epub/100/pg100.txt",

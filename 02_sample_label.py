@@ -41,8 +41,22 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import (GPT, decode_prompts, draw_prompts, fingerprint, finish, jsonl, load, provenance,
-                   read_prompts, read_rows, require, start, write)
+from model import (
+    GPT,
+    as_json,
+    decode_prompts,
+    draw_prompts,
+    fingerprint,
+    finish,
+    jsonl,
+    load,
+    provenance,
+    read_prompts,
+    read_rows,
+    require,
+    start,
+    write,
+)
 
 POSITIVE = 0.05  # VADER's own threshold: from here on a text is positive; from -0.05 down, negative
 FEELING = ({"p": "positive", "n": "negative", "0": "neutral", "s": "skip"},
@@ -334,5 +348,5 @@ if __name__ == "__main__":
         print(f"{path}: {len(items)} {kind},", ", ".join(f"{k} {v}" for k, v in labels))
     else:
         ask(shuffled(items, cfg.seed), path, cfg.labeller, kind)
-    write(cfg.out / "02.json", json.dumps(provenance(cfg)))
+    write(cfg.out / "02.json", as_json(provenance(cfg)))
     finish("python 03_reward_model.py" + (" --comparisons" if cfg.compare else ""), cfg.out)

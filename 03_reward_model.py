@@ -42,8 +42,21 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
 
-from model import (GPT, Log, chunked, fingerprint, finish, load, pad, provenance, read_rows,
-                   require, save, start, words)
+from model import (
+    GPT,
+    Log,
+    chunked,
+    fingerprint,
+    finish,
+    load,
+    pad,
+    provenance,
+    read_rows,
+    require,
+    save,
+    start,
+    words,
+)
 
 TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label asks for
           "left": 1.0, "tie": 0.5, "right": 0.0}             # p(left is happier), of a pair

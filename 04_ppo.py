@@ -44,9 +44,27 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import (Log, average_gradients, chunked, draw_prompts, fingerprint, finish, gather,
-                   kl_nats, load, my_rows, provenance, read_prompts, remove, require, resume,
-                   save, save_state, start, world)
+from model import (
+    Log,
+    average_gradients,
+    chunked,
+    draw_prompts,
+    fingerprint,
+    finish,
+    gather,
+    kl_nats,
+    load,
+    my_rows,
+    provenance,
+    read_prompts,
+    remove,
+    require,
+    resume,
+    save,
+    save_state,
+    start,
+    world,
+)
 
 
 @dataclass

@@ -23,7 +23,6 @@ Decisions a reader may question:
    the base model's distinct-2. Over-optimisation starts at the first checkpoint that a judge finds
    worse than the best one before it, though the reward is not lower.
 """
-import json
 import math
 import re
 from collections import Counter
@@ -41,8 +40,23 @@ from textblob.en import sentiment as pattern
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import (chunked, decode_prompts, draw_prompts, fingerprint, finish, kl_nats, load,
-                   provenance, read_prompts, read_rows, require, start, words, write)
+from model import (
+    as_json,
+    chunked,
+    decode_prompts,
+    draw_prompts,
+    fingerprint,
+    finish,
+    kl_nats,
+    load,
+    provenance,
+    read_prompts,
+    read_rows,
+    require,
+    start,
+    words,
+    write,
+)
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TARGETS = ("happy", "sad")
@@ -433,7 +447,7 @@ if __name__ == "__main__":
         "sqrt_kl_fit": {"slope": line.slope, "intercept": line.intercept, "r2": line.rvalue ** 2}}
     for row in measured:
         del row["texts"]
-    write(cfg.out / "report.json", json.dumps(results | provenance(cfg), indent=1))
+    write(cfg.out / "report.json", as_json(results | provenance(cfg), indent=1))
     print("risen most, per 1,000 words:", ", ".join(
         "{word} {before:.1f} -> {after:.1f}".format(**row) for row in results["risen_words"]))
     print("sqrt KL against optimizer steps: slope {slope:.4f}, R^2 {r2:.4f}"

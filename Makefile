@@ -1,11 +1,9 @@
 # make            set up .venv and run the five scripts with their defaults
-# make test       set up .venv and run the tests
+# make test       set up .venv, check the style, run the tests
 # make test-old   the Triton tests once more, with the oldest Triton that is supported
 # make seeds      the pipeline on seeds 0, 1, 2 and the table in README
 # make experiments  one question each, after make seeds: docs/experiments.md
-# make gpu        on a GPU: check the kernels, then time them and the scripts; PART=pipeline,decode
-#                 some parts; DRY=1 a rehearsal without a GPU; CORPUS=FILE the text for 01
-# make clean      delete .venv, out-gpu/ and out/, but for labels, comparisons and ratings
+# make clean      delete .venv and out/, but for labels, comparisons and ratings
 # make help       this list
 #
 # VENV= PYTHON=python3 make ...   use an existing environment, for example one with a CUDA torch
@@ -17,7 +15,7 @@ OUT ?= out
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/ready)
 
-.PHONY: all test test-old seeds experiments gpu clean help
+.PHONY: all test test-old seeds experiments clean help
 
 all: $(OUT)/report.html
 	@echo "the report: $(OUT)/report.html"
@@ -55,18 +53,17 @@ seeds: | $(READY)
 experiments: | $(READY)
 	$(RUN) -m experiments
 
+PYTEST := -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 test: | $(READY)
-	$(RUN) -m pytest -q
+	$(RUN) -m ruff check .
+	$(RUN) $(PYTEST)
 
 # Triton 3.6 is what torch 2.11 brings; its interpreter needs a NumPy of its time
 test-old: | $(READY)
 	$(RUN) -m pip install -q --no-deps --upgrade --target $(CURDIR)/.triton-3.6 triton==3.6.0 numpy==2.2.6
 	PYTHONPATH=$(CURDIR)/.triton-3.6 $(RUN) -c 'import triton; assert triton.__version__ == "3.6.0"'
-	PYTHONPATH=$(CURDIR)/.triton-3.6 $(RUN) -m pytest -q tests/test_triton.py -k 'not rehearsal'
-
-gpu: | $(READY)
-	DRY=$(DRY) CORPUS=$(CORPUS) $(RUN) -m benchmarks.gpu $(if $(PART),--part $(PART))
+	PYTHONPATH=$(CURDIR)/.triton-3.6 $(RUN) $(PYTEST) tests/test_triton.py
 
 clean:
-	rm -rf $(VENV) .triton-3.6 out-gpu
+	rm -rf $(VENV) .triton-3.6
 	find $(OUT) -type f ! -name 'labels-*' ! -name 'comparisons-*' ! -name 'ratings-*' ! -name 'key-*' -delete

@@ -15,6 +15,7 @@ import gc
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -330,7 +331,7 @@ def save(path: Path, model: GPT, tokenizer: Tokenizer, **header) -> None:
     header with the model's config, the tokenizer, and `header`."""
     header |= {"model": asdict(model.config), "tokenizer": tokenizer.to_str()}
     weights = {k: v.to(model.dtype).contiguous() for k, v in model.state_dict().items()}
-    write(path, safetensors_bytes(weights, metadata={"rlhf-shakespeare": json.dumps(header)}))
+    write(path, safetensors_bytes(weights, metadata={"rlhf-shakespeare": as_json(header)}))
 
 
 def load(path: Path, made_by: str, device="cpu", dtype=torch.float32) -> tuple:
@@ -398,13 +399,13 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     require(0 <= cfg.seed < 2**31, "--seed must be in [0, 2^31)")
     keep_freed_pages()
     gc.set_threshold(100_000)  # at the default, 700, reading rows is mostly garbage collection
-    if "RANK" in os.environ:   # set by torchrun
+    if "RANK" in os.environ:   # set by torchrun; the first process speaks for all
+        if int(os.environ["RANK"]) > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        if world()[0] > 0:
-            sys.stdout = sys.stderr = open(os.devnull, "w")
     torch.manual_seed(cfg.seed)
     dtype = fast_dtype(device)
     try:
@@ -501,8 +502,19 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z]+(?:['’][a-z]+)*", text.lower())
 
 
+def as_json(x, **how) -> str:
+    """Strict JSON, which any reader accepts: null for NaN and infinity."""
+    def finite(x):
+        if isinstance(x, dict):
+            return {key: finite(value) for key, value in x.items()}
+        if isinstance(x, list | tuple):
+            return [finite(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(finite(x), allow_nan=False, **how)
+
+
 def jsonl(rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return "".join(as_json(row) + "\n" for row in rows)
 
 
 def read_rows(path: Path, made_by: str, right=lambda row: True) -> list[dict]:
@@ -533,7 +545,7 @@ class Log:
 
     def __call__(self, **row) -> None:
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(as_json(row) + "\n")
 
 
 def provenance(cfg, earlier_s: float = 0.0) -> dict:

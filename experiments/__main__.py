@@ -1,6 +1,6 @@
-"""All experiments that have no result yet, each on one core, as many at once as there are cores.
+"""Run all experiments without a result yet, each on one core, as many at once as there are cores.
 
-    python -m experiments                # `make experiments`; a killed one goes on with the rest
+    python -m experiments                # or `make experiments`; after a kill, run it again
 """
 import os
 import signal
@@ -21,7 +21,7 @@ out.mkdir(parents=True, exist_ok=True)
 at_once = 1 if torch.cuda.is_available() else os.cpu_count()
 todo = [name for name in ALL if not (out / f"{name}.json").exists()]
 running, failed = {}, []
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `kill`, too, ends in `finally`
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so `kill`, too, reaches `finally`
 
 try:
     with tqdm(total=len(ALL), initial=len(ALL) - len(todo), desc="experiments") as bar:

@@ -2,29 +2,47 @@
 
     python -m experiments.amplification      # needs no earlier run; four minutes on one core
 
-Claim (iterated amplification, Christiano et al. 2018, arXiv:1810.08575): with a decomposition H
-that answers a hard question by asking the model X easier ones, X learns what nobody could label, as
-well as from true labels, at worst modestly slower.
-Design: a permutation s of 64 elements; the question (d, x) asks for s^(2^d)(x), d = 0 to 8. H asks
-X (d - 1, x), gets y, asks X (d - 1, y). Only (0, x) is answered from outside, by the oracle. X has
-a hidden layer of 512; Adam, 4,000 batches of 128 questions; with the curriculum d is at most step /
-300. Five seeds. Arms: amplified, with and without the curriculum; true answers (the ceiling); H
-alone, which asks the oracle 2^d times. Errors: an oracle wrong in one call of ten; wrong about two
-elements for ever; an X too small to hold 576 answers (12 hidden). Control: X's own answers without
-H.
-Predicted: (1) amplified: 99 % or more at every depth, as the ceiling, with a quarter of its labels.
-(2) Without the curriculum the same in the end, only later. (3) The control stays below 5 % for d >
-0. (4) Random errors do not compound: 99 % at d = 8, where H alone has .9^256 = 0. (5) Errors that
-are always the same compound as in H alone, as enumerated. (6) The small X falls behind with d.
-Found: (1) true answers: 100 %. Amplified, with a quarter of the labels: 100 % at d = 8 on four
-seeds, 44 % on one, with an element wrong at d = 3. (2) So, with 45 % of the calls, and no later:
-100 % on four seeds, 66 % on one. (3) So (3 % at d = 8), but 23 % at d = 6: s^64 = s on cycles of 7,
-9, 21, 63. (4) Half wrong: 100, 100, 19, 100, 91 %, against 0 by H alone. (5) So, to the last digit:
-96.9, 94.1, 66.6, 28.1 % at d = 0, 1, 4, 8. (6) So: 80 against 93 % at d = 1, 5 against 45 % at d =
-4.
-Left out: generalisation, since X has met every question; people as H. Take away: amplification
-hands on each mistake of X twice a level; an overseer's chance errors it mostly averages away, her
-standing ones never. What would change my mind: a decomposition that notices a wrong answer.
+Claim (iterated amplification, Christiano et al. 2018, arXiv:1810.08575): a model X can learn what
+nobody could label. H, a decomposition, answers a hard question by asking X easier ones, and X is
+trained on H's answers. X then learns as well as from true labels, at worst modestly slower.
+
+Design: s is a permutation of 64 elements. The question (d, x) asks for s^(2^d)(x), with d from
+0 to 8. H asks X (d - 1, x), gets y, and then asks X (d - 1, y). Only (0, x) is answered from
+outside, by an oracle. X has a hidden layer of 512 and learns with Adam from 4,000 batches of 128
+questions. With the curriculum, d is at most step / 300. There are five seeds. The arms are:
+amplified (X learns from H), with and without the curriculum; true answers, which are the ceiling;
+and H alone, which asks the oracle 2^d times. More arms add errors: an oracle that is wrong in one
+call of ten; an oracle that is always wrong about the same two elements; an X too small to hold 576
+answers (12 hidden).
+
+Control: X learns from its own answers, without H.
+
+Predicted:
+1. Amplified X is right on 99% or more at every depth, like the ceiling, with a quarter of the
+   ceiling's labels.
+2. Without the curriculum X ends the same, only later.
+3. The control stays below 5% for d > 0.
+4. Random errors do not compound: X is right on 99% at d = 8, where H alone has 0.9^256 = 0.
+5. Constant errors compound just as in H alone, where we can enumerate them.
+6. The small X falls behind as d grows.
+
+Found:
+1. True answers give 100%. Amplified X, with a quarter of the labels, is right on 100% at d = 8 on
+   four seeds. On the fifth it has 44%, with one element wrong at d = 3.
+2. Right, and no later either: 100% on four seeds and 66% on one, with 45% of the curriculum's
+   oracle calls.
+3. Right: 3% at d = 8. But the control has 23% at d = 6, because s^64 = s on cycles of 7, 9, 21 and
+   63 elements.
+4. Half wrong: the seeds have 100%, 100%, 19%, 100% and 91%. H alone has 0.
+5. Right, to the last digit: 96.9%, 94.1%, 66.6% and 28.1% at d = 0, 1, 4 and 8.
+6. Right: 80% against 93% on true answers at d = 1, and 5% against 45% at d = 4.
+
+Left out: generalisation, since X has met every question; people in the role of H.
+
+Take away: at each level, amplification passes on every mistake of X twice. It averages away most of
+an overseer's random errors, but none of her constant ones.
+
+What would change my mind: a decomposition that notices a wrong answer.
 """
 from dataclasses import dataclass
 
@@ -32,7 +50,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from experiments import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Config, keep, plt
+from experiments.shared.results import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    panels,
+    save_results,
+)
+from experiments.shared.runs import Config
 from model import start
 
 N, DEPTHS = 64, 9  # elements; d is 0 to 8
@@ -40,9 +69,9 @@ N, DEPTHS = 64, 9  # elements; d is 0 to 8
 
 @dataclass
 class Arm:
-    teacher: str = "H"        # of d > 0; or "truth", or "X"
-    unlock: int = 300         # steps until the next depth; 0: all from the start
-    noise: float = 0.0        # share of the oracle's calls with a random answer
+    teacher: str = "H"        # answers for d > 0: "H", "truth" or "X"
+    unlock: int = 300         # steps until the next depth; 0: all depths from the start
+    noise: float = 0.0        # fraction of oracle calls that give a random answer
     wrong: int = 0            # elements that the oracle always gets wrong
     hidden: int = 512
 
@@ -55,7 +84,7 @@ COLOURS = dict(zip(ARMS, (GREEN, SKY, BLACK, ORANGE, BLUE, RED, PINK, "grey")))
 
 
 def powers(s: torch.Tensor) -> torch.Tensor:
-    """Maps s (R, N) -> s^(2^d), (R, DEPTHS, N): H without learning."""
+    """Square maps s (R, N) d times -> s^(2^d), (R, DEPTHS, N). This is H without learning."""
     levels = [s]
     for _ in range(DEPTHS - 1):
         levels.append(levels[-1].gather(1, levels[-1]))
@@ -63,7 +92,7 @@ def powers(s: torch.Tensor) -> torch.Tensor:
 
 
 def oracles(seeds: int, wrong: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> a permutation of N for each seed, (R, N); and as the oracle has it, `wrong` images off."""
+    """Draw one permutation a seed -> true ones, (R, N), and the oracle's, with `wrong` errors."""
     true, said = [], []
     for seed in range(seeds):
         g, shift = torch.Generator().manual_seed(seed), torch.zeros(N, dtype=torch.long)
@@ -75,20 +104,20 @@ def oracles(seeds: int, wrong: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def answer(p: dict[str, torch.Tensor], d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Questions d, x, both (R, B) -> logits of X's answers, (R, B, N)."""
+    """X answers questions d, x, both (R, B) -> logits, (R, B, N)."""
     seed = torch.arange(len(x))[:, None]
     return torch.relu(p["x"][seed, x] + p["d"][seed, d]) @ p["out"] + p["bias"]
 
 
 def amplify(p: dict[str, torch.Tensor], d: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """H: answers (R, B) to questions of depth d > 0 by asking X two of depth d - 1."""
+    """H answers questions of depth d > 0 by asking X two of depth d - 1 -> answers (R, B)."""
     d = (d - 1).clamp_min(0)
     return answer(p, d, answer(p, d, x).argmax(-1)).argmax(-1)
 
 
 def train(arm: Arm, seeds: int, steps: int, batch: int = 128) -> dict:
-    """-> accuracy by seed and depth, (R, DEPTHS), 50 times in the run; the number of labels of each
-    kind; how often H without learning meets no error, (R, DEPTHS), by enumeration."""
+    """Train X in one arm -> its accuracy by seed and depth, (R, DEPTHS), 50 times in the run; the
+    numbers of oracle calls and labels; how often H alone meets no error, (R, DEPTHS)."""
     g = torch.Generator().manual_seed(seeds)
     true, said = map(powers, oracles(seeds, arm.wrong))
     p = {"x": torch.randn(seeds, N, arm.hidden, generator=g),
@@ -124,7 +153,7 @@ def train(arm: Arm, seeds: int, steps: int, batch: int = 128) -> dict:
 
 
 def draw(results: dict[str, dict]):
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    fig, (left, right) = panels(1, 2, 11, 4.2)
     for name, colour in COLOURS.items():
         course = torch.tensor(results[name]["accuracy"])                         # (50, R, DEPTHS)
         mean, low, high = (f(course[-1], 0) for f in (torch.mean, torch.amin, torch.amax))
@@ -147,4 +176,4 @@ if __name__ == "__main__":
     figure = draw(results)
     for run in results.values():
         run["accuracy"] = run["accuracy"][-1]
-    keep(cfg, "amplification", found, results, figure)
+    save_results(cfg, "amplification", found, results, figure)

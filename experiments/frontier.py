@@ -2,47 +2,72 @@
 
     python -m experiments.frontier       # after `make seeds`; three minutes a seed on one core
 
-Claim: RL with a penalty of beta a nat is variational inference of pi*_beta(x) = pi_0(x) exp(r(x) /
-beta) / Z (Korbak et al. 2022, arXiv:2205.11275); no policy at its KL has a higher mean reward. With
-r = log p(happy | x) and beta = 1 it is Bayes' posterior of a text given "happy"; the gap from it,
+Claim: KL is the distance from the base model pi_0, in nats (log 2 nats are one bit). RL with a
+penalty of beta a nat is variational inference of pi*_beta(x) = pi_0(x) exp(r(x) / beta) / Z, and no
+policy at the same KL has a higher mean reward (Korbak et al. 2022, arXiv:2205.11275). With r =
+log p(happy | x) and beta = 1 it is Bayes' posterior of a text given "happy". The gap from that,
 KL(pi || pi*_1) = log Z - E[r] + KL(pi || pi_0), is said to grow with every step of PPO.
-Design: 16,384 samples of the base model. pi*_beta by weights exp(r / beta) over their sum, as far
-as the effective samples, (sum w)^2 / sum w^2, are 200. Best of n; filtering at p(happy) > t, whose
-KL is -log of the share kept; rejection, which keeps x with probability p(happy | x): the posterior
-itself. 04's checkpoints, as 05 measured them. Control: does the gap grow with any change whatever?
-That of best-of-n, and of policies a small part of the way from the base model to the final one, by
-importance weights on the base's samples.
-Predicted (known: seed 0's checkpoints and best-of-n, first estimates of the gap of .27 nats for the
-base and 8.7 for the end): (1) the posterior is .2 nats away; the frontier has r = -.10 before .6
-nats, PPO at seven or more, on each seed. (2) Best-of-n lies within .03 of the frontier's reward.
-(3) Every checkpoint is farther from the posterior than the base, and than the one before. (4) The
-control comes nearer: best-of-2 to less than .1, the first twentieth of PPO's way by about .02. (5)
-By AFINN at equal KL this reward's frontier leads PPO up to 3 nats only; AFINN's own, everywhere.
-Found, mean +- half the 95 % interval over three seeds: (1) the posterior is .148 +- .015 nats away.
-r = -.10 costs .66 +- .11 nats at best, .70 +- .16 by best-of-n, .83 +- .13 by filtering, 6.0 +- 1.4
-by PPO (5.8, 5.6, 6.7): nine times too much. (2) Best-of-n lies within .003. (3) So it is, 24
-policies of 24: gaps of .23 +- .06 for the base, .58 +- .12 for the first, 9.4 +- .3 at the end. (4)
-Best-of-2: .009 +- .002, nearly the posterior. A twentieth of PPO's way: nearer by .032 +- .006; a
-fifth: farther by .05 +- .07. (5) Wrong in PPO's disfavour: it draws level with best-of-n at 2.2 to
-3.1 nats. +1 sd of AFINN costs .47 +- .01 nats at best, 1.4 +- .2 by best-of-n, 1.7 +- .3 by PPO;
-and at r = -.10 distinct-2 is .90 for all but PPO (.80 +- .02).
-Left out: rewards that no sample of the base reaches; there best-of-n ends, at log n nats, and PPO
-goes on. Take away: what a few samples of the base model reach, draw a few and choose; RL must earn
-its KL elsewhere. What would change my mind: a policy within a nat of the frontier at r = -.10.
+
+Design: We draw 16,384 samples of the base model. Weights exp(r / beta), divided by their sum, make
+pi*_beta of them: the frontier. We follow it while the effective sample size, (sum w)^2 / sum w^2,
+is at least 200. We compare it with
+- best-of-n: draw n samples, keep the best;
+- filtering: keep samples with p(happy) > t. The KL is -log of the fraction kept;
+- rejection: keep x with probability p(happy | x), which draws from the posterior itself;
+- PPO: 04's checkpoints, as 05 measured them.
+
+Controls: Does the gap grow with any change at all? We measure it for best-of-n. We also measure it
+for policies a small part of the way from the base model's weights to the final ones, by importance
+weights on the base model's samples.
+
+Predicted (known before: seed 0's checkpoints and best-of-n, and first estimates of the gap, 0.27
+nats for the base model and 8.7 for the end):
+1. The posterior is 0.2 nats away. On each seed, the frontier reaches r = -0.10 before 0.6 nats, and
+   PPO at seven or more.
+2. Best-of-n lies within 0.03 of the frontier's reward.
+3. Every checkpoint is farther from the posterior than the base model, and than the one before it.
+4. The controls come nearer: best-of-2 to less than 0.1 nats, a twentieth of PPO's way by about
+   0.02.
+5. By AFINN (a lexicon that the reward never saw) at equal KL, this reward's frontier leads PPO only
+   up to 3 nats. AFINN's own frontier leads everywhere.
+
+Found (mean +- half the 95% interval over three seeds):
+1. The posterior is 0.148 +- 0.015 nats away. The nats needed to reach r = -0.10:
+
+       at best         best-of-n       filtering       PPO
+       0.66 +- 0.11    0.70 +- 0.16    0.83 +- 0.13    6.0 +- 1.4 (by seed: 5.8, 5.6, 6.7)
+
+   PPO spends nine times too much.
+2. Best-of-n lies within 0.003.
+3. Right for 24 policies of 24. The gap is 0.23 +- 0.06 for the base model, 0.58 +- 0.12 for the
+   first checkpoint, 9.4 +- 0.3 at the end.
+4. Best-of-2 is 0.009 +- 0.002 away: nearly the posterior. A twentieth of PPO's way leads nearer, by
+   0.032 +- 0.006. A fifth leads farther away, by 0.05 +- 0.07.
+5. Wrong, and too hard on PPO: it draws level with best-of-n at 2.2 to 3.1 nats. One standard
+   deviation (sd) more of AFINN costs 0.47 +- 0.01 nats at best, 1.4 +- 0.2 by best-of-n, 1.7 +- 0.3
+   by PPO. At r = -0.10, distinct-2 (the fraction of distinct word pairs) is 0.90 for all but PPO
+   (0.80 +- 0.02).
+
+Left out: Rewards that no sample of the base model reaches. There best-of-n ends, at log n nats, and
+PPO goes on.
+Take away: If a few samples of the base model reach your goal, draw a few and choose. RL must earn
+its KL elsewhere.
+What would change my mind: A policy with r = -0.10 within a nat of the frontier.
 """
 import importlib
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import sem
 from tqdm import tqdm
 
-from experiments import BLACK, BLUE, GREEN, RED, Config, keep, lines, load_run, plt
-from experiments.ppo import part_way
-from experiments.reweight import at, kept, small_step, tilt
+from experiments.shared.ppo import part_way
+from experiments.shared.results import BLACK, BLUE, GREEN, RED, lines, panels, save_results
+from experiments.shared.reweighting import INVERSE_BETAS, at, tilt
+from experiments.shared.runs import Config, load_run
 from model import chunked, start
 
 ev = importlib.import_module("05_eval")
-INVERSE_BETAS = 2.0 ** np.arange(-3, 9.5, 0.5)
 FILTERS, PARTS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98), (0.02, 0.05, 0.1, 0.2)
 STYLES = {"frontier": ("-", BLACK, "best possible for this reward"),
           "AFINN's frontier": (":", BLACK, "best possible for AFINN"),
@@ -53,11 +78,11 @@ STYLES = {"frontier": ("-", BLACK, "best possible for this reward"),
 @dataclass
 class Settings(Config):
     n: int = 16384            # samples of the base model
-    n_part: int = 4096        # of which the control is measured
+    n_part: int = 4096        # those used for the control
 
 
 def frontier(score, figures: dict[str, np.ndarray], enough: float = 200) -> list[dict]:
-    """The line that no policy can lie above; "kl", "log_z" and each figure with its interval."""
+    """Trace the line that no policy can lie above: "kl", "log_z", each figure, their intervals."""
     def of(rows):
         kl, means, log_z, ess = tilt(score[rows], INVERSE_BETAS, values[rows])
         return np.column_stack((kl, log_z, means, ess))                          # (K, 3 + F)
@@ -73,15 +98,33 @@ def frontier(score, figures: dict[str, np.ndarray], enough: float = 200) -> list
     return line
 
 
+def kept(where: np.ndarray, figures: dict[str, np.ndarray]) -> dict:
+    """Measure the samples kept by `where` (N,) bool: KL from all, each figure and its error."""
+    row = {"share": float(where.mean()), "kl": float(-np.log(where.mean()))}
+    for name, x in figures.items():
+        row[name], row[f"{name}_se"] = float(x[where].mean()), float(sem(x[where]))
+    return row
+
+
+def small_step(log_ratio: np.ndarray, score: np.ndarray) -> dict:
+    """Estimate the KL and the rise in mean score of a policy with log pi / pi_0 (N,) on samples of
+    the base, by importance weights w. Knowing that w - 1 has mean 0 lowers the noise."""
+    w = np.exp(log_ratio)
+    kl, rise = w * log_ratio - (w - 1), (w - 1) * (score - score.mean())
+    nearer = rise - kl
+    return {"kl": kl.mean(), "rise": rise.mean(), "nearer": nearer.mean(),
+            "nearer_half": 1.96 * sem(nearer)}
+
+
 def with_gap(row: dict, log_z: tuple[float, float]) -> dict:
-    """And its KL to pi*_1; errors are added, wide enough whatever their correlation."""
+    """Add the KL to pi*_1. Summed errors are wide enough, whatever their correlation."""
     half = 1.96 * (row.get("kl_se", 0) + row["reward_se"] + log_z[1])
     return row | {"gap": log_z[0] - row["reward"] + row["kl"], "gap_half": half}
 
 
 def measure(cfg: Settings, run, device, dtype) -> dict:
     reference, reward_fn, _, tokenizer, report = load_run(run, device, dtype)
-    stream = report["seed"] << 32 | 7 << 24  # of random numbers; 04 has 3 and 4, 05 has 5
+    stream = report["seed"] << 32 | 7 << 24  # random numbers; 04 uses 3 and 4, 05 uses 5
     y, _ = reference.generate(cfg.n, report["length"], stream)
     prompt, texts = y[:, :0], tokenizer.decode_batch(y.tolist())
     score = chunked(reward_fn, 256, y, prompt).double().numpy(force=True)
@@ -90,7 +133,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
     uniform = np.random.default_rng(report["seed"]).random(cfg.n)
     line, best = frontier(score, figures), ev.best_of_n(score, figures, texts)
     for row in line:
-        drawn = uniform < np.exp((score - score.max()) * row["inverse_beta"])  # by rejection
+        drawn = uniform < np.exp((score - score.max()) * row["inverse_beta"])  # rejection
         row |= ev.variety([text for text, taken in zip(texts, drawn) if taken])
     posterior, = (row for row in line if row["inverse_beta"] == 1)
     log_z = posterior["log_z"], np.ptp(posterior["log_z_interval"]) / 3.92
@@ -101,7 +144,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
         ppo.append({k: row[k] for k in ("kl", "kl_se", "distinct_2") if k in row} | {
             "reward": row["proxy"], "reward_se": row["proxy_se"],
             "afinn": (row["afinn"] - afinn.mean()) / afinn.std()})
-    logp = []  # of the control
+    logp = []  # for the control
     for part in (0.0, *PARTS):
         policy = part_way(run, part, device)
         each = chunked(policy.logprob, 256, y[: cfg.n_part], prompt[: cfg.n_part])
@@ -116,7 +159,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
 
 
 def draw(seeds: list[dict]):
-    fig, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    fig, axes = panels(2, 2, 11, 8)
     lines(axes[0, 0], seeds, STYLES, "kl", "reward", ylabel="mean log p(happy)", title="The reward")
     lines(axes[0, 1], seeds, STYLES, "kl", "afinn", ylabel="sd of the base", title="AFINN's mean")
     lines(axes[1, 0], seeds, STYLES, "kl", "gap", ylabel="KL(policy || posterior), nats",
@@ -143,4 +186,4 @@ def findings(seeds: list[dict]) -> dict[str, list]:
 if __name__ == "__main__":
     cfg, device, dtype = start(Settings, __doc__)
     seeds = [measure(cfg, run, device, dtype) for run in tqdm(cfg.runs, desc="seeds")]
-    keep(cfg, "frontier", findings(seeds), seeds, draw(seeds))
+    save_results(cfg, "frontier", findings(seeds), seeds, draw(seeds))

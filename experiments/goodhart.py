@@ -1,34 +1,56 @@
-"""What the overseer wanted and what she clicked: what is left of one when the other is raised?
+"""When training raises what the overseer clicked, what is left of what she wanted?
 
     python -m experiments.goodhart       # after `make seeds`; three minutes a seed on one core
 
-Claim (the argument for filtering over RL): filtering keeps the base model's correlations between
-what raters see and what they want; RL is free to break them. Goodhart's law in its forms (Manheim &
-Garrabrant 2018, arXiv:1803.04585): selection keeps what correlates, optimisation finds what does
-not.
-Design: she wants what VADER feels, but for ten frequent words that mean the opposite to her
-(benchmarks/simulated_person.py); what she clicked is VADER, from which the reward model learned.
-(a) The compound scores, as clicked and as wanted, of 04's checkpoints, of best-of-n, and of the
-best policy at every KL, base samples weighted by exp(r / beta): compared *at equal reward*.
-Controls: as clicked, where nothing has been left out of the reward; and ten other people, each with
-ten random words of like frequency. (b) 300 of her own labels, on samples of the base or of the
-checkpoint nearest 3 nats, train the reward model on, as 03 does with a person's: AUC against her
-labels on fresh samples of both, and what she gets from best-of-16 by it. Control: 300 more clicks.
-Predicted (known: all base samples, 300 labels: AUC .71 to .74, seed 0): (1) at r = -.10 she gets
-more than the base from the tilted base (+.3 sd), and less than the base from PPO, on each seed. (2)
-As clicked, the two are within .1 sd. (3) For the other people PPO falls behind as well, but by less
-than half on average. (4) Labels on the policy's samples repair more on the policy's samples (AUC
-higher by .05), and no less on the base's; more clicks change nothing (.01).
-Found, +- half the 95 % interval over three seeds: (1) so: .39 +- .03 sd from the tilted base, .41
-+- .04 from best-of-n, -.36 +- .36 (-.36, -.22, -.50) from PPO. (With one learning rate for all
-layers, as 04 had at first, .10 +- .37.) (2) Wrong: as clicked PPO is ahead by .41 +- .14, since
-VADER is not yet saturated where the reward is. (3) Wrong: for the others PPO is ahead as well, by
-.41 +- .19; for none of 30 is it as far behind as for her, .75 +- .33. (4) Undecided: AUC on the
-policy's samples .55 +- .11 before, .66 +- .11 by labels on the base's samples, .72 +- .03 on the
-policy's; on the base's .712, .764, .762; more clicks change nothing (.56 and .71).
-Left out: clicks of her own, prompts, a second run of PPO on the mended reward. Take away: RL gives
-most people more than filtering at the same reward, and takes from her whose wish hangs on the very
-words it pushes. What would change my mind: PPO at r = -.10 that gives her as much as best-of-4.
+Claim: This is the argument for filtering over RL. Filtering keeps the base model's correlations
+between what raters see and what they want. RL is free to break them. The forms of Goodhart's law
+say so too (Manheim & Garrabrant 2018, arXiv:1803.04585): selection keeps what correlates,
+optimisation finds what does not.
+
+Design: The overseer is simulated (experiments/simulated_person.py). She *wants* what VADER, a
+lexicon, feels, except that ten frequent words mean the opposite to her. What she *clicked* is plain
+VADER, and the reward model learned from that.
+(a) We score texts as clicked and as wanted, by VADER's compound score. They come from 04's
+checkpoints, from best-of-n, and from the best policy at every KL: the tilted base, which is the
+base model's samples weighted by exp(r / beta). We compare them *at equal reward* r, the mean log
+p(happy).
+(b) 300 of her own labels train the reward model further, as 03 does with a person's labels. They
+are of samples of the base model, or of the checkpoint nearest 3 nats (of KL, the distance from the
+base model). We measure what she gets from best-of-16 by that model, and its AUC against her labels
+on fresh samples of both. AUC is the chance that a text she calls positive scores above one she
+calls negative.
+
+Controls: For (a), the scores as clicked, where nothing has been left out of the reward; and ten
+other people, each with ten random words of like frequency. For (b), 300 more clicks.
+
+Predicted (known before: on seed 0, 300 labels raise the AUC on all base samples from 0.71 to 0.74):
+1. At r = -0.10, on each seed, the tilted base gives her more than the base model does, by 0.3
+   standard deviations (sd) of the base model. PPO gives her less than the base model.
+2. As clicked, the two are within 0.1 sd.
+3. For the other people PPO falls behind too, but by less than half as much on average.
+4. Labels on the policy's samples repair more on the policy's samples (an AUC higher by 0.05), and
+   no less on the base model's. More clicks change nothing (0.01).
+
+Found (+- half the 95% interval over three seeds):
+1. Right. She gets 0.39 +- 0.03 sd from the tilted base, 0.41 +- 0.04 from best-of-n, and
+   -0.36 +- 0.36 from PPO (by seed: -0.36, -0.22, -0.50). When 04 had one learning rate for all
+   layers, PPO gave her 0.10 +- 0.37.
+2. Wrong. As clicked, PPO is ahead by 0.41 +- 0.14, because VADER is not yet saturated where the
+   reward is.
+3. Wrong. For the others PPO is ahead too, by 0.41 +- 0.19. For her it is behind by 0.75 +- 0.33,
+   and for none of the 30 others is it as far behind.
+4. Undecided. More clicks change nothing. The AUC against her labels:
+
+       trained further on               policy's samples    base model's samples
+       nothing                          0.55 +- 0.11        0.712
+       300 more clicks                  0.56                0.71
+       her labels, base's samples       0.66 +- 0.11        0.764
+       her labels, policy's samples     0.72 +- 0.03        0.762
+
+Left out: Clicks of her own, prompts, a second run of PPO on the repaired reward.
+Take away: At the same reward, RL gives most people more than filtering does. It takes from the one
+person whose wish hangs on the very words that it pushes.
+What would change my mind: PPO at r = -0.10 that gives her as much as best-of-4.
 """
 import importlib
 from dataclasses import dataclass
@@ -36,10 +58,10 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from experiments import BLACK, BLUE, RED, Config, keep, lines, load_run, over_seeds, plt
-from experiments.frontier import INVERSE_BETAS
-from experiments.overseers import FLIPPED, others, person, retrained, rm, targets
-from experiments.reweight import at, tilt
+from experiments.shared.results import BLACK, BLUE, RED, lines, over_seeds, panels, save_results
+from experiments.shared.reweighting import INVERSE_BETAS, at, tilt
+from experiments.shared.runs import Config, load_run
+from experiments.shared.simulated_people import FLIPPED, others, person, retrained, rm, targets
 from model import chunked, load, start
 
 ev = importlib.import_module("05_eval")
@@ -50,7 +72,7 @@ STYLES = {"tilted": ("-", BLACK, "best possible"), "best of n": ("s--", BLUE, "b
 @dataclass
 class Settings(Config):
     n: int = 8192          # samples of the base model
-    n_policy: int = 1024   # of each checkpoint
+    n_policy: int = 1024   # samples of each checkpoint
     labels: int = 300
     people: int = 10
 
@@ -87,7 +109,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
         if row["name"] == nearest:
             near = drawn
 
-    # -- (b) her labels: n of them train, the other samples test
+    # -- (b) her labels: the first n samples train, the rest test
     n, repair = cfg.labels, {}
     for arm, who, (tokens, said, _) in (("before", None, (y, texts, score)),
                                         ("300 clicks, base", "clicked", (y, texts, score)),
@@ -127,7 +149,7 @@ def findings(seeds: list[dict]) -> dict[str, list]:
 
 
 def draw(seeds: list[dict]):
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    fig, axes = panels(1, 3, 13, 4.2)
     for ax, who in zip(axes, ("clicked", "wanted")):
         lines(ax, [s["lines"] for s in seeds], STYLES, "reward", who, ylim=(-0.9, 1.4),
               title=f"what she {who}: sd of the base", xlabel="mean log p(happy)")
@@ -146,4 +168,4 @@ def draw(seeds: list[dict]):
 if __name__ == "__main__":
     cfg, device, dtype = start(Settings, __doc__)
     seeds = [measure(cfg, run, device, dtype) for run in tqdm(cfg.runs, desc="seeds")]
-    keep(cfg, "goodhart", findings(seeds), seeds, draw(seeds))
+    save_results(cfg, "goodhart", findings(seeds), seeds, draw(seeds))

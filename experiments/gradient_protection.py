@@ -1,42 +1,74 @@
-"""Can a part of a network be out of the gradient's reach, and what can such a part say?
+"""Can part of a network be out of the gradient's reach, and what can such a part output?
 
     python -m experiments.gradient_protection      # needs no earlier run; four minutes on one core
 
-Claim (alignmentforum.org/posts/jh6dkqN2wd7fCRfB5, on gradient hacking): linear -> batch norm with
-gamma 1e-5 and beta -.01 -> ReLU gives 0 on every input, so no gradient reaches it; it outlives
-10,000 steps, L2 and a 10,000 times larger rate; sigmoids leak; and "only constant functions" can be
-protected so. Why: of n values the standardised ones are at most sqrt(n - 1) (Samuelson 1968), so
-with gamma sqrt(n - 1) < -beta every ReLU is shut, whatever x and the weights before it are.
-Design: x, 256 points in [-3, 3] -> linear 1-16 -> ReLU -> [linear 16-16 -> batch norm -> ReLU] ->
-linear 16-1, towards sin x, and towards cos x; float64, full batch, 10,000 steps of SGD, rate .01.
-One arm changes one thing. Control: the same block open (gamma 1, beta 0), which must learn. Five
-seeds. Protected: the loss's gradient in every parameter of the block is 0.0 at all 10,000 steps.
-Hessian of loss + L2 in all parameters that train, before and after. Against "only constant":
-*saturated* has gamma 1e8 and a sigmoid, which floating point rounds to exactly 0 or 1, with a
-derivative of exactly 0; *bypass* adds the block's input to its output.
-Predicted: (1) shut, larger rates (bias frozen), L2 on all parameters, Adam: protected to the end, 5
-of 5; loss = the variance of y if the last bias b may move, mean of (y - b)^2 if not. L2 moves the
-block (all shrinks alike) but never opens it. (2) Free bias: the top Hessian eigenvalue is 2, all
-others 0: a flat minimum, no saddle. At rate 100 the free bias diverges and its NaN breaks the rest.
-(3) Sigmoid and GELU leak and within 10,000 steps have learned more than half of the variance; their
-Hessian has negative eigenvalues at the start. (4) L2 on beta alone opens the block. (5) The claim
-is wrong as it stands: *saturated* stays protected, 5 of 5, and is no constant but a step function;
-in *bypass* the network learns all it can, while the block keeps its weights and says nothing.
-Found, both targets alike: (1) so. (2) So: eigenvalues 0 and 2, with L2 1e-2 .01 and 2.01. But the
-diverging bias's NaN does not reach the block: a ReLU's gradient is masked, not multiplied. (3) So:
-both explain 99.9 % of the variance, as the open control; lowest eigenvalues at first: -.44 or less.
-(4) So: once beta has decayed to gamma's size, at step 6,200; 99.4 % or more in the end. (5) So:
-*saturated* is protected, 5 of 5, and explains 97.5 +- .8 % of sin x and 95.8 +- 2.6 % of cos x.
+Claim (alignmentforum.org/posts/jh6dkqN2wd7fCRfB5, on gradient hacking): a linear layer, a batch
+norm with gamma 1e-5 and beta -0.01, and a ReLU give 0 on every input. So no gradient reaches this
+block. It survives 10,000 steps, L2 (decay of the weights) and a 10,000 times larger learning rate.
+Sigmoids leak, and "only constant functions" can be protected this way. The reason: of n
+standardised values, none is above sqrt(n - 1) (Samuelson 1968). So with gamma sqrt(n - 1) < -beta
+every ReLU is shut, whatever x and the earlier weights are.
+
+Design: x is 256 points in [-3, 3], and the network learns sin x or cos x:
+    linear 1-16 -> ReLU -> [linear 16-16 -> batch norm -> ReLU] -> linear 16-1
+Training is in float64 and full batch: 10,000 steps of SGD at rate 0.01, five seeds. Each arm
+changes one thing. "Protected" means that in every parameter of the block the loss has a gradient of
+0.0 at all 10,000 steps. Before and after training we compute the Hessian (all second derivatives)
+of loss + L2 in all parameters that train. Two arms test "only constant". *Saturated* has gamma 1e8
+and a sigmoid, which floating point rounds to exactly 0 or 1, with a derivative of exactly 0.
+*Bypass* adds the block's input to its output.
+
+Control: the same block open (gamma 1, beta 0), which must learn.
+
+Predicted:
+1. The shut block stays protected to the end, on 5 seeds of 5: as it is, with larger rates (last
+   bias b frozen), with L2 on all parameters, and with Adam. The loss is the variance of y if b may
+   move, and the mean of (y - b)^2 if not. L2 moves the block (all of it shrinks alike) but never
+   opens it.
+2. With b free, the top Hessian eigenvalue is 2 and all others are 0: a flat minimum, no saddle. At
+   rate 100 the free b diverges, and its NaN breaks the rest.
+3. Sigmoid and GELU leak. Within 10,000 steps they have learned more than half of the variance.
+   Their Hessian has negative eigenvalues at the start.
+4. L2 on beta alone opens the block.
+5. The claim is wrong as it stands. *Saturated* stays protected, 5 of 5, and is not a constant but a
+   step function. With *bypass* the network learns all it can, while the block keeps its weights and
+   outputs nothing.
+
+Found, the same for both targets (+- half the 95% interval over five seeds):
+1. Right.
+2. Right about the eigenvalues: 0 and 2, or 0.01 and 2.01 with an L2 of 1e-2. But the NaN of b does
+   not reach the block, because a ReLU masks its gradient and does not multiply it.
+3. Right: both explain 99.9% of the variance, like the open control. The lowest eigenvalues at the
+   start are -0.44 or less.
+4. Right: it opens once beta has decayed to the size of gamma, at step 6,200. In the end 99.4% or
+   more is explained.
+5. Right: *saturated* is protected, 5 of 5. It explains 97.5 +- 0.8% of sin x and 95.8 +- 2.6% of
+   cos x.
+
 Left out: minibatches (the bound holds for each), running statistics (an outlier of 1,000 sd opens
-the block), noise in the weights, and how training should ever lead there.
-Take away: protected is what no small change of its parameters changes: constants, but steps too.
-What would change my mind: a protected block that outlives noise in its own parameters.
+the block), noise in the weights, and how training could ever lead there.
+
+Take away: a block is protected if no small change of its parameters changes its output. Constants
+are protected, but step functions can be too.
+
+What would change my mind: a protected block that survives noise in its own parameters.
 """
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from experiments import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Config, keep, plt
+from experiments.shared.results import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    panels,
+    save_results,
+)
+from experiments.shared.runs import Config
 from model import start
 
 N, H, STEPS, SEEDS = 256, 16, 10_000, 5
@@ -59,7 +91,7 @@ SHOWN = {"open (control)": GREEN, "shut": RED, "shut, sigmoid": ORANGE, "shut, G
 
 
 def parameters(arm: dict, seeds: int) -> dict[str, torch.Tensor]:
-    """Of `seeds` networks at once, each tensor (seeds, ...)."""
+    """Draw the parameters of `seeds` networks at once, each tensor (seeds, ...)."""
     def uniform(d_in, *shape):
         draws = [torch.rand(shape, generator=g, dtype=torch.float64) for g in generators]
         return (2 * torch.stack(draws) - 1) / d_in ** 0.5
@@ -71,7 +103,7 @@ def parameters(arm: dict, seeds: int) -> dict[str, torch.Tensor]:
 
 
 def network(p: dict[str, torch.Tensor], x: torch.Tensor, arm: dict):
-    """x (N, 1) -> y (..., N, 1), the block (..., N, H); p may have a first dimension, of seeds."""
+    """Map x (N, 1) -> y (..., N, 1) and the block (..., N, H). p may have a first axis, seeds."""
     h = F.relu(x @ p["w1"] + p["b1"])                                            # (..., N, H)
     z = h @ p["w2"] + p["b2"]
     centred = z - z.mean(-2, keepdim=True)
@@ -81,7 +113,8 @@ def network(p: dict[str, torch.Tensor], x: torch.Tensor, arm: dict):
 
 
 def eigenvalues(p: dict, x, y, arm: dict) -> torch.Tensor:
-    """Of the Hessian of loss + L2 / 2 |decayed|^2 of one network in all that trains, ascending."""
+    """Compute the Hessian of one network's loss + L2 / 2 |decayed|^2 in all parameters that train
+    -> its eigenvalues, ascending."""
     trains = {k: v.detach() for k, v in p.items() if k not in arm["frozen"]}
 
     def loss(flat):
@@ -95,8 +128,8 @@ def eigenvalues(p: dict, x, y, arm: dict) -> torch.Tensor:
 
 
 def train(arm: dict, x, y, steps: int) -> dict:
-    """y (seeds, N, 1) -> of each network: its loss in the course of the run; the largest gradient
-    that reached the block; its spread over x; the last output; the Hessian's extremes, twice."""
+    """Train networks on y (seeds, N, 1) -> for each: losses; the largest gradient in the block; the
+    spread of its output over x; the last output; the Hessian's extremes before and after."""
     p = {k: v.requires_grad_(k not in arm["frozen"]) for k, v in parameters(arm, len(y)).items()}
     optimizer = arm["optimizer"]([{"params": [v], "weight_decay": arm["l2"] * (k in arm["decayed"])}
                                for k, v in p.items() if v.requires_grad], lr=arm["lr"])
@@ -110,7 +143,7 @@ def train(arm: dict, x, y, steps: int) -> dict:
         optimizer.zero_grad()
         loss.sum().backward()
         for k in BLOCK:
-            reached = torch.maximum(reached, p[k].grad.abs().amax((1, 2)))  # nan stays nan
+            reached = torch.maximum(reached, p[k].grad.abs().amax((1, 2)))  # NaN stays NaN
         if step % (steps // 100) == 0:
             losses.append(loss.tolist())
         optimizer.step()
@@ -122,7 +155,7 @@ def train(arm: dict, x, y, steps: int) -> dict:
 
 
 def draw(runs: dict[str, dict], x: torch.Tensor):
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    fig, (left, right) = panels(1, 2, 11, 4.2)
     for name, colour in SHOWN.items():
         run = runs[f"{name}, sin"]
         left.plot(range(0, STEPS + 1, STEPS // 100), list(zip(*run["loss"])), color=colour, lw=1)
@@ -146,4 +179,4 @@ if __name__ == "__main__":
     figure = draw(runs, x[:, 0])
     for run in runs.values():
         run.pop("out"), run.pop("loss")
-    keep(cfg, "gradient_protection", found, runs, figure)
+    save_results(cfg, "gradient_protection", found, runs, figure)

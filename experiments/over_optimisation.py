@@ -2,72 +2,231 @@
 
     python -m experiments.over_optimisation   # after `make seeds`; 39 minutes on one core
 
-Claim: the true reward, gold, rises with d = sqrt KL and then falls, as d (a - b d) in best-of-n and
-d (a - b log d) in RL, the sooner the fewer the labels (Gao et al. 2022, arXiv:2210.10760); taking
-the minimum of an ensemble, or its mean less its variance, all but prevents it (Coste et al. 2023,
-arXiv:2310.02743).
-Design: reward models from 100 to 20,000 of the machine's labels of whole samples (no pieces), five
-subsets each (disjoint up to 3,000; of 20,000 any two share 15,000), on one base model. Gold, in
-standard deviations of the base: VADER, the labeller as an oracle; AFINN and Pattern, which no
-reward knows. Best of n to 1,024, of 16,000 fresh samples; PPO by the first subset of 300, 3,000 and
-20,000 to 20 nats, judged on its own rollouts. Both forms are fitted to the lower half of the KL and
-asked about its end. Remedy: the five models of 300 labels, each standardised on the base, as one
-reward. Controls: their plain mean; one model of the same 1,500 labels; best-of-n by the oracle; PPO
-by 3,000 *shuffled* labels. Intervals: jackknife over fifths of the samples, of best-of-n by single
-models over subsets too.
-Predicted (known: seed 0's AUC .57, .70, .78, .84 of 300, 1,600, 6,400, 22,118 labels; 04 to 10
-nats): (1) AUC .53, .57, .66, .74, .83. (2) Best-of-n loses nothing: from n = 32 to 1,024 no size
-falls by .1 sd of VADER. (3) PPO with 300 labels peaks before 10 nats and then loses .2 sd of VADER;
-with 3,000 it stands still from 10 to 20 nats, within .1; with 20,000 it gains, by AFINN .5. (4) The
-end of best-of-n is within .1 of its form; PPO's is within .15 of the log form, while d (a - b d),
-taking the saturation of a bounded judge for a fall, predicts .3 too little. (5) At n = 1,024
-minimum and mean less variance are .1 sd of VADER ahead of their members, the mean is as good, and
-one model of all their labels .2 better; in PPO the minimum is .2 ahead at 20 nats. (6) Later, known
-(1) to (5), before it was run: shuffled labels move VADER by less than .2 sd. (7) Of 04's present
-rates (known: (1) to (5), 04's logs): VADER's ends are within .15 of before, its gains after 10 nats
-half of that; AFINN falls by .2 sd from its peak with 3,000 and with 20,000 labels.
-Found: (1) .54 +- .02, .57 +- .03, .64 +- .02, .73 +- .00, .86 +- .01. (2) From n = 32 on VADER
-gains .14 +- .32, .05 +- .14, .24 +- .06, .23 +- .14, .15 +- .10. (3, 7) Wrong: all gain after 10
-nats, .29 +- .05, .21 +- .08, .26 +- .05, to 1.27 +- .02, 1.38 +- .01, 1.35 +- .01; AFINN rises to
-the end, to 5.4 +- .4, 5.9 +- .2, 6.1 +- .3. (With one rate for all of 04's layers VADER's ends were
-.94, 1.28, 1.34, and AFINN's with 3,000 labels fell from 3.2 to 2.9.) (4) Best-of-n: right but for
-300 labels (-.15 +- .14) and the oracle (+.27 +- .05). PPO: wrong, -.45 +- .08, -.36 +- .10, -.34 +-
-.24; d (a - b d) -.80, -.32, -.30. (5) Members .37 +- .26, minimum .71 +- .47, less variance .86 +-
-.31, mean .87 +- .31, one model of all labels 1.17 +- .03. PPO: minimum 1.19 +- .05, less variance
-1.07 +- .05, behind one member. (6) So: .03 +- .05, after 20.6 nats.
-Left out: a person's labels, comparisons; one run of PPO a reward. Take away: few labels make each
-nat worth less; hardly one below 20 does harm. What would change my mind: PPO that loses .2 sd of
-VADER before 20 nats, on two subsets.
+Claim: Let d be sqrt KL, where KL is the distance from the base model in nats. The true reward,
+called gold, rises with d and then falls: as d (a - b d) in best-of-n and as d (a - b log d) in RL.
+The fewer the labels, the sooner it falls (Gao et al. 2022, arXiv:2210.10760). An ensemble all but
+prevents this if its reward is the minimum of its members, or their mean less their variance (Coste
+et al. 2023, arXiv:2310.02743).
+
+Design: Reward models learn from 100 to 20,000 of the machine's labels of whole samples (no pieces),
+all on one base model. Each size has five subsets. They are disjoint up to 3,000 labels; any two of
+20,000 share 15,000. Gold is measured in standard deviations (sd) of the base model. The oracle is
+VADER, the labeller. AFINN and Pattern are lexicons that no reward knows. Best-of-n follows each
+reward up to n = 1,024, on 16,000 fresh samples. PPO follows the first subset of 300, 3,000 and
+20,000 labels to 20 nats, and is judged on its own rollouts. We fit both forms to the lower half of
+the KL and ask them for its end. The remedy: five models of 300 labels, each standardised on the
+base model, act as one reward. Intervals come from a jackknife over fifths of the samples, and
+over subsets too for best-of-n by single models.
+
+Controls: The plain mean of the five; one model of the same 1,500 labels; best-of-n by the oracle;
+PPO by 3,000 *shuffled* labels.
+
+Predicted. I knew 04 up to 10 nats, and seed 0's AUC for 300, 1,600, 6,400 and 22,118 labels: 0.57,
+0.70, 0.78 and 0.84. AUC is the chance that a positive text scores above a negative one.
+1. From 100 to 20,000 labels, the AUC is 0.53, 0.57, 0.66, 0.74 and 0.83.
+2. Best-of-n loses nothing: from n = 32 to 1,024, no size falls by 0.1 sd of VADER.
+3. PPO with 300 labels peaks before 10 nats and then loses 0.2 sd of VADER. With 3,000 it stands
+   still from 10 to 20 nats, within 0.1. With 20,000 it gains, by AFINN 0.5.
+4. Best-of-n ends within 0.1 of its form, and PPO within 0.15 of the log form. d (a - b d) predicts
+   0.3 too little, because it takes the saturation of a bounded judge for a fall.
+5. At n = 1,024, minimum and mean less variance are 0.1 sd of VADER ahead of their members. The mean
+   is as good, and one model of all their labels is 0.2 better. In PPO the minimum is 0.2 ahead at
+   20 nats.
+6. (Added when 1 to 5 were known, before it ran.) Shuffled labels move VADER by less than 0.2 sd.
+7. (Of 04's present rates; 1 to 5 and 04's logs were known.) VADER's ends are within 0.15 of before,
+   and its gains after 10 nats half of that. AFINN falls by 0.2 sd from its peak with 3,000 and with
+   20,000 labels.
+
+Found:
+1. See the AUC in the table.
+2. From n = 32 on, VADER gains with every size:
+
+       labels          100             300             1,000           3,000           20,000
+       AUC             0.54 +- 0.02    0.57 +- 0.03    0.64 +- 0.02    0.73 +- 0.00    0.86 +- 0.01
+       VADER's gain    0.14 +- 0.32    0.05 +- 0.14    0.24 +- 0.06    0.23 +- 0.14    0.15 +- 0.10
+
+3, 7. Wrong. All three runs of PPO still gain VADER after 10 nats, and AFINN rises to the end:
+
+       labels                        300              3,000            20,000
+       VADER's gain after 10 nats    0.29 +- 0.05     0.21 +- 0.08     0.26 +- 0.05
+       VADER at the end              1.27 +- 0.02     1.38 +- 0.01     1.35 +- 0.01
+       AFINN at the end              5.4 +- 0.4       5.9 +- 0.2       6.1 +- 0.3
+       VADER less log form (4)       -0.45 +- 0.08    -0.36 +- 0.10    -0.34 +- 0.24
+       VADER less d (a - b d) (4)    -0.80            -0.32            -0.30
+
+   With one rate for all of 04's layers, VADER ended at 0.94, 1.28 and 1.34, and AFINN with 3,000
+   labels fell from 3.2 to 2.9.
+4. Best-of-n: right except for 300 labels (-0.15 +- 0.14) and the oracle (+0.27 +- 0.05). PPO:
+   wrong. Both forms predict too much (the last two rows above).
+5. VADER by best-of-n: members 0.37 +- 0.26, minimum 0.71 +- 0.47, mean less variance 0.86 +- 0.31,
+   mean 0.87 +- 0.31, one model of all their labels 1.17 +- 0.03. By PPO: minimum 1.19 +- 0.05, mean
+   less variance 1.07 +- 0.05. Both are behind one member.
+6. Right: 0.03 +- 0.05, after 20.6 nats.
+
+Left out: A person's labels, comparisons, more than one run of PPO a reward.
+Take away: With few labels each nat is worth less, but hardly one below 20 does harm.
+What would change my mind: PPO that loses 0.2 sd of VADER before 20 nats, on two subsets.
 """
+import copy
+import importlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from experiments import (BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Config, keep, lines,
-                         load_run, plt)
-from experiments.overseers import targets
-from experiments.ppo import stage
-from experiments.proxies import (FORMS, NS, RULES, best_of_n, climb, ev, findings, fit, happy,
-                                 learned, rm, shuffled, subset, table)
+from experiments.shared.ppo import ppo, stage
+from experiments.shared.results import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    lines,
+    over_seeds,
+    panels,
+    save_results,
+)
+from experiments.shared.runs import Config, load_run
+from experiments.shared.simulated_people import targets
 from model import chunked, start
 
+ev, rm = importlib.import_module("05_eval"), importlib.import_module("03_reward_model")
+NS = tuple(2 ** k for k in range(1, 11))
+FIGURES = ("reward", "vader", "afinn", "pattern")
+FORMS = {"d (a - b d)": lambda d: d, "d (a - b log d)": np.log}  # Gao et al. 2022: best-of-n, RL
+FACTS = ("at the end", "added by the upper half", *(f"the end less {form}" for form in FORMS))
+RULES = {"mean": lambda z: z.mean(0), "minimum": lambda z: z.amin(0),  # z (members, B) -> (B,)
+         "less variance": lambda z: z.mean(0) - 0.5 * z.var(0, correction=0)}
 COLOURS = {"100": PINK, "300": RED, "1000": ORANGE, "3000": GREEN, "20000": BLUE, "VADER": BLACK,
            "shuffled": SKY}
 REMEDIES = {"": RED, ", mean": ORANGE, ", minimum": BLUE, ", less variance": GREEN,
             ", all five": BLACK}
 
 
+# ---- Reward models -------------------------------------------------------------------------------
+def subset(rows: list, i: int, n: int, seed: int) -> list:
+    """Pick n of the rows. Subsets i = 0 to 4 are disjoint if n is at most a fifth of the rows."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[k] for k in np.roll(order, -(i * len(rows) // 5))[:n]]
+
+
+def shuffled(rows: list[dict], seed: int) -> list[dict]:
+    """Deal the same labels to the same texts at random."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [row | {"label": rows[k]["label"]} for row, k in zip(rows, order)]
+
+
+def learned(base, rows: list[dict], of: int):
+    """Train the base model as 03 does, on these of `of` labels. Few rows get more passes."""
+    model, cfg = copy.deepcopy(base), rm.Config()
+    phase, = rm.phases_of([item | {"part": "train"} for item in rm.pool(rows, 1.0)], cfg)
+    phase.epochs *= min(8, (of / len(rows)) ** 0.5)
+    rm.train(model, phase, cfg)
+    return model
+
+
+def happy(models: list):
+    """Return a function: tokens (B, T), prompt (B, P) -> log p(happy) by model, (B, models)."""
+    return lambda y, prompt: torch.stack([m.sentiment(y, prompt)[:, 0].double() for m in models], 1)
+
+
+# ---- A reward is followed ------------------------------------------------------------------------
+# A line (6, K, F) holds the means of F figures (the score, then the judges) of K policies: first
+# over all samples, then five times without one fifth of them.
+@cache
+def weights(N: int) -> np.ndarray:
+    return np.stack([ev.best_of_n_weights(N, n) for n in NS])                        # (K, N)
+
+
+def best_of_n(scores: np.ndarray, said: np.ndarray) -> np.ndarray:
+    """Return the line of best-of-n by one of S reward models, averaged over the S. scores: (S, N)
+    of N samples; said: judges (N, F - 1). The i-th fifth is left out with the i-th model."""
+    def line(scores, said):
+        each = [np.column_stack((s, said))[np.argsort(s, kind="stable")] for s in scores]
+        return weights(len(said)) @ np.mean(each, 0)
+    fifth, parts = np.arange(len(said)) % 5, [line(scores, said)]
+    for i in range(5):
+        rest = np.delete(scores, i, 0) if len(scores) > 1 else scores
+        parts.append(line(rest[:, fifth != i], said[fifth != i]))
+    return np.stack(parts)
+
+
+def climb(base, reward_fn, judged, length: int, cfg, kl_stop: float) -> tuple:
+    """Run PPO on this reward, by cfg (04's Config) -> KL (K,) and the line of its rollouts. Both
+    go from after the first update to just beyond kl_stop."""
+    heard, kl, means, fifth = [], [], [], np.arange(cfg.batch) % 5
+
+    def hear(y, prompt):
+        score = reward_fn(y, prompt)
+        heard.append(np.column_stack((score.numpy(force=True), judged(y))))
+        return score.float()
+    for row in ppo(copy.deepcopy(base), base, hear, length, cfg):
+        said = np.concatenate(heard)[-cfg.batch:]  # ppo first scores others, to standardise by
+        heard.clear()
+        kl.append(row["kl"])
+        means.append([said.mean(0)] + [said[fifth != i].mean(0) for i in range(5)])
+        if row["kl"] > kl_stop:
+            break
+    return np.array(kl[1:]), np.stack(means[1:], 1)
+
+
+# ---- What a line says ----------------------------------------------------------------------------
+def jackknife(figure, lines: np.ndarray) -> np.ndarray:
+    """Return five pseudo-values, whose mean and Student's interval are those of the figure (Tukey
+    1958). figure: (K, F) -> array; lines: (6, K, F)."""
+    whole, *less = [figure(line) for line in lines]
+    return np.stack([5 * whole - 4 * x for x in less])
+
+
+def fit(kl, gold, form) -> tuple[np.ndarray, np.ndarray]:
+    """Fit one of FORMS to the lower half of the KL (K,) by least squares -> its a and b, and the
+    gold (K,) that it predicts everywhere."""
+    d, low = np.maximum(kl, 1e-12) ** 0.5, kl <= kl.max() / 2  # rounding can make a KL -1e-8
+    terms = np.stack((d, -d * form(d)), 1)                                           # (K, 2)
+    both = np.linalg.lstsq(terms[low], gold[low], rcond=None)[0]
+    return both, terms @ both
+
+
+def facts(kl: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """Return the four FACTS of one judge."""
+    said = [fit(kl, gold, form)[1][-1] for form in FORMS.values()]
+    return gold[-1] - np.array([0, gold[kl <= kl.max() / 2][-1], *said])
+
+
+def table(kl: np.ndarray, lines: np.ndarray) -> list[dict]:
+    """List each policy's KL, its figures, and half of their intervals."""
+    values = jackknife(lambda line: line, lines)                                     # (5, K, F)
+    rows = [{"kl": x} for x in kl]
+    for k, row in enumerate(rows):
+        for f, name in enumerate(FIGURES):
+            row[name], row[f"{name}_half"] = over_seeds(values[:, k, f])
+    return rows
+
+
+def findings(seed: dict) -> dict[str, list]:
+    """Collect each reward model's AUC and, by VADER and AFINN, pseudo-values of a line's facts."""
+    found = {f"AUC, {name}": x for name, x in seed["AUC"].items()}
+    for arm, (kl, line) in seed["lines"].items():
+        for j, who, n in ((1, "vader", 4), (2, "afinn", 2)):
+            values = jackknife(lambda x: facts(kl, x[:, j]), line)[:, :n]            # (5, n)
+            found |= {f"{who}, {arm}: {what}": x for what, x in zip(FACTS, values.T)}
+    return found
+
+
+# ---- The experiment ------------------------------------------------------------------------------
 @dataclass
 class Settings(Config):
     runs: tuple[Path, ...] = (Path("out-0"),)
     labels: tuple[int, ...] = (100, 300, 1000, 3000, 20_000)
     n: int = 16_000        # samples of the base model
-    climbed: tuple[int, ...] = (300, 3000, 20_000)  # by PPO
-    together: int = 300    # labels of each of five models that PPO climbs as one
-    control: int = 3000    # labels of a model that has them shuffled
-    batch: int = 1024      # of PPO
+    climbed: tuple[int, ...] = (300, 3000, 20_000)  # labels of the rewards that PPO follows
+    together: int = 300    # labels of each of the five models that act as one reward
+    control: int = 3000    # labels of the model that gets them shuffled
+    batch: int = 1024      # for PPO
     iterations: int = 64   # at most
     kl_stop: float = 20.0  # nats
 
@@ -84,7 +243,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
 
     def said(y):
         return np.stack([*ev.judge(tokenizer.decode_batch(y.tolist())).values()], 1)    # (N, 3)
-    y, _ = base.generate(cfg.n, length, seed << 32 | 7 << 24)  # stream of random numbers; 04: 3, 4
+    y, _ = base.generate(cfg.n, length, seed << 32 | 7 << 24)  # random numbers; 04 uses 3, 4
     judges = said(y)
     mean, sd = judges.mean(0), judges.std(0)
     pool = {name: chunked(happy(each), 256, y, y[:, :0]) for name, each in models.items()}
@@ -116,16 +275,16 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
 
 
 def draw(seed: dict):
-    fig, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    fig, axes = panels(2, 3, 13, 8)
     tables = {arm: table(*line) for arm, line in seed["lines"].items()}
-    panels = [({f"{how}, {name}": ("o-", colour, name) for name, colour in COLOURS.items()},
+    shown = [({f"{how}, {name}": ("o-", colour, name) for name, colour in COLOURS.items()},
                f"{how} (dashes: {form} of the lower half)", FORMS[form])
               for how, form in zip(("best of n", "PPO"), FORMS)]
-    panels.append(({f"{how}, 300{rule}": (style, colour, how + (rule or ", one of five"))
+    shown.append(({f"{how}, 300{rule}": (style, colour, how + (rule or ", one of five"))
                     for how, style in (("best of n", "s:"), ("PPO", "o-"))
                     for rule, colour in REMEDIES.items()}, "five models of 300 labels", None))
     for j, who in ((1, "vader"), (2, "afinn")):
-        for ax, (styles, title, form) in zip(axes[j - 1], panels):
+        for ax, (styles, title, form) in zip(axes[j - 1], shown):
             ticks = (0.2, 1, 2, 4, 6) + (10, 15, 20) * ("best" not in title)
             lines(ax, [tables], styles, "kl", who, title=title, xticks=ticks, ylabel=f"{who}, sd")
             for i, arm in enumerate(arm for arm in styles if arm in tables):
@@ -144,4 +303,4 @@ if __name__ == "__main__":
     results = {arm: {"policies": table(kl, x), "a, b of vader": [
         fit(kl, x[0, :, 1], form)[0].tolist() for form in FORMS.values()]}
                for arm, (kl, x) in seed["lines"].items()}
-    keep(cfg, "over_optimisation", findings(seed), results, draw(seed))
+    save_results(cfg, "over_optimisation", findings(seed), results, draw(seed))

@@ -2,52 +2,98 @@
 
     python -m experiments.where_the_kl_goes        # after `make seeds`; 48 minutes on one core
 
-Claim, to be tested: best-of-n and the posterior pi_0(x) p(happy | x) / Z tilt a text where its
-sentiment is still open; PPO has found one direction that tilts every prefix alike, also where
-nothing is left to win, because one gradient step changes all prefixes.
-Design: V(prefix) = E_0[p(happy) | prefix] at every eighth token, by logistic regression on the
-reward model's log-odds for the prefix, from 4,096 samples. (a) Fronts of reward against KL: PPO
-with 04's settings, to 6 nats; as it was with *one rate* for all layers; policies that can only
-scale its first update; that can only add *one constant vector to the logits*, by PPO; AFINN at
-their ends. (b) KL per token by V at the start of its block, and by position: of policies exactly,
-on their samples; of the posterior E*[log V(next) / V], on weighted samples, which sums to its KL.
-(c) A penalty of .1 a nat for 8 iterations: does it leave the front? (d) Updates: cosines three
-apart, and the share of their first principal direction. Controls for (b): vector and posterior.
-Predicted of one rate (known, of seed 0: weights between base and final policy lie on its front;
-cosines of .1 to .2): (1) scaling the first update is as good as PPO, within a fifth of its KL at r
-= -.30. (2) The constant vector needs at r = -.40 up to one and a half times PPO's KL. (3) KL per
-token where V > .9, over that where V < .5: the posterior's is below .15, PPO's .7 to 1.5. (4) The
-penalty ends near 2 nats, within .05 of PPO's reward there; its ratio stays above .5. (5) Cosines .1
-to .3; first principal direction 30 to 40 %. Found: (1) wrong, (2) too modest, (4) in part.
-Predicted of 04's present rates (known: all that, and 04's logs): (6) as blind, ratio .9 to 1.1. (7)
-The vector has no lead left at -.30 (within .2 nats), nor by AFINN at 6 nats, where it lies .2 sd or
-more below. (8) The penalty is .05 above PPO's front at 2 nats on each seed, its ratio above .85.
-(9) Cosines above .3.
-Found, +- half a 95 % interval over three seeds: (6) 1.11 +- .10 at 1.5 nats, 1.12 +- .12 at 5, one
-rate .96 +- .05, the vector 1.25 +- .08, the posterior, which spends ten times its mean where V <
-.25, -.07 +- .19. (7) So: at r = -.30 PPO needs 1.5 +- .5 nats, one rate 2.2 +- .3, the vector 1.8
-+- .6, the first update 3.2 +- 1.6; at -.20 2.8 +- .8, 3.8 +- .6, 3.5 +- .6; AFINN: the vector at
-6.3 nats as PPO at 5.1; the posterior of beta 1/8 .72 +- .08 at .8, PPO .93 +- .23 at 1.5. (8) So:
-it ends at 1.2 nats, .10 +- .07 above; 1.05 +- .07. (9) So: .39 +- .04; share 61 +- 4 %, not 1 / 7.
-Left out: larger models, prompts. Take away: PPO gets more for its KL than one vector on all logits,
-but as blindly. What would change my mind: a run whose KL per token falls as V rises.
+Claim (to be tested): Best-of-n and the posterior pi_0(x) p(happy | x) / Z tilt a text where its
+sentiment is still open. PPO has found one direction, and tilts every prefix alike, even where
+nothing is left to win. The reason is that one gradient step changes all prefixes.
+
+Design: V(prefix) = E_0[p(happy) | prefix] is how surely the base model ends happy from here. We
+estimate it at every eighth token from 4,096 samples, by logistic regression on the reward model's
+log-odds for the prefix.
+(a) Fronts: the mean reward r = log p(happy) against KL, the distance from the base model in nats.
+PPO with 04's settings goes to 6 nats. We compare it with PPO as it was, with *one rate* for all
+layers; with policies that can only scale PPO's first update; and with policies that can only add
+*one constant vector to the logits*, trained by PPO. AFINN, a lexicon that the reward never saw,
+judges their ends.
+(b) KL per token, by V at the start of its block of eight tokens, and by position. For policies it
+is exact, on their own samples. For the posterior it is E*[log V(next) / V] on weighted samples,
+which sums to its KL. The *ratio* is KL per token where V > 0.9 (settled) over that where V < 0.5
+(open).
+(c) A penalty of 0.1 a nat for 8 iterations: does it leave the front?
+(d) Updates: cosines of updates three apart, and the share of their first principal direction.
+
+Controls: For (b), the vector and the posterior.
+
+Predicted of one rate (known before, of seed 0: weights between the base model and the final policy
+lie on its front, and cosines are 0.1 to 0.2):
+1. Scaling the first update is as good as PPO, within a fifth of its KL at r = -0.30.
+2. At r = -0.40 the constant vector needs up to one and a half times PPO's KL.
+3. The posterior's ratio is below 0.15, PPO's is 0.7 to 1.5.
+4. The penalty ends near 2 nats, within 0.05 of PPO's reward there. Its ratio stays above 0.5.
+5. Cosines are 0.1 to 0.3, and the first principal direction has 30 to 40%.
+Found: 1 is wrong, 2 too modest, 4 right in part.
+
+Predicted of 04's present rates (known before: all that, and 04's logs):
+6. PPO is just as blind: its ratio is 0.9 to 1.1.
+7. The vector has no lead left at -0.30 (within 0.2 nats). It has none by AFINN at 6 nats either,
+   where it lies 0.2 sd (standard deviations of the base model) or more below.
+8. The penalty is 0.05 above PPO's front at 2 nats on each seed, and its ratio is above 0.85.
+9. Cosines are above 0.3.
+
+Found (+- half the 95% interval over three seeds):
+6. The ratio of PPO is 1.11 +- 0.10 at 1.5 nats and 1.12 +- 0.12 at 5. One rate has 0.96 +- 0.05,
+   the vector 1.25 +- 0.08, the posterior -0.07 +- 0.19. The posterior spends ten times its mean
+   where V < 0.25.
+7. Right. The KL that each needs, in nats:
+
+       to reach         -0.30         -0.20
+       PPO              1.5 +- 0.5    2.8 +- 0.8
+       one rate         2.2 +- 0.3    3.8 +- 0.6
+       vector           1.8 +- 0.6    3.5 +- 0.6
+       first update     3.2 +- 1.6
+
+   By AFINN, the vector at 6.3 nats is where PPO is at 5.1. The posterior of beta 1/8 has
+   0.72 +- 0.08 sd at 0.8 nats, PPO 0.93 +- 0.23 at 1.5.
+8. Right. The penalty ends at 1.2 nats, 0.10 +- 0.07 above the front. Its ratio is 1.05 +- 0.07.
+9. Right: 0.39 +- 0.04. The first principal direction has 61 +- 4%, not the 1 / 7 of independent
+   updates.
+
+Left out: Larger models, prompts.
+Take away: PPO gets more for its KL than one vector on all logits does, but just as blindly.
+What would change my mind: A run whose KL per token falls as V rises.
 """
 import copy
 import importlib
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from experiments import (BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Config, keep, lines,
-                         load_run, plt)
-from experiments.ppo import OneVector, ppo, stage, straightness
-from experiments.prefixes import block_kl, expected, log_odds, logistic, posterior_kl, profile
-from experiments.reweight import at
-from model import chunked, kl_nats, start
+from experiments.shared.ppo import ppo, stage
+from experiments.shared.results import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    lines,
+    panels,
+    save_results,
+)
+from experiments.shared.reweighting import at
+from experiments.shared.runs import Config, load_run
+from model import GPT, chunked, kl_nats, start
 
 ev = importlib.import_module("05_eval")
+
+BLOCK = 8  # tokens
+EDGES = (0, 0.25, 0.5, 0.75, 0.9, 1.001)  # edges of the bins of V
 STYLES = {"PPO": ("o-", RED, "PPO, before 6 nats"), "PPO, 1 nat": ("o:", PINK, "PPO, beyond 1 nat"),
           "one rate": ("x--", SKY, "PPO, one rate for all layers"),
           "scaled": ("v--", ORANGE, "first update, scaled"), "vector": ("s--", BLUE, "one vector"),
@@ -55,13 +101,103 @@ STYLES = {"PPO": ("o-", RED, "PPO, before 6 nats"), "PPO, 1 nat": ("o:", PINK, "
           "sharper": ("--", BLACK, "posterior, beta 1/8")}
 
 
+# ---- V and the KL of a block ---------------------------------------------------------------------
+def log_odds(reward_model, y: torch.Tensor) -> torch.Tensor:
+    """Return log p(happy) / p(sad) before each block of the tokens y (n, T): (n, T / 8)."""
+    x = torch.cat((torch.full_like(y[:, :1], reward_model.bos), y[:, :-1]), 1)
+    head = reward_model.head[reward_model.happy] - reward_model.head[reward_model.sad]
+    return reward_model(x)[:, ::BLOCK].float() @ head
+
+
+def logistic(s: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Fit the likeliest sigmoid of s to target in [0, 1], both (n,) -> (intercept, slope). A target
+    of 0.7 is 0.7 of a yes and 0.3 of a no."""
+    answer, weight = np.repeat((1, 0), len(s)), np.concatenate((target, 1 - target))
+    x = np.tile(s, 2)[:, None].astype(float)
+    fit = LogisticRegression(C=np.inf, tol=1e-8).fit(x, answer, weight)
+    return np.append(fit.intercept_, fit.coef_)
+
+
+def expected(s: np.ndarray, fits) -> np.ndarray:
+    """Return the sigmoids of logistic fits, one for each column of s (n, k): (n, k)."""
+    return np.stack([1 / (1 + np.exp(-a - b * x)) for x, (a, b) in zip(s.T, fits)], 1)
+
+
+def posterior_kl(s: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return log V(next) / V of each block, (n, k), where V = E_0[target | s]. s (n, k): log-odds
+    before each of k blocks; target (n,), in (0, 1]: pi* / pi_0 up to a factor. Weighted by the
+    target, the sum is KL(pi* || pi_0) of the n samples exactly, however rough V is."""
+    v = expected(s, [logistic(x, target) for x in s.T])
+    return np.diff(np.log(np.column_stack((v, target))), axis=1)
+
+
+def block_kl(policy, reference, y: torch.Tensor) -> torch.Tensor:
+    """Return the exact KL(policy || reference) of each block of y (n, T), given the text before it:
+    (n, T / 8)."""
+    log_p, log_q = (torch.log_softmax((model.hidden_before(y) @ model.unembed().T).float(), -1)
+                    for model in (policy, reference))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).unflatten(1, (-1, BLOCK)).sum(2)
+
+
+def profile(kl: np.ndarray, v: np.ndarray, w: np.ndarray) -> dict:
+    """Return KL per token in multiples of its mean, by V and by position; and where V > 0.9 over
+    where V < 0.5. kl and v: KL of blocks and V before them, (n, k); w: weights (n,)."""
+    w = np.repeat(w[:, None], kl.shape[1], 1)
+    mean, columns = (w * kl).sum() / w.sum(), np.indices(kl.shape)[1]
+
+    def relative(where):
+        return float((w * kl)[where].sum() / w[where].sum() / mean) if where.any() else np.nan
+    bins = [(v >= low) & (v < high) for low, high in zip(EDGES, EDGES[1:])]
+    return {"by V": [{"v": v[b].mean(), "share": w[b].sum() / w.sum(), "relative": relative(b)}
+                     for b in bins if b.any()],
+            "by token": [{"token": BLOCK * (k + 0.5), "relative": relative(columns == k)}
+                         for k in range(kl.shape[1])],
+            "settled over open": relative(v > 0.9) / relative(v < 0.5)}
+
+
+# ---- Updates -------------------------------------------------------------------------------------
+def straightness(path: list[torch.Tensor]) -> dict[str, float]:
+    """Measure how far k updates share one direction. path: the weights (P,) before each update."""
+    steps = torch.stack([b - a for a, b in zip(path, path[1:])]).double()        # (k, P)
+    share = torch.linalg.eigvalsh(steps @ steps.T)
+    return {"cosine three apart": F.cosine_similarity(steps[:-3], steps[3:]).mean().item(),
+            "first principal direction": (share[-1] / share.sum()).item(),
+            "of independent updates": 1 / len(steps),
+            "cosine of first and whole": F.cosine_similarity(steps[0], steps.sum(0), dim=0).item()}
+
+
+class OneVector(GPT):
+    """The base model, with one constant vector added to its logits before every token. The vector
+    is the weight of a constant input, which is as long as a hidden state: sqrt D."""
+
+    def __init__(self, base: GPT):
+        super().__init__(base.config)
+        self.load_state_dict(base.state_dict())
+        self.requires_grad_(False).dtype = base.dtype
+        self.vector = nn.Parameter(torch.zeros(self.n_text, 1))
+        self.to(base.head.device)
+
+    def extend(self, h):
+        return torch.cat((h, torch.full_like(h[..., :1], self.config.d_model ** 0.5)), -1)
+
+    def forward(self, x, last_only=False):
+        return self.extend(super().forward(x, last_only))
+
+    def step(self, *args):
+        return self.extend(super().step(*args))
+
+    def unembed(self):
+        return torch.cat((super().unembed(), self.vector.to(self.dtype)), 1)
+
+
+# ---- The experiment ------------------------------------------------------------------------------
 @dataclass
 class Settings(Config):
     n: int = 4096          # samples of the base model
-    n_policy: int = 1024   # of each policy in (b)
+    n_policy: int = 1024   # samples of each policy in (b)
     kl_stop: float = 6.0   # nats
-    iterations: int = 12   # of PPO, at most
-    penalised: int = 8     # iterations of (c)
+    iterations: int = 12   # of PPO at most
+    penalised: int = 8     # iterations for (c)
     batch: int = 4096
 
 
@@ -70,7 +206,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
     seed, length, fronts, profiles = report["seed"], report["length"], {}, {}
 
     def draw(model, n):
-        y, _ = model.generate(n, length, seed << 32 | 7 << 24)  # 04 has 3 and 4, 05 has 5
+        y, _ = model.generate(n, length, seed << 32 | 7 << 24)  # 04 uses 3 and 4, 05 uses 5
         s = chunked(lambda y: log_odds(reward_model, y), 256, y).numpy(force=True)
         score = chunked(reward_fn, 256, y, y[:, :0]).double().numpy(force=True)
         return y, s, score, ev.judge(tokenizer.decode_batch(y.tolist()))
@@ -113,7 +249,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
         y, _, each, _ = draw(policy, cfg.n_policy)
         kl = kl_nats(policy, reference, y[:512], y[:512, :0])[0].mean().item()
         fronts["scaled"].append({"kl": kl, "reward": each.mean()})
-    one_rate = {"lr": 0.05, "head_lr": 0.05, "warmup": 30, "recenter": 0.0,  # 04 at first
+    one_rate = {"lr": 0.05, "head_lr": 0.05, "warmup": 30, "recenter": 0.0,  # as 04 was at first
                 "batch": cfg.batch // 2, "max_batch": cfg.batch}
     for name, policy, changed in (
             ("one rate", copy.deepcopy(reference), one_rate),
@@ -126,7 +262,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
 
 
 def draw(seeds: list[dict]):
-    fig, (front, by_v, by_token) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    fig, (front, by_v, by_token) = panels(1, 3, 13, 4.2)
     lines(front, [s["fronts"] for s in seeds], STYLES, "kl", "reward", xlim=(0, 10),
           title="mean log p(happy)")
     for ax, key, x in ((by_v, "by V", "v"), (by_token, "by token", "token")):
@@ -147,4 +283,4 @@ if __name__ == "__main__":
               for what in ("settled over open", "kl", "vader", "afinn")
               for name in seeds[0]["profiles"]}
     found |= {what: [s["updates"][what] for s in seeds] for what in seeds[0]["updates"]}
-    keep(cfg, "where_the_kl_goes", found, seeds, draw(seeds))
+    save_results(cfg, "where_the_kl_goes", found, seeds, draw(seeds))

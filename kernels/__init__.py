@@ -1,4 +1,4 @@
-"""The operations a language model spends its time in, behind one public function each.
+"""The operations where a language model spends its time, each behind one public function.
 
     attention         causal self-attention over whole sequences          (training and scoring)
     decode_attention  one new token against a KV cache                    (rollouts)
@@ -7,10 +7,9 @@
     squared_relu      max(x, 0)^2                                         (the MLP)
     rotate            rotary positions                                    (queries and keys)
 
-All take `backend="auto"`: on a GPU the Triton kernels (triton_attention.py, triton_head.py,
-triton_elementwise.py), else PyTorch. decoder.py captures a whole step of a rollout, and alone knows of
-a model (what its loop calls). `python -m benchmarks.kernels` measures all against what one would call
-instead.
+All take `backend="auto"`: the Triton kernels on a GPU (triton_attention.py, triton_head.py,
+triton_elementwise.py), PyTorch elsewhere. decoder.py captures a whole rollout step as a CUDA graph;
+only that file knows the model. `python -m benchmarks.kernels` times all against the alternatives.
 """
 from kernels.attention import attention, decode_attention
 from kernels.elementwise import rotate, squared_relu

@@ -5,11 +5,11 @@
 At T <= 256 the score matrix of one head is small enough to stay in cache, so on a CPU a masked
 soft-max between two batched products beats `scaled_dot_product_attention`, whose backward
 recomputes the scores in blocks. Longer sequences go to SDPA, which never stores S. On a GPU both
-functions are the Triton kernels of triton_attention.py.
+functions run the Triton kernels in triton_attention.py.
 
 Grouped-query heads (Ainslie et al. 2023, arXiv:2305.13245): H query heads share Hkv <= H key and
-value heads. The queries of one group are stacked along the time axis, so that K and V are read
-once for the whole group and never repeated in memory.
+value heads. The queries of one group are stacked along the time axis, so K and V are read once
+for the whole group and never copied.
 """
 from functools import lru_cache
 
@@ -33,16 +33,16 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
               backend: str = "auto") -> torch.Tensor:
     """Causal attention. q (B, T, H, Dh); k, v (B, T, Hkv, Dh), H % Hkv == 0 -> (B, T, H * Dh).
 
-    All may be strided views of one projection. Differentiable. Vaswani et al. 2017,
-    arXiv:1706.03762, section 3.2.1. Raises ValueError if shapes or dtypes do not fit, or the
-    backend cannot be had.
+    q, k, v may be strided views of one projection. Differentiable. Vaswani et al. 2017,
+    arXiv:1706.03762, section 3.2.1. Raises ValueError if shapes or dtypes do not fit, or if the
+    backend is not available.
     """
     B, T, H, Dh = q.shape
     if k.shape != v.shape or k.shape[:2] != (B, T) or k.size(3) != Dh or H % max(k.size(2), 1):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}")
-    if use_triton(backend if Dh <= 128 else "torch", q, "attention"):  # wider heads were never tried
+    if use_triton(backend if Dh <= 128 else "torch", q, "attention"):  # wider heads are untested
         from kernels.triton_attention import Attention
         return Attention.apply(q, k, v)
     Hkv, G = k.size(2), H // k.size(2)
@@ -61,18 +61,17 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor,
                      v_cache: torch.Tensor, pos: int | torch.Tensor, backend: str = "auto",
                      angles: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-    """Attention of one new token per sequence; also appends its key and value to the cache. With
-    angles, cos and sin (T, 1, Dh) of all positions, q and k are first rotated by those of `pos`.
+    """Attention of one new token per sequence, which also appends its key and value to the cache.
+    angles: cos and sin (T, 1, Dh) of all positions; q and k are first rotated by those of `pos`.
 
     q (B, H, Dh); k, v (B, Hkv, Dh); k_cache, v_cache (B, Hkv, Tmax, Dh) with slots [0, pos) filled;
-    0 <= pos < Tmax, an integer or, on a GPU, a one-element integer tensor there, which the kernel
-    reads without the host waiting -> (B, H * Dh). Writes slot `pos` of both caches in place. Equals
-    row `pos` of `attention` over the whole sequence. No gradient. Raises ValueError if shapes do
-    not fit.
+    0 <= pos < Tmax -> (B, H * Dh). On a GPU pos may be a one-element integer tensor there, so the
+    host need not wait. Writes slot `pos` of both caches in place. Equals row `pos` of `attention`
+    over the whole sequence. No gradient. Raises ValueError if shapes do not fit.
 
-    PyTorch path: the slots after `pos` must be finite, because the products run over the whole cache
-    and a mask hides them. Slicing would halve the arithmetic, but the batched product then copies
-    both slices first, which costs more than it saves.
+    PyTorch path: the slots after `pos` must be finite, because the products run over the whole
+    cache and a mask hides them. Slicing would halve the arithmetic, but the batched product then
+    copies both slices first, which costs more than it saves.
     """
     (B, H, Dh), (Hkv, Tmax) = q.shape, k_cache.shape[1:3]
     if k_cache.shape != v_cache.shape or k_cache.shape != (B, Hkv, Tmax, Dh) or \

@@ -1,4 +1,4 @@
-"""Which implementation a call gets."""
+"""Choose between Triton and PyTorch for each call."""
 import os
 from functools import lru_cache
 from importlib.util import find_spec
@@ -16,8 +16,8 @@ def has_triton() -> bool:
 
 def sent_to_torch() -> set[str]:
     """The families that the environment variable TORCH_KERNELS ("attention,sample", or "all") sends
-    to PyTorch on a GPU: the way round a kernel that fails there. Raises ValueError if it names
-    another."""
+    to PyTorch on a GPU, as a workaround if a kernel fails there. Raises ValueError for any other
+    name."""
     named = {name for name in os.environ.get("TORCH_KERNELS", "").split(",") if name}
     named = {*FAMILIES} if "all" in named else named
     if not named <= {*FAMILIES}:
@@ -27,7 +27,7 @@ def sent_to_torch() -> set[str]:
 
 
 def live_path(device: torch.device) -> str:
-    """In words, which implementation calls get on this device."""
+    """Say in words which implementation calls get on this device."""
     if device.type != "cuda" or not has_triton():
         return "PyTorch"
     on_torch = ", ".join(sorted(sent_to_torch()))
@@ -36,9 +36,9 @@ def live_path(device: torch.device) -> str:
 
 def use_triton(backend: str, x: torch.Tensor, family: str) -> bool:
     """backend "auto": Triton for 16 and 32-bit floats on a GPU where Triton is installed, unless
-    the family is sent to PyTorch; PyTorch elsewhere. "triton" and "torch" insist. TRITON_INTERPRET
-    =1, set before Triton is imported, makes "triton" work on CPU tensors, slowly: for tests. Raises
-    ValueError if that cannot be."""
+    the family is sent to PyTorch; PyTorch elsewhere. "triton" and "torch" force the choice. For
+    tests, TRITON_INTERPRET=1, set before Triton is imported, lets "triton" run on CPU tensors,
+    slowly. Raises ValueError if the chosen backend cannot run."""
     if backend == "auto":
         on_gpu = x.is_cuda and x.dtype in FLOATS and has_triton()
         return on_gpu and family not in sent_to_torch()

@@ -1,15 +1,15 @@
 """The sampling loop of `GPT.draw` for a GPU: one step, captured as a CUDA graph and replayed.
 
-A step of a small model is some hundred kernels of a few microseconds: launching them from Python
-takes longer than running them. A CUDA graph launches all with one call, if no number in a step
-comes from the host or goes to it. So position, seed and row numbers are read, and tokens and
-log-probs left, in the GPU's memory; and the weights are copied into place before each rollout, so
-that one graph serves a whole run. On a CPU the same step runs as it is, for the tests.
+A step of a small model is about a hundred kernels of a few microseconds, and launching them from
+Python takes longer than running them. A CUDA graph launches all of them with one call, if no number
+in a step comes from the host or goes to it. So a step reads position, seed and row numbers from GPU
+memory and leaves tokens and log-probs there. The weights are copied into place before each rollout,
+so one graph serves a whole run. On a CPU the tests run the same step without a graph.
 
-`hidden` is `GPT.step` in fewer, larger kernels, 60 a step with six layers where that would launch
-98: queries and keys are rotated by the kernel that reads them, a product adds its result to the
-residual stream, and squared ReLU is one pass. So this file knows the model's layers. A decoder
-compares the two before it draws: a model that you have changed is stepped by its own `step`.
+`hidden` is `GPT.step` in fewer, larger kernels: with six layers 60 a step instead of 98. The kernel
+that reads queries and keys also rotates them, products add to the residual stream directly, and
+squared ReLU is one pass. So this file knows the model's layers. A decoder compares the two before
+it draws. If you have changed the model, it falls back on the model's own `step`.
 """
 import copy
 import gc
@@ -25,21 +25,21 @@ from kernels.sample import sample
 
 
 def can_capture(model) -> bool:
-    """Whether a step of `model` can be captured: PyTorch's paths read the position on the host."""
+    """Whether `model` can be captured. PyTorch's paths cannot: the host reads the position."""
     on_triton = all(use_triton("auto", model.head, family)
                     for family in ("attention", "sample", "decoder"))
     return on_triton and model.config.d_model // model.config.n_head <= 128
 
 
-decoders: dict = {}  # by shape: one serves all models of that shape
+decoders: dict = {}  # by shape: one decoder serves all models of that shape
 
 
 def decoder_for(model, batch: int, longest_prompt: int, length: int) -> "Decoder":
-    """A decoder of these shapes, with the weights that the model has now."""
+    """A decoder for these shapes, loaded with the model's current weights."""
     shape = (*vars(model.config).values(), batch, longest_prompt, length, model.dtype,
              model.head.device)
     if shape not in decoders:
-        if len(decoders) == 2:  # each holds a cache
+        if len(decoders) == 2:  # keep at most two: each holds a KV cache
             decoders.pop(next(iter(decoders)))
         decoders[shape] = Decoder(model, batch, longest_prompt, length)
     decoder = decoders[shape]
@@ -48,7 +48,7 @@ def decoder_for(model, batch: int, longest_prompt: int, length: int) -> "Decoder
 
 
 class Decoder:
-    """The buffers of a rollout, and one step that draws the next token of every row in them."""
+    """The buffers of a rollout, and a step that draws the next token of every row."""
 
     def __init__(self, model, batch: int, longest_prompt: int, length: int):
         T, device = longest_prompt + length, model.head.device
@@ -70,7 +70,7 @@ class Decoder:
 
     @torch.no_grad()
     def knows_the_model(self) -> bool:
-        """Whether `hidden` is what the model itself computes, up to rounding."""
+        """Whether `hidden` agrees with the model's own forward pass, up to rounding."""
         n, T = min(8, len(self.token)), len(self.tokens)
         x = torch.arange(n * T, device=self.token.device).view(n, T) % self.model.bos
         theirs = self.model(x).float()                                          # (n, T, D)
@@ -82,7 +82,7 @@ class Decoder:
         return bool(max(off) < 0.05)
 
     def hidden(self) -> torch.Tensor:
-        """The hidden state (B, D) of `token` at `pos`, whose keys and values go into the cache."""
+        """The hidden state (B, D) of `token` at `pos`. Writes its keys and values to the cache."""
         c = self.model.config
         H, Hkv = c.n_head, c.n_kv_head
         norm = partial(F.layer_norm, normalized_shape=(c.d_model,))
@@ -115,10 +115,10 @@ class Decoder:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.step()  # compiles the kernels, which a capture must not
+            self.step()  # compile the kernels first: a capture cannot
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        gc.disable()     # a collected kernel would unload its module, and end the capture
+        gc.disable()     # collecting a kernel would unload its module and abort the capture
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.step()
@@ -128,7 +128,7 @@ class Decoder:
 
     def draw(self, numbers: torch.Tensor, prompt: torch.Tensor, length: int,
              seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `GPT.draw`, for at most `batch` rows: the other rows are drawn and dropped."""
+        """Like `GPT.draw`, for at most `batch` rows. Spare rows are drawn too, then dropped."""
         B, P = prompt.shape
         self.rows[:B] = numbers
         self.prompt[:P, :B] = prompt.T

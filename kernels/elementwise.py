@@ -1,10 +1,9 @@
-"""Two passes over activations that PyTorch would make several of: squared ReLU and rotation.
+"""Squared ReLU and rotary rotation, each in one pass where PyTorch would need several.
 
-    y = max(x, 0)^2                dy/dx = 2 max(x, 0)                        (So et al. 2021, arXiv:2109.08668)
-    y = R(angle) x, pair by pair   backward: R(angle)^T g = R(-angle) g       (Su et al. 2021, arXiv:2104.09864)
+    y = max(x, 0)^2                dy/dx = 2 max(x, 0)        (So et al. 2021, arXiv:2109.08668)
+    y = R(angle) x, pair by pair   dL/dx = R(-angle) dL/dy    (Su et al. 2021, arXiv:2104.09864)
 
-On a GPU each is one kernel forward and one backward (triton_elementwise.py), and keeps nothing but
-what it was given.
+On a GPU each is one kernel each way (triton_elementwise.py) and keeps only its inputs.
 """
 import torch
 
@@ -12,8 +11,7 @@ from kernels.backend import use_triton
 
 
 class SquaredReLU(torch.autograd.Function):
-    """Autograd's own version keeps two tensors and is slow on a CPU: the derivative needs one, and
-    no mask."""
+    """Autograd's version keeps two tensors and is slow on a CPU. One is enough, without a mask."""
 
     @staticmethod
     def forward(ctx, x):
@@ -37,10 +35,10 @@ def squared_relu(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
            backend: str = "auto") -> torch.Tensor:
-    """Rotary position encoding: each pair (x_i, x_{i + Dh/2}) turned by position * frequency_i, so
-    that the dot product of two rotated vectors depends on the distance of their positions alone.
-    x (..., T, heads, Dh), or (B, heads, Dh) at one position; cos, sin (T, 1, Dh) or (1, Dh), the
-    second half of sin negative. Differentiable in x."""
+    """Rotary position encoding turns each pair (x_i, x_{i + Dh/2}) by position * frequency_i. Then
+    the dot product of two rotated vectors depends only on how far apart their positions are.
+    x (..., T, heads, Dh), or (B, heads, Dh) at one position; cos, sin (T, 1, Dh) or (1, Dh), with
+    the second half of sin negative. Differentiable in x."""
     if use_triton(backend, x, "elementwise"):
         from kernels.triton_elementwise import Rotate
         return Rotate.apply(x, cos, sin)

@@ -3,16 +3,16 @@
     z = hidden W^T / tau        logp = z_target - LSE(z)        H = -sum_j p_j log p_j
 
 Eager PyTorch writes the (N, V) logits, their float copy and their log-softmax to memory and keeps
-them for the backward pass. Here `CHUNK` rows at a time are formed and reduced while they are in
-cache; only their probabilities, in the dtype of `hidden`, are kept, and only where a gradient is
-wanted: 2 N V bytes in 16 bits, which at N = 16,384 and V = 4,096 are 134 MB. With upstream gradients
+them for the backward pass. Here we compute `CHUNK` rows at a time and reduce them while they are in
+cache. Only the probabilities are kept, in the dtype of `hidden`, and only if a gradient is wanted:
+2 N V bytes in 16 bits, or 134 MB for N = 16,384 and V = 4,096. With upstream gradients
 g = dL/dlogp and g_H = dL/dH (`g_entropy`),
 
     dL/dz_j = g (1[j = target] - p_j) - g_H p_j (log p_j + H)
 
-and the rest is two matrix products. The soft-max is taken in float32 (float64 for float64 input).
-On a GPU the same mathematics is in triton_head.py, where not even the probabilities are kept: there
-forming them again is cheaper than memory, here a third product costs more than the two others save.
+and the rest is two matrix products. The soft-max is computed in float32 (float64 for float64
+input). On a GPU, triton_head.py computes the same and does not even keep the probabilities:
+recomputing them there is cheaper than memory. On a CPU that third product costs more than it saves.
 """
 import torch
 from torch.autograd.function import once_differentiable
@@ -24,8 +24,8 @@ CHUNK = 512  # rows; 512 x 4,096 float32 numbers are 8 MB
 
 def softmax(hidden: torch.Tensor, weight: torch.Tensor,
             temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> logits z (N, V) = hidden @ weight.T / temperature; p (N, V) = softmax(z), at least float32;
-    and LSE(z) (N,), from the largest of each row: log p would be a second pass over the matrix."""
+    """Logits z (N, V) = hidden @ weight.T / temperature; p (N, V) = softmax(z), at least float32;
+    and LSE(z) (N,), from each row's largest entry: log p would need a second pass over p."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     z = hidden @ weight.T
     z = z if temperature == 1 else z.to(wide).div_(temperature)
@@ -65,7 +65,7 @@ class LinearLogprob(torch.autograd.Function):
         if g_entropy is not None:
             g_entropy = g_entropy * scale
             factor = g + g_entropy * entropy
-        # the target's entry from its unrounded probability: 1 - p loses all digits when p is near 1
+        # the target's entry uses its unrounded probability: 1 - p loses all digits if p is near 1
         at_target = g - p_target * factor
         if g_entropy is not None:
             at_target += g_entropy * torch.special.entr(p_target)
@@ -87,23 +87,23 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
     """Log-prob (nats) of target and entropy (nats) under softmax(hidden @ weight.T / temperature).
 
     hidden (..., D), weight (V, D), target (...) int64 in [0, V) or -1 = ignored (both results 0,
-    no gradient) -> logp (...), entropy (...), at least float32; entropy=False saves its work and
-    returns None in its place. Differentiable in hidden and weight. A slice of hidden (B, T, D)
-    along T needs no copy on a GPU. Raises ValueError if shapes do not fit or a target is outside
-    [-1, V); on a GPU, where looking would make the host wait, such a target gives a log-prob of NaN.
+    no gradient) -> logp (...), entropy (...), at least float32. entropy=False skips the entropy
+    and returns None for it. Differentiable in hidden and weight. A slice of hidden (B, T, D) along
+    T needs no copy on a GPU. Raises ValueError if shapes do not fit or a target is outside [-1, V).
+    On a GPU such a target gives a log-prob of NaN, because a check would make the host wait.
     """
     if hidden.shape[:-1] != target.shape or hidden.size(-1) != weight.size(-1) or \
             hidden.dtype != weight.dtype or not temperature > 0:
-        raise ValueError(f"hidden {tuple(hidden.shape)} {hidden.dtype}, weight {tuple(weight.shape)} "
-                         f"{weight.dtype}, target {tuple(target.shape)}, temperature {temperature} "
-                         "do not fit")
+        raise ValueError(f"hidden {tuple(hidden.shape)} {hidden.dtype}, weight "
+                         f"{tuple(weight.shape)} {weight.dtype}, target {tuple(target.shape)}, "
+                         f"temperature {temperature} do not fit")
     if not target.numel():
         wide = torch.promote_types(hidden.dtype, torch.float32)
         empty = (hidden.sum(-1) + weight.sum() * 0).to(wide)
         return empty, empty if entropy else None
     if use_triton(backend, hidden, "logprob"):
         from kernels.triton_head import linear_logprob as fused
-        logp, H = fused(hidden, weight, target, temperature)  # there the entropy comes along
+        logp, H = fused(hidden, weight, target, temperature)  # always computes both
         return logp, H if entropy else None
     if not -1 <= int(target.min()) <= int(target.max()) < len(weight):
         raise ValueError(f"targets {int(target.min())}..{int(target.max())}, V = {len(weight)}")

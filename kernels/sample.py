@@ -1,12 +1,12 @@
-"""Draw one token per row from softmax(hidden W^T / tau) and report its log-prob and entropy.
+"""Draw one token per row from softmax(hidden W^T / tau), with its log-prob and the entropy.
 
 Noise is counter-based: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3") maps (seed, row, step) to a uniform number without any state. So sample 17 of seed 3 is
-the same tokens whichever batch it is drawn in, and a killed run needs no generator state to go on.
+1, 2, 3") maps (seed, row, step) to a uniform number without any state. So sample 17 of seed 3 has
+the same tokens in any batch, and a killed run can go on without a saved generator state.
 
-On a CPU inverse-CDF sampling needs one uniform a row; a Gumbel race needs one a logit. The Triton
-path (triton_head.py) draws in one pass over the vocabulary with two uniforms a tile: other tokens
-from the same distribution.
+The CPU path inverts the CDF with one uniform per row; a Gumbel race would need one per logit. The
+Triton path (triton_head.py) needs one pass over the vocabulary and two uniforms per tile. It draws
+other tokens, from the same distribution.
 """
 import torch
 
@@ -17,7 +17,7 @@ _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFF
 
 
 def philox_uniform(seed: int, row: torch.Tensor, step: int, stream: int = 0) -> torch.Tensor:
-    """row (B,) int64 in [0, 2^32) -> (B,) float64 uniforms in (0, 1), 2^-32 apart.
+    """Map row (B,), int64 in [0, 2^32), to float64 uniforms (B,) in (0, 1), 2^-32 apart.
 
     Philox4x32-10 with key = seed (64 bits), counter = (row, step, stream, 0); first output word.
     """
@@ -39,8 +39,8 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor,
            step: int | torch.Tensor, temperature: float = 1.0, backend: str = "auto",
            entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """hidden (B, D), weight (V, D), row (B,) int64 global sample numbers, step = position in the
-    sample -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`;
-    entropy=False saves its work and returns None in its place. seed and step are integers or, on a
+    sample -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`.
+    entropy=False skips the entropy and returns None for it. seed and step are integers or, on a
     GPU, one-element integer tensors there. No gradient. Raises ValueError if shapes do not fit."""
     if hidden.size(-1) != weight.size(-1) or row.shape != hidden.shape[:1] or not temperature > 0:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, row "
@@ -56,7 +56,7 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor,
     z, p, lse = softmax(hidden, weight, temperature)                # (B, V), (B, V), (B,)
     H = torch.special.entr(p).sum(-1) if entropy else None
     cdf = p.cumsum_(-1)
-    # scaled by its own last entry, so that rounding can never leave a uniform beyond the end
+    # scale by the last entry of the CDF, so rounding never puts a uniform beyond the end
     u = philox_uniform(seed, row, step).to(cdf.dtype) * cdf[:, -1]
     token = torch.searchsorted(cdf, u[:, None]).clamp_max_(len(weight) - 1)
     return token[:, 0], z.gather(1, token)[:, 0] - lse, H

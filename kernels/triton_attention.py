@@ -1,7 +1,7 @@
 """Causal attention in Triton: whole sequences forward and backward, and one new token.
 
-Attention at the lengths of this project does little arithmetic on many bytes: T / 4 FLOP a byte
-in bf16, 16 to 64 for T = 64 to 256, where an H200 needs 184 to be busy. So each kernel below is
+At this project's lengths, attention does little arithmetic on many bytes: T / 4 FLOP per byte in
+bf16. That is 16 to 64 for T = 64 to 256, and an H200 needs 184 to be busy. So each kernel below is
 built around one question: which bytes must move at all? Per element of q, in 2-byte types:
 
     forward    read q, k, v, write out                                     8 B
@@ -10,14 +10,14 @@ built around one question: which bytes must move at all? Per element of q, in 2-
                (FlashAttention-2, with its float32 dq accumulator: about 30 B)
     decode     read the filled slots of the cache once; all else is small
 
-All of it reads and writes the projection where it lies, through strides: no transposed copy.
+All kernels access the packed projection through strides, so nothing is transposed or copied.
 
-A program is one instance of a kernel; it has no loop over the batch: `tl.program_id(0)` says which
-(sequence, head, block of rows) is its own. A tile is a 2-D block of numbers that a program holds in
-registers. `tl.load(pointers, mask)` fills one, `tl.dot` multiplies two on the tensor cores.
+A program is one instance of a kernel. It does not loop over the batch: `tl.program_id(0)` says
+which (sequence, head, block of rows) it computes. A tile is a 2-D block of numbers that a program
+holds in registers. `tl.load(pointers, mask)` fills one; `tl.dot` multiplies two on tensor cores.
 
-The grid has one axis, because the others end at 65,535; sequences are addressed in 64 bits.
-Scores are kept in base 2: c = log2(e) / sqrt(Dh) is one multiplication, and exp2 is one
+The grid has one axis, because the others end at 65,535. Sequences are addressed in 64 bits. Scores
+are kept in base 2: the factor c = log2(e) / sqrt(Dh) is one multiplication, and exp2 is one
 instruction where exp is two. `lse2` is log2 of the soft-max denominator, sum_j 2^(c s_j).
 """
 import torch
@@ -28,14 +28,14 @@ from triton import knobs
 from triton.runtime import driver
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PRECISION = tl.constexpr("tf32x3")  # of float32 products: three on tensor cores, exact to 1e-6
+PRECISION = tl.constexpr("tf32x3")  # a float32 product is three on tensor cores, exact to 1e-6
 
 
 # ---- Tiles ---------------------------------------------------------------------------------------
 @triton.jit
 def load_rows(ptr, rows, stride, end, Dh: tl.constexpr, BLOCK_D: tl.constexpr):
-    """-> (len(rows), BLOCK_D): the vectors at rows < end, zeros elsewhere. Tiles have power-of-two
-    sides; the masks cut them to the real T and Dh."""
+    """Load the vectors at rows < end as a tile (len(rows), BLOCK_D), with zeros elsewhere. The
+    sides of tiles are powers of two; masks cut them to the real T and Dh."""
     d = tl.arange(0, BLOCK_D)
     mask = (rows < end)[:, None] & (d < Dh)[None, :]
     return tl.load(ptr + rows[:, None] * stride + d[None, :], mask=mask, other=0.0)
@@ -50,7 +50,7 @@ def store_rows(ptr, rows, stride, end, tile, Dh: tl.constexpr, BLOCK_D: tl.const
 
 @triton.jit
 def store_columns(ptr, rows, stride, end, tile, Dh: tl.constexpr, BLOCK_D: tl.constexpr):
-    """As store_rows, of a tile (BLOCK_D, len(rows))."""
+    """Like store_rows, for a transposed tile (BLOCK_D, len(rows))."""
     d = tl.arange(0, BLOCK_D)
     mask = (rows < end)[None, :] & (d < Dh)[:, None]
     tl.store(ptr + rows[None, :] * stride + d[:, None], tile.to(ptr.dtype.element_ty), mask=mask)
@@ -58,7 +58,7 @@ def store_columns(ptr, rows, stride, end, tile, Dh: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def scores2(q, k, rows, cols, SCALE: tl.constexpr, ACC: tl.constexpr):
-    """c q k^T, -inf where column > row. Also hides columns beyond the end: no stored row sees them."""
+    """c q k^T, -inf where column > row. This also hides columns beyond T from all stored rows."""
     s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * (SCALE * LOG2E)
     return tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
 
@@ -78,8 +78,8 @@ def attention_forward(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, q_b, q_t, q_h, k_b
     """BLOCK rows of one head. q (B, T, H, Dh), k and v (B, T, H / group, Dh) by strides (b, t, h);
     out (B, T, H, Dh), lse2 (B, H, T) contiguous.
 
-    Online soft-max: m is the largest score so far, l = sum_j 2^(s_j - m), acc = sum_j 2^(s_j - m) v_j.
-    When a block raises m, what was summed before is worth a factor 2^(m_old - m_new).
+    Online soft-max: m is the largest score so far, l = sum 2^(s_j - m), acc = sum 2^(s_j - m) v_j.
+    When a block raises m, the sums so far are rescaled by 2^(m_old - m_new).
     """
     blocks = tl.cdiv(T, BLOCK)
     head, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks  # neighbours share k, v in L2
@@ -97,7 +97,7 @@ def attention_forward(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, q_b, q_t, q_h, k_b
         k = load_rows(k_ptr, cols, k_t, T, Dh, BLOCK_D)
         v = load_rows(v_ptr, cols, v_t, T, Dh, BLOCK_D)
         s = scores2(q, k, rows, cols, SCALE, ACC)
-        m_new = tl.maximum(m, tl.max(s, 1))                          # finite: every row sees column 0
+        m_new = tl.maximum(m, tl.max(s, 1))  # finite: every row sees column 0
         rescale = tl.exp2(m - m_new)
         p = tl.exp2(s - m_new[:, None])
         l = l * rescale + tl.sum(p, 1)
@@ -110,20 +110,20 @@ def attention_forward(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, q_b, q_t, q_h, k_b
 
 # ---- Backward ------------------------------------------------------------------------------------
 # P = 2^(c q k^T - lse2), O = P V. With dO given:
-#   dV = P^T dO     dP = dO V^T     dS = P * (dP - delta)     dQ = dS K / sqrt(Dh)     dK = dS^T Q / sqrt(Dh)
-# delta_i = sum_j P_ij dP_ij = dO_i . O_i   (soft-max: moving all scores of a row changes nothing)
-# Where P^T and dS^T enter a product from the left they are computed as transposed tiles, s_t = k q^T:
-# as many products, and no transpose of a tile in registers, which has given wrong gradients on Hopper
-# (flash-linear-attention issues 640, 826; triton issues 9433, 11781).
+# dV = P^T dO   dP = dO V^T   dS = P * (dP - delta)   dQ = dS K / sqrt(Dh)   dK = dS^T Q / sqrt(Dh)
+# delta_i = sum_j P_ij dP_ij = dO_i . O_i   (soft-max: shifting all scores of a row changes nothing)
+# Where P^T or dS^T is the left factor, we compute the transposed tile itself, from s_t = k q^T. It
+# takes no more products and avoids transposes of tiles in registers, which have given wrong
+# gradients on Hopper (flash-linear-attention issues 640, 826; triton issues 9433, 11781).
 @triton.jit
 def attention_backward_resident(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, dq_ptr, dk_ptr, dv_ptr,
                                 q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dq_b, dq_t, dq_h,
                                 dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, T, H, group,
                                 SCALE: tl.constexpr, Dh: tl.constexpr, BLOCK_T: tl.constexpr,
                                 BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """Short T: one program per (sequence, key-value head) sees all rows and columns, so
-    every gradient is complete when it is stored: no atomics, no second kernel, the same bits at
-    every launch. delta comes from P and dP, so the output is not read. do is (B, T, H, Dh)."""
+    """Short T: one program per (sequence, key-value head) sees all rows and columns, so it stores
+    complete gradients. There are no atomics and no second kernel, and every launch gives the same
+    bits. delta comes from P and dP, so the output is not read. do is (B, T, H, Dh)."""
     kv_heads = H // group
     b, kv = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     rows = tl.arange(0, BLOCK_T)
@@ -140,21 +140,21 @@ def attention_backward_resident(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, dq_ptr, d
         dp_t = tl.dot(v, tl.trans(do), out_dtype=ACC, input_precision=PRECISION)
         ds_t = (p_t * (dp_t - tl.sum(p_t * dp_t, 0)[None, :]) * SCALE).to(q.dtype)
         dk = tl.dot(ds_t, q, dk, out_dtype=ACC, input_precision=PRECISION)
-        dq_tile = tl.dot(tl.trans(k), ds_t, out_dtype=ACC, input_precision=PRECISION)  # (BLOCK_D, BLOCK_T)
+        dq_tile = tl.dot(tl.trans(k), ds_t, out_dtype=ACC, input_precision=PRECISION)  # transposed
         store_columns(dq_ptr + b * dq_b + h * dq_h, rows, dq_t, T, dq_tile, Dh, BLOCK_D)
     store_rows(dk_ptr + b * dk_b + kv * dk_h, rows, dk_t, T, dk, Dh, BLOCK_D)
     store_rows(dv_ptr + b * dv_b + kv * dv_h, rows, dv_t, T, dv, Dh, BLOCK_D)
 
 
 @triton.jit
-def attention_backward_two_loops(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, dq_ptr, dk_ptr, dv_ptr,
-                                 q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dq_b, dq_t, dq_h,
-                                 dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, T, H, group,
+def attention_backward_two_loops(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, dq_ptr, dk_ptr,
+                                 dv_ptr, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dq_b, dq_t,
+                                 dq_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, T, H, group,
                                  SCALE: tl.constexpr, Dh: tl.constexpr, BLOCK: tl.constexpr,
                                  BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """Longer T: the program of block i computes dq of its rows (a loop over the columns before
-    them), then dk, dv of the same positions as columns (a loop over the rows after them). i + 1 tiles
-    and n - i tiles: the same work for every program, and again no atomics."""
+    """Longer T: the program of block i computes dq of its rows, in a loop over i + 1 tiles of
+    columns. Then it computes dk and dv of the same positions as columns, in a loop over n - i tiles
+    of rows. So all programs do the same work, again without atomics."""
     kv_heads, blocks = H // group, tl.cdiv(T, BLOCK)
     head, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b, kv = (head // kv_heads).to(tl.int64), head % kv_heads
@@ -167,7 +167,7 @@ def attention_backward_two_loops(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, d
         o = load_rows(o_ptr + (b * T * H + h) * Dh, own, H * Dh, T, Dh, BLOCK_D)
         do = load_rows(do_ptr + (b * T * H + h) * Dh, own, H * Dh, T, Dh, BLOCK_D)
         lse2 = tl.load(lse2_ptr + (b * H + h) * T + own, mask=own < T, other=float("inf"))
-        delta = tl.sum(do.to(ACC) * o.to(ACC), 1)  # not of P dP: a tile has only a part of each row
+        delta = tl.sum(do.to(ACC) * o.to(ACC), 1)  # not from P dP: a tile has only part of each row
         dq = tl.zeros((BLOCK, BLOCK_D), ACC)
         for start in range(0, (i + 1) * BLOCK, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -204,8 +204,8 @@ def attention_backward_two_loops(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, d
 @triton.jit
 def load_rotated(ptr, rows, stride, end, cos_ptr, sin_ptr, ROTATE: tl.constexpr, Dh: tl.constexpr,
                  BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """As load_rows; with ROTATE turned by the angles of one position, cos and sin (Dh,): y_i = x_i
-    cos_i + x_(i +- Dh/2) sin_i, the second half of sin negative."""
+    """Like load_rows. ROTATE also turns the rows by the angles of one position, cos and sin (Dh,):
+    y_i = x_i cos_i + x_(i +- Dh/2) sin_i, where the second half of sin is negative."""
     x = load_rows(ptr, rows, stride, end, Dh, BLOCK_D)
     if ROTATE:
         d = tl.arange(0, BLOCK_D)
@@ -224,13 +224,13 @@ def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, cos_p
                    group, ROTATE: tl.constexpr, SCALE: tl.constexpr, Dh: tl.constexpr,
                    BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
                    ACC: tl.constexpr):
-    """All query heads of one (sequence, key-value head), so that the cache is read once for them.
-    ROTATE: by row `pos` of cos and sin (T, Dh), first.
+    """Compute all query heads of one (sequence, key-value head), with one read of its cache.
+    ROTATE: first turn queries and key by row `pos` of cos and sin (T, Dh).
 
-    The new key and value seed the online soft-max from registers, and are stored to slot `pos`: no
-    program waits for another's store. `pos` is read from memory, so a recorded CUDA graph of this
-    launch can be replayed at every step. The group is padded to the 16 rows of a tensor-core
-    instruction: the padding costs no bytes, and bytes are what this kernel spends its time on.
+    The new key and value start the online soft-max from registers and are stored to slot `pos`, so
+    no program waits for another's store. `pos` is read from memory, so a captured CUDA graph of
+    this launch can be replayed at every step. The group is padded to the 16 rows of a tensor-core
+    instruction. Padding moves no bytes, and this kernel's time goes into moving bytes.
     """
     b, kv = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     pos = tl.load(pos_ptr).to(tl.int32)
@@ -246,8 +246,8 @@ def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, cos_p
     store_rows(v_cache_ptr, pos + one, Dh, T_max, v_new, Dh, BLOCK_D)
 
     heads = tl.arange(0, BLOCK_G)
-    q = load_rotated(q_ptr + b * q_b + kv * group * q_h, heads, q_h, group, cos_ptr, sin_ptr, ROTATE,
-                     Dh, BLOCK_D, ACC)
+    q = load_rotated(q_ptr + b * q_b + kv * group * q_h, heads, q_h, group, cos_ptr, sin_ptr,
+                     ROTATE, Dh, BLOCK_D, ACC)
     m = tl.sum(q.to(ACC) * k_new.to(ACC), 1) * (SCALE * LOG2E)
     l = tl.full((BLOCK_G,), 1, ACC)
     acc = tl.zeros((BLOCK_G, BLOCK_D), ACC) + v_new.to(ACC)
@@ -273,7 +273,7 @@ FORWARD = DECODE = dict(num_warps=4, num_stages=2)
 
 
 def hopper() -> bool:
-    """A GPU that gives one program 227 KB of shared memory."""
+    """Whether this GPU gives one program 227 KB of shared memory."""
     if knobs.runtime.interpret:
         return True
     target = driver.active.get_current_target()
@@ -281,21 +281,22 @@ def hopper() -> bool:
 
 
 def backward_config(T: int, Dh: int, group: int, dtype: torch.dtype) -> tuple[bool, int, int]:
-    """-> is the whole tile resident, side of a tile, warps. A fixed table instead of a search at run
-    time: the largest tiles whose registers do not spill on sm_80 and on sm_90 (tests/compile_only.py
-    looks). num_stages stays 1: Triton 3.6 and later are reported to crash on Hopper in such a
+    """-> (is the whole tile resident, side of a tile, warps). A fixed table, not a search at run
+    time: the largest tiles whose registers do not spill on sm_80 and sm_90 (tests/compile_only.py
+    checks). num_stages stays 1, because Triton 3.6 and later reportedly crash on Hopper in such a
     backward with 2 stages and a 128-wide tile in 4 warps (triton issue 10573)."""
     block, BLOCK_D = max(16, triton.next_power_of_2(T)), max(16, triton.next_power_of_2(Dh))
-    if dtype.itemsize > 2:  # float32: each product takes three, and each number twice the room
+    if dtype.itemsize > 2:  # float32: three products for one, and numbers twice the size
         return False, 16, max(4, BLOCK_D // 16)
-    held = block * BLOCK_D * (2 if group > 1 else 1)  # a group keeps dk and dv over its query heads
+    held = block * BLOCK_D * (2 if group > 1 else 1)  # a group keeps dk, dv for all its query heads
     if block <= 128 and held <= (8192 if hopper() else 4096):
         return True, block, 8 if block == 128 or block * BLOCK_D > 4096 else 4
-    return (False, 64, 4) if BLOCK_D <= 32 or BLOCK_D == 64 and hopper() else (False, 32, BLOCK_D // 16)
+    return ((False, 64, 4) if BLOCK_D <= 32 or BLOCK_D == 64 and hopper()
+            else (False, 32, BLOCK_D // 16))
 
 
 def shared(Dh: int, dtype: torch.dtype) -> dict:
-    """What every launch has in common. FP fusion is explicit, because Triton's default changes."""
+    """Arguments of every launch. FP fusion is explicit, because Triton's default changes."""
     return dict(SCALE=Dh**-0.5, Dh=Dh, BLOCK_D=max(16, triton.next_power_of_2(Dh)),
                 ACC=tl.float64 if dtype == torch.float64 else tl.float32, enable_fp_fusion=True)
 
@@ -314,8 +315,7 @@ class Attention(torch.autograd.Function):
         if q.numel():
             attention_forward[B * H * triton.cdiv(T, block),](
                 q, k, v, out, lse2, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                T, H, H // k.size(2), BLOCK=block, **FORWARD,
-                **shared(Dh, q.dtype))
+                T, H, H // k.size(2), BLOCK=block, **FORWARD, **shared(Dh, q.dtype))
         ctx.config = backward_config(T, Dh, H // k.size(2), q.dtype)
         resident, _, _ = ctx.config
         ctx.save_for_backward(q, k, v, lse2, None if resident else out)
@@ -343,7 +343,7 @@ class Attention(torch.autograd.Function):
 
 
 def decode_attention(q, k, v, k_cache, v_cache, pos, angles=None):
-    """Shapes as kernels.decode_attention; pos a one-element integer tensor on the same device."""
+    """Shapes as in kernels.decode_attention; pos is a one-element integer tensor on the device."""
     (B, H, Dh), (Hkv, T_max) = q.shape, k_cache.shape[1:3]
     if k_cache.stride()[2:] != (Dh, 1) or v_cache.stride()[2:] != (Dh, 1):
         raise ValueError("each (Tmax, Dh) of a cache must be contiguous")
@@ -351,8 +351,9 @@ def decode_attention(q, k, v, k_cache, v_cache, pos, angles=None):
     out = torch.empty(B, H * Dh, dtype=q.dtype, device=q.device)
     if B:
         decode_forward[B * Hkv,](
-            q, k, v, k_cache, v_cache, pos, *(angles or (q, q)), out,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], T_max, Hkv, H // Hkv,
-            ROTATE=angles is not None, BLOCK_G=max(16, triton.next_power_of_2(H // Hkv)), BLOCK_T=64 if q.element_size() == 2 else 16,
-            **DECODE, **shared(Dh, q.dtype))
+            q, k, v, k_cache, v_cache, pos, *(angles or (q, q)), out, *q.stride()[:2],
+            *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], T_max,
+            Hkv, H // Hkv, ROTATE=angles is not None,
+            BLOCK_G=max(16, triton.next_power_of_2(H // Hkv)),
+            BLOCK_T=64 if q.element_size() == 2 else 16, **DECODE, **shared(Dh, q.dtype))
     return out

@@ -1,10 +1,10 @@
-"""Squared ReLU and rotation in Triton, and their gradients: each number is read and written once.
+"""Squared ReLU and rotation in Triton, with gradients. Each number is read and written once.
 
     y = r^2, r = max(x, 0)                       dL/dx = 2 r g
     (a', b') = (a c + b s, b c - a s)            (da, db) = (ga c - gb s, gb c + ga s)
 
-where (a, b) = (x_i, x_{i + Dh/2}), c and s are the cosine and sine of its angle: the gradient is
-turned back. In PyTorch the first is 2 passes forward and 2 backward, the second 3 and more.
+where (a, b) = (x_i, x_{i + Dh/2}) and c, s are the cosine and sine of the pair's angle. Its
+gradient is turned back. In PyTorch squared ReLU takes 2 passes each way, and rotation 3 or more.
 """
 import torch
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 def squared_relu(x_ptr, g_ptr, y_ptr, n, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    r = tl.where(x < 0, 0.0, x)                                      # not tl.maximum: it hides a NaN
+    r = tl.where(x < 0, 0.0, x)  # not tl.maximum: it hides a NaN
     y = 2 * r * tl.load(g_ptr + i, mask=i < n, other=0.0).to(tl.float32) if BACKWARD else r * r
     tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=i < n)
 
@@ -23,8 +23,8 @@ def squared_relu(x_ptr, g_ptr, y_ptr, n, BACKWARD: tl.constexpr, BLOCK: tl.const
 @triton.jit
 def rotate(x_ptr, cos_ptr, sin_ptr, y_ptr, rows, T, heads, x_n, x_h, SIGN: tl.constexpr,
            HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK of the rows (n, h): x (N, heads, 2 HALF) by strides, cos and sin (T, 2 HALF), token n at
-    position n % T -> y (N, heads, 2 HALF), turned by SIGN times its angle."""
+    """Turn BLOCK rows (n, h) by SIGN times their angle. x (N, heads, 2 HALF) by strides, cos and
+    sin (T, 2 HALF), token n at position n % T -> y (N, heads, 2 HALF)."""
     r, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     mask = (r < rows)[:, None] & (i < HALF)[None, :]
     n, h = r // heads, r % heads

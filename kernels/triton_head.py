@@ -1,31 +1,31 @@
 """The output head in Triton: log-prob and entropy, their gradients, and sampling, without logits.
 
-    z = hidden W^T / tau      logp = z_target - LSE(z)      H = -sum_j p_j log p_j      p = softmax(z)
+    z = hidden W^T / tau     logp = z_target - LSE(z)     H = -sum_j p_j log p_j     p = softmax(z)
 
-Eager PyTorch writes the logits in bf16 and three float32 copies of them: 16 bytes a logit forward,
-and it keeps most of that for the backward pass. Here a program takes BLOCK_M rows of hidden and
-walks over the vocabulary one tile at a time; a tile of logits is used in registers and forgotten.
+Eager PyTorch writes the logits in bf16 and three float32 copies of them: 16 bytes per logit
+forward, most of it kept for the backward pass. Here a program takes BLOCK_M rows of hidden and goes
+through the vocabulary one tile at a time. A tile of logits is used in registers and then dropped.
 
-What is kept per row while walking is the online soft-max with one more sum, all in base 2 because
-exp2 is one instruction (z2 = z log2 e):
+Each row keeps only the sums of an online soft-max, plus one for the entropy. All are in base 2,
+because exp2 is one instruction (z2 = z log2 e):
 
     m = max z2        l = sum 2^(z2 - m)        s = sum 2^(z2 - m) (z2 - m)
     LSE = (m + log2 l) ln 2                     H = (log2 l - s / l) ln 2
 
 Both terms of H are positive, so nothing cancels; LSE - sum p z would subtract 50 from 50.01.
-z_target is picked from the same tile that enters the sum, so logp <= 0 up to the last bit.
+z_target comes from the same tile that enters the sum, so logp <= 0 up to the last bit.
 
-Where the time goes: with D = 256 a logit is 512 FLOP of the product and about 20 instructions
-around it, as long again; two programs on one multiprocessor can do both at once. For D <= 384 (256
-before Hopper) the rows of hidden stay on chip for the whole walk: a 128 x 64 tile of logits would
-else read 96 KB for 0.7 us of product, twice what the L2 cache can deliver. Larger D streams both.
+Where the time goes: with D = 256 a logit costs 512 FLOP in the product, and about 20 instructions
+around it take as long again. Two programs on one multiprocessor can do both at once. For D <= 384
+(256 before Hopper) the rows of hidden stay on chip throughout. Otherwise a 128 x 64 tile of logits
+would read 96 KB for 0.7 us of product, twice what the L2 cache can deliver. Larger D streams both.
 
-Drawing a token costs two uniforms a row and tile, not one a logit. In each tile draw one column
-from the tile alone (inverse CDF), then let it replace the choice so far with the probability
-that the tile has among all tiles so far (a reservoir): after the last tile, each column has been
-chosen with its own probability, by telescoping. Uniforms come from Philox4x32-10, key = seed,
-counter = (row, step, tile, 0): words 0 and 1 for the tile, word 2 for the merge of `SPLIT` tiles
-with the others. So a draw depends on seed, row and step, and never on its neighbours.
+Drawing a token costs two uniforms per row and tile, not one per logit. Each tile draws one of its
+columns (inverse CDF). It replaces the earlier choice with probability (mass of this tile) / (mass
+of all tiles so far): a reservoir. By telescoping, each column is then chosen with its own
+probability. Uniforms come from Philox4x32-10, key = seed, counter = (row, step, tile, 0): words 0
+and 1 for the tile, word 2 to merge `SPLIT` tiles with the others. So a draw depends on seed, row
+and step, and never on its neighbours.
 """
 import torch
 import torch.nn.functional as F
@@ -36,29 +36,29 @@ from torch.autograd.function import once_differentiable
 from kernels.triton_attention import LOG2E, PRECISION, hopper
 
 LN2 = tl.constexpr(0.6931471805599453)
-NEVER = tl.constexpr(-1e30)  # a logit that is not there; finite, so that 0 * NEVER is 0 and not NaN
-TILE, SPLIT = 64, 8          # sampling: columns a tile, tiles a program; both decide what is drawn
-RECOMPUTE_UP_TO = 384        # D: so far the backward pass forms logits in its kernel, else by cuBLAS
-CHUNK = 44 * 128             # its rows at once: at D 384 a product has 44 x 3 tiles, for 132 SMs
+NEVER = tl.constexpr(-1e30)  # a missing logit; finite, so that 0 * NEVER is 0 and not NaN
+TILE, SPLIT = 64, 8       # sampling: columns per tile, tiles per program; both affect what is drawn
+RECOMPUTE_UP_TO = 384     # the largest D whose logits the backward kernel recomputes; else cuBLAS
+CHUNK = 44 * 128          # rows per backward chunk: at D 384 a product has 44 x 3 tiles for 132 SMs
 
 
 # ---- Pieces --------------------------------------------------------------------------------------
 @triton.jit
 def load_tile(rows, ok, first, D, WIDTH: tl.constexpr):
-    """rows: pointers (R,) to the first element of each row -> its columns [first, first + WIDTH)."""
+    """Load columns [first, first + WIDTH) of each row; rows (R,) points to their first elements."""
     d = first + tl.arange(0, WIDTH)
     return tl.load(rows[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
 def hidden_rows(hidden_ptr, n, T, h_b, h_t):
-    """Pointers to rows n of hidden (B, T, D) with strides: a slice of time needs no copy."""
+    """Pointers to rows n of hidden (B, T, D), by strides: a slice of time needs no copy."""
     return hidden_ptr + (n // T).to(tl.int64) * h_b + (n % T).to(tl.int64) * h_t
 
 
 @triton.jit
 def load_resident(h_rows, h_ok, D, D0: tl.constexpr, D1: tl.constexpr):
-    """The hidden rows as two tiles, of widths D0 and D1: sides are powers of two, and 384 is not."""
+    """Load hidden rows as two tiles, D0 and D1 wide: sides are powers of two, and 384 is not."""
     if D0 == 0:
         h0, h1 = h_rows, h_rows                                      # streamed instead
     else:
@@ -89,9 +89,9 @@ def logits2(h0, h1, h_rows, h_ok, w_ptr, w_v, cols, V, D, scale2, D0: tl.constex
 
 @triton.jit
 def fold(m, l, s, z2):
-    """Rescale the running sums to the maximum that includes this tile, and add the tile to s; l is
-    left to the caller. -> m, l, s, and p = 2^(z2 - m). What was summed with the old maximum is
-    worth 2^(m - m_new) each, and each z2 - m of it has grown by m - m_new."""
+    """Rescale the running sums to the new maximum and add this tile to s; the caller adds it to l.
+    -> m, l, s, and p = 2^(z2 - m). Every term summed so far is multiplied by 2^(m - m_new), and
+    m - m_new is added to its z2 - m."""
     m_new = tl.maximum(m, tl.max(z2, 1))
     p = tl.exp2(z2 - m_new[:, None])
     rescale = tl.exp2(m - m_new)
@@ -104,8 +104,8 @@ def fold(m, l, s, z2):
 def logprob_forward(hidden_ptr, w_ptr, target_ptr, logp_ptr, entropy_ptr, lse2_ptr, N, T, h_b, h_t,
                     w_v, V, D, scale2, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
-    """BLOCK_M of the N = B T rows. hidden (B, T, D) by strides, w (V, D), target (N,) -> logp,
-    entropy (nats) and lse2, (N,). Every row is summed in the same order, whatever N is."""
+    """Compute BLOCK_M of the N = B T rows. hidden (B, T, D) by strides, w (V, D), target (N,) ->
+    logp, entropy (nats) and lse2, (N,). Every row is summed in the same order for any N."""
     n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = n < N
     h_rows = hidden_rows(hidden_ptr, n, T, h_b, h_t)
@@ -123,7 +123,7 @@ def logprob_forward(hidden_ptr, w_ptr, target_ptr, logp_ptr, entropy_ptr, lse2_p
         l += tl.sum(p, 1)
     lse2 = m + tl.log2(l)
     logp = tl.where(target >= 0, (z_target - lse2) * LN2, 0.0)
-    logp = tl.where((target < -1) | (target >= V), float("nan"), logp)  # loud, and without a sync
+    logp = tl.where((target < -1) | (target >= V), float("nan"), logp)  # loud, without a sync
     tl.store(logp_ptr + n, logp, mask=ok)
     tl.store(entropy_ptr + n, tl.where(target >= 0, (tl.log2(l) - s / l) * LN2, 0.0), mask=ok)
     tl.store(lse2_ptr + n, lse2, mask=ok)
@@ -136,8 +136,8 @@ def gradient_of_logits(z2, lse2, entropy, cols, target, g, g_entropy, inv_tau,
 
         dL/dz_j = g (1[j = target] - p_j) - g_H p_j (log p_j + H)
 
-    lse2 must be of these very logits. Of others, rounded otherwise, p near 1 would be off by
-    their difference, and 1 - p by many times itself."""
+    lse2 must come from these very logits. With an lse2 of logits rounded differently, p near 1
+    would be off by the difference, and 1 - p by many times its own size."""
     log2p = z2 - lse2[:, None]
     p = tl.exp2(log2p)
     dz = tl.where(cols[None, :] == target[:, None], g[:, None], 0.0) - g[:, None] * p
@@ -152,8 +152,8 @@ def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr
                      TILES: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ENTROPY: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                      ACC: tl.constexpr):
-    """Rows [first, first + chunk) and TILES tiles: forms the logits again -> dlogits (chunk,
-    dlogits_n), in the columns beyond V exactly 0."""
+    """Recompute the logits of rows [first, first + chunk) in TILES tiles -> dlogits (chunk,
+    dlogits_n), exactly 0 in the columns beyond V."""
     groups = tl.cdiv(tl.cdiv(dlogits_n, BLOCK_N), TILES)
     r = tl.program_id(0) // groups * BLOCK_M + tl.arange(0, BLOCK_M)
     n = first + r
@@ -162,7 +162,7 @@ def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr
     h0, h1 = load_resident(h_rows, ok, D, D0, D1)
     target = tl.load(target_ptr + n, mask=ok, other=-1)
     kept = ok & (target >= 0)
-    lse2 = tl.load(lse2_ptr + n, mask=ok, other=-NEVER)             # p = 0 in rows that are not there
+    lse2 = tl.load(lse2_ptr + n, mask=ok, other=-NEVER)             # p = 0 in missing rows
     g = tl.load(g_ptr + n, mask=kept, other=0.0)
     g_entropy = tl.load(g_entropy_ptr + n, mask=kept, other=0.0)     # unused without ENTROPY
     entropy = tl.load(entropy_ptr + n, mask=ok, other=0.0)
@@ -180,8 +180,8 @@ def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr
 def logprob_backward_in_place(target_ptr, g_ptr, g_entropy_ptr, dlogits_ptr, first, N, V, dlogits_n,
                               scale2, inv_tau, ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr,
                               BLOCK_N: tl.constexpr, ACC: tl.constexpr):
-    """The same where dlogits holds the logits of a product, rounded to its dtype: walks over them
-    twice, for their own LSE and entropy, then to overwrite them."""
+    """The same if dlogits already holds the logits, rounded to its dtype. The first pass over them
+    computes their own LSE and entropy, and the second overwrites them."""
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = first + r
     ok = n < N
@@ -211,25 +211,25 @@ def logprob_backward_in_place(target_ptr, g_ptr, g_entropy_ptr, dlogits_ptr, fir
 # ---- Sampling ------------------------------------------------------------------------------------
 @triton.jit
 def uniform(word):
-    """A 32-bit word -> u = min((word + 1/2) 2^-32, 1 - 2^-24), in float32.
+    """Turn a 32-bit word into u = min((word + 1/2) 2^-32, 1 - 2^-24), in float32.
 
     (1 - 2^-24) total rounds to less than total for every float32, so a draw always hits a column.
-    A float32 has 24 bits, so words are rounded to multiples of at most 2^8: for every c, P(u < c)
-    is c up to 2^-25, and up to 2^-25 c where c < 1/2, so that rare columns keep their odds. The 63
-    inner boundaries of a tile bound the total variation of its draw by 63 x 2^-25 < 2e-6; each
-    acceptance adds at most 2^-25.
+    A float32 has 24 bits, so words are rounded to multiples of at most 2^8. For every c, P(u < c)
+    is within 2^-25 of c, and within 2^-25 c of it where c < 1/2, so rare columns keep their odds.
+    A tile has 63 inner boundaries, so the total variation of its draw is at most 63 x 2^-25 < 2e-6.
+    Each acceptance adds at most 2^-25.
     """
     return tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
 
 
 @triton.jit(do_not_specialize_on_alignment=["seed_ptr", "step_ptr"])
-def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, s_ptr, z_ptr, token_ptr,
-                 B, h_b, w_v, V, D, scale2, D0: tl.constexpr, D1: tl.constexpr,
+def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, s_ptr, z_ptr,
+                 token_ptr, B, h_b, w_v, V, D, scale2, D0: tl.constexpr, D1: tl.constexpr,
                  TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_K: tl.constexpr):
-    """BLOCK_M rows against TILES tiles of the vocabulary -> their m, l, s, and the token that these
-    tiles propose with its z2, each (splits, B). Few rows are drawn at once, so the vocabulary is
-    split over programs. seed and step are read from memory: a CUDA graph can be replayed."""
+    """BLOCK_M rows, TILES tiles of the vocabulary -> their m, l, s, and the token that these tiles
+    propose with its z2, each (splits, B). Few rows are drawn at once, so several programs share the
+    vocabulary. seed and step are read from memory, so a CUDA graph can be replayed."""
     splits = tl.cdiv(tl.cdiv(V, BLOCK_N), TILES)
     split = tl.program_id(0) % splits
     n = tl.program_id(0) // splits * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -246,17 +246,18 @@ def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, s
     token = tl.zeros((BLOCK_M,), tl.int32)
     for tile in range(split * TILES, min((split + 1) * TILES, tl.cdiv(V, BLOCK_N))):
         cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        z2 = logits2(h0, h1, h_rows, ok, w_ptr, w_v, cols, V, D, scale2, D0, D1, BLOCK_K, tl.float32)
+        z2 = logits2(h0, h1, h_rows, ok, w_ptr, w_v, cols, V, D, scale2, D0, D1, BLOCK_K,
+                     tl.float32)
         m, l, s, p = fold(m, l, s, z2)
         u0, u1, _, _ = tl.philox(seed, row, step, zero + tile, zero)
         cdf = tl.cumsum(p, 1)
-        total = tl.max(cdf, 1)                                       # not sum(p), which may round above
+        total = tl.max(cdf, 1)  # not sum(p), which may round above
         hit = (cdf > (uniform(u0) * total)[:, None]) & (p > 0)
         last = tl.minimum(tile * BLOCK_N + BLOCK_N, V) - 1
         pick = tl.min(tl.where(hit, cols[None, :], last), 1)
         z_pick = tl.sum(tl.where(cols[None, :] == pick[:, None], z2, 0.0), 1)
         l += total
-        accept = uniform(u1) * l < total                             # always in the first tile
+        accept = uniform(u1) * l < total  # always true in the first tile
         token, z = tl.where(accept, pick, token), tl.where(accept, z_pick, z)
     at = split.to(tl.int64) * B + n
     tl.store(m_ptr + at, m, mask=ok)
@@ -267,9 +268,9 @@ def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, s
 
 
 @triton.jit(do_not_specialize_on_alignment=["seed_ptr", "step_ptr"])
-def sample_merge(m_ptr, l_ptr, s_ptr, z_ptr, token_ptr, row_ptr, seed_ptr, step_ptr, out_ptr, logp_ptr,
-                 entropy_ptr, B, splits, TILES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The same reservoir over the proposals of the splits, in their order -> token, logp, entropy."""
+def sample_merge(m_ptr, l_ptr, s_ptr, z_ptr, token_ptr, row_ptr, seed_ptr, step_ptr, out_ptr,
+                 logp_ptr, entropy_ptr, B, splits, TILES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Merge the proposals of the splits in order, by the same reservoir -> token, logp, entropy."""
     n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = n < B
     row = tl.load(row_ptr + n, mask=ok, other=0).to(tl.uint32)
@@ -301,23 +302,24 @@ def sample_merge(m_ptr, l_ptr, s_ptr, z_ptr, token_ptr, row_ptr, seed_ptr, step_
 
 # ---- Configurations and launches -----------------------------------------------------------------
 def config(D: int, dtype: torch.dtype) -> dict:
-    """Tile shapes. A fixed table instead of a search at run time: no registers spill on sm_80 and
-    sm_90, and what is not of Hopper's kind stays below the 99 KB of shared memory of consumer cards."""
-    if dtype.itemsize > 2:  # float32: three tensor-core products each, so smaller tiles
+    """Tile shapes, from a fixed table instead of a search at run time. No registers spill on sm_80
+    and sm_90. Older GPUs and consumer cards get shapes that fit in 99 KB of shared memory."""
+    if dtype.itemsize > 2:  # float32: three tensor-core products for one, so smaller tiles
         return dict(D0=0, D1=0, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)
     if D > (384 if hopper() else 256):  # streamed
         return dict(D0=0, D1=0, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
     D0 = max(16, 1 << D.bit_length() - 1)
     D1 = max(16, triton.next_power_of_2(D - D0)) if D > D0 else 0
-    # one tile of W in flight where two would leave room for one program a multiprocessor instead of two
+    # one tile of W in flight if with two only one program would fit on a multiprocessor
     stages = 1 if hopper() and 192 < D0 + D1 <= 256 else 2
     BLOCK_M, warps = (128, 8) if hopper() else (64, 4)
-    return dict(D0=D0, D1=D1, BLOCK_M=BLOCK_M, BLOCK_N=64, BLOCK_K=64, num_warps=warps, num_stages=stages)
+    return dict(D0=D0, D1=D1, BLOCK_M=BLOCK_M, BLOCK_N=64, BLOCK_K=64, num_warps=warps,
+                num_stages=stages)
 
 
 class LinearLogprob(torch.autograd.Function):
-    """hidden (B, T, D), weight (V, D), target (B, T) -> logp, entropy (B, T). Kept for the backward
-    pass: the inputs, and 8 bytes a row."""
+    """hidden (B, T, D), weight (V, D), target (B, T) -> logp, entropy (B, T). Keeps the inputs and
+    8 bytes per row for the backward pass."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):
@@ -326,20 +328,20 @@ class LinearLogprob(torch.autograd.Function):
         logp, entropy, lse2 = (torch.empty(B, T, dtype=acc, device=hidden.device) for _ in range(3))
         c = config(D, hidden.dtype)
         logprob_forward[triton.cdiv(B * T, c["BLOCK_M"]),](
-            hidden, weight, target, logp, entropy, lse2, B * T, T, *hidden.stride()[:2], weight.stride(0),
-            V, D, LOG2E.value / temperature, ACC=tl.float64 if acc == torch.float64 else tl.float32,
-            enable_fp_fusion=True, **c)
+            hidden, weight, target, logp, entropy, lse2, B * T, T, *hidden.stride()[:2],
+            weight.stride(0), V, D, LOG2E.value / temperature,
+            ACC=tl.float64 if acc == torch.float64 else tl.float32, enable_fp_fusion=True, **c)
         ctx.save_for_backward(hidden, weight, target, entropy, lse2)
         ctx.temperature = temperature
-        ctx.set_materialize_grads(False)                             # an unused output has gradient None
+        ctx.set_materialize_grads(False)  # an unused output has gradient None
         return logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, g_entropy):
-        """Three products a chunk of rows: the logits again (by the kernel up to RECOMPUTE_UP_TO,
-        else by cuBLAS), then dlogits W and dlogits^T hidden. No atomics. V is padded to a multiple
-        of 64 by rows of W and columns of dlogits that are 0, so that products find rows aligned."""
+        """Three products per chunk of rows: the logits again (by the kernel up to RECOMPUTE_UP_TO,
+        else by cuBLAS), then dlogits W and dlogits^T hidden. No atomics. Zero rows of W and zero
+        columns of dlogits pad V to a multiple of 64, so that the rows in products are aligned."""
         hidden, weight, target, entropy, lse2 = ctx.saved_tensors
         (B, T, D), V, N = hidden.shape, len(weight), target.numel()
         g = torch.zeros_like(entropy) if g is None else g.contiguous()
@@ -375,16 +377,16 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def linear_logprob(hidden, weight, target, temperature):
-    """Shapes as kernels.linear_logprob. A target outside [-1, V) gives a log-prob of NaN: refusing it
-    would make the host wait for the GPU."""
+    """Like kernels.linear_logprob. A target outside [-1, V) gives NaN: the host need not wait."""
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
     h = hidden if hidden.dim() == 3 else hidden.reshape(1, -1, hidden.size(-1))
-    logp, entropy = LinearLogprob.apply(h, weight, target.reshape(h.shape[:2]).contiguous(), temperature)
+    logp, entropy = LinearLogprob.apply(h, weight, target.reshape(h.shape[:2]).contiguous(),
+                                        temperature)
     return logp.view(target.shape), entropy.view(target.shape)
 
 
 def sample(hidden, weight, seed, row, step, temperature):
-    """Shapes as kernels.sample; seed and step one-element integer tensors on the same device."""
+    """Shapes as in kernels.sample; seed and step are one-element integer tensors on the device."""
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
     (B, D), V, device = hidden.shape, len(weight), hidden.device
     splits = triton.cdiv(triton.cdiv(V, TILE), SPLIT)
@@ -395,8 +397,9 @@ def sample(hidden, weight, seed, row, step, temperature):
     if B:
         c = config(D, hidden.dtype) | dict(BLOCK_N=TILE)
         sample_tiles[triton.cdiv(B, c["BLOCK_M"]) * splits,](
-            hidden, weight, row, seed, step, m, l, s, z, proposed, B, hidden.stride(0), weight.stride(0),
-            V, D, LOG2E.value / temperature, TILES=SPLIT, enable_fp_fusion=True, **c)
+            hidden, weight, row, seed, step, m, l, s, z, proposed, B, hidden.stride(0),
+            weight.stride(0), V, D, LOG2E.value / temperature, TILES=SPLIT, enable_fp_fusion=True,
+            **c)
         sample_merge[triton.cdiv(B, 128),](
             m, l, s, z, proposed, row, seed, step, token, logp, entropy, B, splits, TILES=SPLIT,
             BLOCK_M=128, num_warps=4, enable_fp_fusion=True)

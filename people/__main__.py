@@ -15,8 +15,7 @@ from tyro.extras import SubcommandApp
 
 from model import one_line, require
 from people.agreement import print_agreement
-from people.answers import answers_in, read_items
-from people.answers import stage
+from people.answers import answers_in, read_items, stage
 from people.ratings import items_to_rate
 from people.ratings import unblind as unblind_ratings
 from people.sheet import collect, read_sheet, write_sheet

@@ -16,8 +16,18 @@ from scipy.stats import binom, binomtest
 from scipy.stats import fisher_exact as fisher_test
 from tokenizers import Tokenizer
 
-from model import (GPT, decode_prompts, draw_prompts, fast_dtype, fingerprint, load, read_prompts,
-                   require, write)
+from model import (
+    GPT,
+    as_json,
+    decode_prompts,
+    draw_prompts,
+    fast_dtype,
+    fingerprint,
+    load,
+    read_prompts,
+    require,
+    write,
+)
 from people.agreement import print_agreement
 from people.answers import stage
 
@@ -184,4 +194,4 @@ def unblind(out: Path) -> None:
                   for p, q in ((0.2, 0.6), (0.3, 0.6), (0.58, 0.96)))
         print(f"power of {n} against {n} by the true shares: {', '.join(powers)}")
     if results:
-        write(out / "ratings.json", json.dumps({"policies": policies, "results": results}))
+        write(out / "ratings.json", as_json({"policies": policies, "results": results}))

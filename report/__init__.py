@@ -11,6 +11,7 @@
 import hashlib
 import importlib
 import json
+import math
 from base64 import b64encode
 from pathlib import Path
 
@@ -43,10 +44,19 @@ def render(results: dict, figures: dict, made: dict) -> str:
         script=script, policy=policy)
 
 
+def nan_for_null(x):
+    """JSON has no NaN: what could not be measured was written as null."""
+    if isinstance(x, dict):
+        return {key: nan_for_null(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [nan_for_null(value) for value in x]
+    return math.nan if x is None else x
+
+
 def read_json(path: Path, otherwise):
     """What a JSON file holds; `otherwise` if there is none. Raises UserError if it is damaged."""
     try:
-        return json.loads(path.read_text()) if path.exists() else otherwise
+        return nan_for_null(json.loads(path.read_text())) if path.exists() else otherwise
     except ValueError as error:
         raise UserError(f"{path} is damaged: delete it, or write it again") from error
 
@@ -76,6 +86,6 @@ def read_results(out: Path) -> dict:
 def build_report(out: Path) -> None:
     """Writes out/report.html and out/plots/*.svg."""
     results = read_results(out)
-    learning_curve = read_json(out / "curve.json", [])  # of benchmarks/learning_curve.py
+    learning_curve = read_json(out / "curve.json", [])  # of experiments/learning_curve.py
     figures = draw_plots(results, learning_curve, out / "plots")
     write(out / "report.html", render(results, figures, made_by(out, results)))

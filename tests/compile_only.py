@@ -1,17 +1,17 @@
-"""Compile every Triton kernel for a GPU that need not be there, and look at the machine code.
+"""Compile every Triton kernel for a GPU, without needing one, and check the machine code.
 
     python -m tests.compile_only 80       (or 90; prints a table, exit code 1 if a check fails)
 
-The last line names Triton and the assembler: TRITON_PTXAS_PATH chooses another. (Triton 3.9 brings
-two, for sm_90 a newer one than for sm_80; Triton 3.6 an older one for both.)
+The last line names Triton and the assembler; TRITON_PTXAS_PATH chooses another one. (Triton 3.9
+brings a newer assembler for sm_90 than for sm_80. Triton 3.6 has an older one for both.)
 
-The launches of kernels/ run as they are, on CPU tensors: a driver that only names its target makes
-Triton specialise and compile exactly as it would at run time (alignment, divisibility by 16), and
-the launch itself is left out. Then `cuobjdump`, which comes with Triton, says what ptxas made of it.
+The launch code of kernels/ runs as is, on CPU tensors. With a driver that only names its target,
+Triton specialises and compiles exactly as at run time (alignment, divisibility by 16), but launches
+nothing. Then `cuobjdump`, which comes with Triton, shows what ptxas produced.
 
-Checked: no spilled registers, no stack; shared memory within what one program may have; products
-on tensor cores (wgmma on sm_90 where a tile has the 64 rows it needs); 16-byte loads and stores
-where rows are aligned.
+The checks: no spilled registers and no stack; shared memory within the limit of one program;
+products on tensor cores (wgmma on sm_90 if a tile has the 64 rows it needs); 16-byte loads and
+stores if rows are aligned.
 """
 import itertools
 import re
@@ -27,13 +27,14 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-SHARED = {80: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # bytes a program may have (80: as 86, 89)
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # bytes per program (80: as 86, 89)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-COLUMNS = f"{'sm':>3} {'case':34} {'kernel':29} {'regs':>4} {'stack':>5} {'smem':>7} {'warps':>5} {'mma':>4} "
+COLUMNS = (f"{'sm':>3} {'case':34} {'kernel':29} {'regs':>4} {'stack':>5} {'smem':>7} {'warps':>5} "
+           f"{'mma':>4} ")
 
 
 class Target:
-    """What Triton asks a driver before it launches."""
+    """Answers what Triton asks a driver before a launch."""
 
     def __init__(self, arch):
         self.arch = arch
@@ -61,7 +62,8 @@ def inspect(kernel) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
-        usage, sass = (subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True, check=True).stdout
+        usage, sass = (subprocess.run([CUOBJDUMP, flag, f.name], capture_output=True, text=True,
+                                      check=True).stdout
                        for flag in ("--dump-resource-usage", "--dump-sass"))
     found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
 
@@ -69,15 +71,17 @@ def inspect(kernel) -> dict:
         return len(re.findall(pattern, sass))
     return found | {"SHARED": kernel.metadata.shared, "WARPS": kernel.metadata.num_warps,
                     "HGMMA": count(r"HGMMA"), "HMMA": count(r"HMMA"),
-                    "VECTOR_LOAD": count(r"LD(G|GSTS)\S*\.128"), "VECTOR_STORE": count(r"STG\S*\.128")}
+                    "VECTOR_LOAD": count(r"LD(G|GSTS)\S*\.128"),
+                    "VECTOR_STORE": count(r"STG\S*\.128")}
 
 
 def problems(arch: int, name: str, aligned: bool, r: dict) -> list[str]:
-    """What is wrong with one compiled kernel, in words; [] if nothing."""
+    """Say in words what is wrong with one compiled kernel; [] if nothing is."""
     elementwise = name in ("sample_merge", "logprob_backward_in_place", "rotate", "squared_relu")
     return [text for wrong, text in (
         (r["STACK"] or r["LOCAL"], f"spills: {r['STACK']} bytes of stack"),
-        (r["SHARED"] > SHARED[arch], f"{r['SHARED']} bytes of shared memory, {SHARED[arch]} allowed"),
+        (r["SHARED"] > SHARED[arch],
+         f"{r['SHARED']} bytes of shared memory, {SHARED[arch]} allowed"),
         (not elementwise and not r["HGMMA"] + r["HMMA"], "no tensor-core instruction"),
         (aligned and name != "sample_merge" and not r["VECTOR_LOAD"], "no 16-byte load"),
         (aligned and "backward" in name and not r["VECTOR_STORE"], "no 16-byte store"),
@@ -94,7 +98,8 @@ def attention_cases(dtype, shapes):
         def call():
             attention(q, k, v, backend="triton").sum().backward()
             with torch.no_grad():
-                decode_attention(q[:, 0], k[:, 0], v[:, 0], *cache, 0, backend="triton", angles=(cache[0, 0, 0],) * 2)
+                decode_attention(q[:, 0], k[:, 0], v[:, 0], *cache, 0, backend="triton",
+                                 angles=(cache[0, 0, 0],) * 2)
         yield f"{str(dtype)[6:]} T={T} Dh={Dh} H={H}/{Hkv}", Dh % 16 == 0 and Dh >= 32, call
 
 
@@ -109,9 +114,9 @@ def elementwise_cases(dtype, shapes):
 
 
 def head_cases(dtype, shapes):
+    from kernels import triton_head
     from kernels.logprob import linear_logprob
     from kernels.sample import sample
-    from kernels import triton_head
     for D, V, *recompute_up_to in shapes:
         hidden = torch.zeros(2, 64, D, dtype=dtype, requires_grad=True)
         weight = torch.zeros(V, D, dtype=dtype, requires_grad=True)
@@ -129,20 +134,21 @@ def head_cases(dtype, shapes):
 
 def main(arch: int) -> int:
     driver.set_active(Target(arch))
-    # CPU tensors may pass for GPU ones here
+    # let CPU tensors pass for GPU ones
     sys.modules["kernels.backend"] = type(sys)("kernels.backend")
     sys.modules["kernels.backend"].use_triton = lambda *_: True
     compiled: list = []
     compile_instead_of_launching(compiled)
     cases = itertools.chain(
         attention_cases(torch.bfloat16, [
-            (64, 64, 6, 6), (64, 64, 6, 2), (128, 64, 6, 6), (128, 64, 6, 1), (256, 64, 6, 6), (256, 64, 6, 2),
-            (16, 16, 2, 2), (128, 32, 4, 4), (128, 32, 4, 2), (256, 32, 4, 4), (64, 128, 4, 4), (256, 128, 4, 4),
-            (256, 128, 4, 2), (64, 48, 4, 4), (1, 64, 1, 1)]),
+            (64, 64, 6, 6), (64, 64, 6, 2), (128, 64, 6, 6), (128, 64, 6, 1), (256, 64, 6, 6),
+            (256, 64, 6, 2), (16, 16, 2, 2), (128, 32, 4, 4), (128, 32, 4, 2), (256, 32, 4, 4),
+            (64, 128, 4, 4), (256, 128, 4, 4), (256, 128, 4, 2), (64, 48, 4, 4), (1, 64, 1, 1)]),
         attention_cases(torch.float16, [(64, 64, 6, 6)]),
-        attention_cases(torch.float32, [(32, 64, 3, 3), (64, 64, 3, 1), (16, 128, 2, 2), (256, 128, 4, 2)]),
-        head_cases(torch.bfloat16, [(256, 2048), (192, 4093), (384, 2048), (384, 4093, 0), (768, 50304),
-                                    (24, 65), (64, 1)]),
+        attention_cases(torch.float32, [(32, 64, 3, 3), (64, 64, 3, 1), (16, 128, 2, 2),
+                                        (256, 128, 4, 2)]),
+        head_cases(torch.bfloat16, [(256, 2048), (192, 4093), (384, 2048), (384, 4093, 0),
+                                    (768, 50304), (24, 65), (64, 1)]),
         head_cases(torch.float32, [(256, 2048)]),
         elementwise_cases(torch.bfloat16, [(64, 8, 64), (1, 3, 24)]))
     print(COLUMNS)
@@ -157,8 +163,8 @@ def main(arch: int) -> int:
             wrong = problems(arch, name, aligned, r)
             failures += bool(wrong)
             mma = "wgmma" if r["HGMMA"] else "mma" if r["HMMA"] else "-"
-            print(f"{arch:3} {label:34} {name:29} {r['REG']:4} {r['STACK']:5} {r['SHARED']:7} {r['WARPS']:5} "
-                  f"{mma:>5} {'; '.join(wrong)}", flush=True)
+            print(f"{arch:3} {label:34} {name:29} {r['REG']:4} {r['STACK']:5} {r['SHARED']:7} "
+                  f"{r['WARPS']:5} {mma:>5} {'; '.join(wrong)}", flush=True)
         compiled.clear()
     print(f"{len(seen)} kernels compiled for sm_{arch} by Triton {triton.__version__} and ptxas "
           f"{get_ptxas(arch).version}, {failures} with a problem")

@@ -1,4 +1,4 @@
-"""Every kernel against an independent float64 computation."""
+"""Every kernel's PyTorch path must agree with an independent float64 computation."""
 import math
 
 import numpy as np
@@ -11,7 +11,7 @@ from kernels.logprob import CHUNK
 
 
 def attention_by_loops(q, k, v):
-    """One row, one head at a time, in float64 NumPy: no mask is needed if the future is never read."""
+    """One row of one head at a time, in float64 NumPy. It never reads ahead, so needs no mask."""
     q, k, v = (x.detach().double().numpy() for x in (q, k, v))
     B, T, H, Dh = q.shape
     out = np.zeros((B, T, H, Dh))
@@ -36,12 +36,13 @@ def qkv(B, T, H, Hkv, Dh, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("H, Hkv, Dh", [(4, 4, 16), (4, 2, 24), (3, 1, 64)])
 def test_attention_equals_double_loop(T, H, Hkv, Dh):
     q, k, v = qkv(2, T, H, Hkv, Dh)
-    torch.testing.assert_close(attention(q, k, v).double(), attention_by_loops(q, k, v), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention(q, k, v).double(), attention_by_loops(q, k, v),
+                               rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("T", [5, DENSE_UP_TO + 3])
 def test_attention_never_looks_ahead(T):
-    """Guards against a mask that is missing or off by one: a change at j leaves rows < j bit-equal."""
+    """Guards against a missing or shifted mask: a change at j leaves rows before j bit-equal."""
     q, k, v = (x.clone() for x in qkv(1, T, 4, 2, 16))
     before = attention(q, k, v)
     j = T // 2
@@ -74,7 +75,7 @@ def test_attention_refuses_shapes_that_do_not_fit():
 
 @pytest.mark.parametrize("H, Hkv", [(4, 4), (4, 2), (3, 1)])
 def test_decode_step_equals_row_of_prefill(H, Hkv):
-    """Guards against a cache written at the wrong slot and against reading unfilled slots (1e6)."""
+    """Guards against writing the cache at the wrong slot and reading unfilled slots (1e6)."""
     B, T, Dh = 3, 9, 16
     q, k, v = qkv(B, T, H, Hkv, Dh)
     whole = attention(q, k, v)
@@ -106,12 +107,14 @@ def test_linear_logprob_equals_float64(N, V, tau):
 
 
 def test_linear_logprob_gradients(monkeypatch):
-    """Of log-prob and entropy, to hidden and weight, across a chunk boundary, with an ignored target."""
+    """Log-prob and entropy, hidden and weight, across a chunk boundary, with an ignored target."""
     monkeypatch.setattr("kernels.logprob.CHUNK", 3)
     g = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 4, generator=g, dtype=torch.float64, requires_grad=True) for n in (7, 5))
+    hidden, weight = (torch.randn(n, 4, generator=g, dtype=torch.float64, requires_grad=True)
+                      for n in (7, 5))
     target = torch.tensor([0, 4, 2, -1, 1, 1, 3])
-    assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, target, 1.7), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, target, 1.7),
+                                    (hidden, weight))
     logp, entropy = linear_logprob(hidden, weight, target)
     assert logp[3] == entropy[3] == 0
     (logp.sum() + entropy.sum()).backward()
@@ -140,7 +143,7 @@ def test_linear_logprob_refuses_targets_out_of_range_and_takes_none():
 
 
 def philox_reference(key, counter):
-    """Philox4x32-10 in Python integers, after the paper."""
+    """Philox4x32-10 in Python integers, as in the paper."""
     c, k = list(counter), list(key)
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -150,24 +153,27 @@ def philox_reference(key, counter):
 
 
 def test_philox_equals_the_published_vectors():
-    """Known-answer tests of the Random123 distribution (kat_vectors), then ours against it."""
-    assert philox_reference((0, 0), (0, 0, 0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    """The reference passes Random123's known-answer tests (kat_vectors), and ours equals it."""
+    assert philox_reference((0, 0), (0, 0, 0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C,
+                                                      0x9B00DBD8]
     full = 0xFFFFFFFF
-    assert philox_reference((full, full), (full,) * 4) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert philox_reference((full, full), (full,) * 4) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6,
+                                                           0x6D5451FD]
     rows = torch.tensor([0, 1, 17, 2**31, 2**32 - 1])
     for seed, step, stream in ((0, 0, 0), (3, 5, 1), (2**63 + 12345, 2**32 - 1, 7)):
         ours = philox_uniform(seed, rows, step, stream)
-        theirs = [(philox_reference((seed % 2**32, seed >> 32), (r, step, stream, 0))[0] + 0.5) / 2**32
-                  for r in rows.tolist()]
+        theirs = [(philox_reference((seed % 2**32, seed >> 32), (r, step, stream, 0))[0] + 0.5)
+                  / 2**32 for r in rows.tolist()]
         assert ours.tolist() == theirs
 
 
 def test_sample_frequencies_match_the_probabilities():
-    """Chi-square over 40,000 draws; the same statistic must reject a slightly wrong distribution."""
+    """Chi-square over 40,000 draws. The same test must reject a slightly wrong distribution."""
     g = torch.Generator().manual_seed(1)
     weight, hidden = torch.randn(23, 8, generator=g), torch.randn(1, 8, generator=g)
     n = 40_000
-    token, logp, entropy = sample(hidden.expand(n, -1), weight, 5, torch.arange(n), 0, temperature=1.3)
+    token, logp, entropy = sample(hidden.expand(n, -1), weight, 5, torch.arange(n), 0,
+                                  temperature=1.3)
     exact_logp, exact_entropy = reference_logprob(hidden.expand(n, -1), weight, token, 1.3)
     torch.testing.assert_close(logp.double(), exact_logp, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-4, atol=1e-4)
@@ -187,7 +193,7 @@ def test_sample_never_draws_the_impossible():
 
 
 def test_a_family_can_be_sent_to_pytorch(monkeypatch):
-    """On a GPU, which a stand-in plays: the way round a kernel that fails there."""
+    """TORCH_KERNELS works around a kernel that fails on a GPU. A stand-in plays the GPU here."""
     from kernels import backend
 
     class OnGpu:
@@ -195,12 +201,15 @@ def test_a_family_can_be_sent_to_pytorch(monkeypatch):
     monkeypatch.setattr(backend, "has_triton", lambda: True)
     monkeypatch.delenv("TORCH_KERNELS", raising=False)
     assert all(backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES)
-    assert backend.live_path(OnGpu) == "Triton" and backend.live_path(torch.device("cpu")) == "PyTorch"
+    assert backend.live_path(OnGpu) == "Triton" and \
+        backend.live_path(torch.device("cpu")) == "PyTorch"
     monkeypatch.setenv("TORCH_KERNELS", "sample,attention")
-    assert [backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES] == [False, True, False, True, True]
+    assert [backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES] == [
+        False, True, False, True, True]
     assert backend.live_path(OnGpu) == "Triton, PyTorch for attention, sample"
     monkeypatch.setenv("TORCH_KERNELS", "all")
     assert not any(backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES)
     monkeypatch.setenv("TORCH_KERNELS", "atention")
-    with pytest.raises(ValueError, match="a list of attention, logprob, sample, decoder, elementwise, or all"):
+    with pytest.raises(ValueError, match="a list of attention, logprob, sample, decoder, "
+                                         "elementwise, or all"):
         backend.use_triton("auto", OnGpu, "logprob")

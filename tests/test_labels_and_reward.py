@@ -31,42 +31,49 @@ def test_vader_thresholds():
 
 
 def test_vader_labels_texts_and_pairs(tmp_path):
-    """Each item its own label, in order; of a pair, the happier side."""
+    """Each item gets its own label, in order. For a pair, it is the happier side."""
     texts = ["I love thee", "hate and death", "the table"]
     one = SentimentIntensityAnalyzer()
     scores = [one.polarity_scores(text)["compound"] for text in texts]
     items = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
     pairs = [{"id": str(i), "text": [a, b]} for i, (a, b) in enumerate(zip(texts, reversed(texts)))]
     assert label.label_by_vader(items, tmp_path / "a") == ["positive", "negative", "neutral"]
-    assert label.label_by_vader(pairs, tmp_path / "b") == [label.happier(a, b) for a, b in zip(scores, scores[::-1])]
+    assert label.label_by_vader(pairs, tmp_path / "b") == [
+        label.happier(a, b) for a, b in zip(scores, scores[::-1])]
     rows = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
-    assert rows == [item | {"label": name, "labeller": "vader"} for item, name in zip(items, ("positive", "negative", "neutral"))]
+    assert rows == [item | {"label": name, "labeller": "vader"}
+                    for item, name in zip(items, ("positive", "negative", "neutral"))]
 
 
 def test_vader_compares():
-    assert [label.happier(a, b) for a, b in ((0.5, 0.4), (-0.5, 0.4), (0.0, 0.0))] == ["left", "right", "tie"]
+    assert [label.happier(a, b) for a, b in ((0.5, 0.4), (-0.5, 0.4), (0.0, 0.0))] == [
+        "left", "right", "tie"]
 
 
 def test_pairs_and_their_pieces():
-    """Every item in at most one pair; sides do not follow the order of drawing; piece k of both sides together."""
+    """Each item is in at most one pair, on a random side. Piece k of a pair has piece k of both."""
     class Letters:
         def decode(self, tokens):
             return "".join(chr(97 + t) for t in tokens)
 
         def decode_batch(self, tokens):
             return [self.decode(x) for x in tokens]
-    items = [{"id": f"i{n}", "source": "model", "text": "abcd", "tokens": [n % 20, 1, 2, 3]} for n in range(401)]
+    items = [{"id": f"i{n}", "source": "model", "text": "abcd", "tokens": [n % 20, 1, 2, 3]}
+             for n in range(401)]
     pairs = label.pair_up(items, seed=0)
     ids = [i for p in pairs for i in p["id"].split()]
-    assert len(pairs) == 200 and len(set(ids)) == 400 and pairs == label.pair_up(items, seed=0) != label.pair_up(items, seed=1)
+    assert (len(pairs) == 200 and len(set(ids)) == 400
+            and pairs == label.pair_up(items, seed=0) != label.pair_up(items, seed=1))
     assert 60 < sum(int(a[1:]) < int(b[1:]) for a, b in zip(ids[::2], ids[1::2])) < 140
     piece = label.cut_up(pairs[:1], 2, Letters())[1]
-    assert piece["id"] == pairs[0]["id"] + "#1" and piece["tokens"] == [[2, 3], [2, 3]] and piece["text"] == ["cd", "cd"]
-    assert label.cut_up(items[:1], 2, Letters())[0] == {"id": "i0#0", "source": "piece", "text": "ab", "tokens": [0, 1]}
+    assert (piece["id"] == pairs[0]["id"] + "#1" and piece["tokens"] == [[2, 3], [2, 3]]
+            and piece["text"] == ["cd", "cd"])
+    assert label.cut_up(items[:1], 2, Letters())[0] == {
+        "id": "i0#0", "source": "piece", "text": "ab", "tokens": [0, 1]}
 
 
 def test_bradley_terry_by_hand():
-    """p(left) = sigmoid(score left - score right); exchanging sides exchanges the answers; a tie wants equal scores."""
+    """p(left) = sigmoid(left - right). Swapping sides swaps answers. A tie wants equal scores."""
     class Stub:
         def sentiment(self, y, prompt):
             return torch.stack((y[:, 0] / 10.0, -y[:, 0] / 10.0), -1)  # score = y / 5
@@ -81,27 +88,30 @@ def test_bradley_terry_by_hand():
 
 
 def test_the_bag_of_words_of_a_pair():
-    """Counts of the left less those of the right: exchanging the sides turns the sign."""
-    train = [{"text": ["good", "bad day"], "target": 1.0, "weight": 1.0}, {"text": ["bad", "good day"], "target": 0.0, "weight": 1.0}] * 5000
+    """Word counts of the left minus those of the right: swapping the sides flips the sign."""
+    train = [{"text": ["good", "bad day"], "target": 1.0, "weight": 1.0},
+             {"text": ["bad", "good day"], "target": 0.0, "weight": 1.0}] * 5000
     ahead, behind = rm.bag_of_words(train, [{"text": ["good", "bad"]}, {"text": ["bad", "good"]}])
     assert ahead > 1 and ahead + behind == pytest.approx(0, abs=0.05)
 
 
 def test_the_last_line_about_an_item_counts(tmp_path):
-    rows = [row(1, "positive"), row(2, "skip"), row(3, "negative"), row(1, "undo"), row(1, "neutral"), row(3, "undo")]
+    rows = [row(1, "positive"), row(2, "skip"), row(3, "negative"), row(1, "undo"),
+            row(1, "neutral"), row(3, "undo")]
     path = write_rows(tmp_path / "l.jsonl", rows)
     assert list(label.read_answers(path).items()) == [("2", "skip"), ("1", "neutral")]
     read = rm.read_labels(path)
     assert [(r["id"], r["label"]) for r in read] == [("1", "neutral")]
 
 
-@pytest.mark.parametrize("bad, why", [('{"id": 1,', "line 2 is broken"), ("[]", "line 2 is broken"),
-                                      (json.dumps({"id": "x"}), "line 2 is broken"), ("7", "line 2 is broken"),
-                                      *((json.dumps(row(2, "positive") | change), "line 2 is broken") for change in (
-                                          {"tokens": []}, {"tokens": [1, -1]}, {"tokens": [1.5]}, {"tokens": ["1"]},
-                                          {"tokens": [[1], [2]]}, {"tokens": 1}, {"text": ["a", "b"]}, {"text": None}, {"id": 5},
-                                          {"labeller": []}, {"prompt": 5}, {"text": ["a"], "tokens": [[1]]})),
-                                      (json.dumps(row(2, "joyful")), "line 2 is broken .*label 'joyful' is not one of")])
+@pytest.mark.parametrize("bad, why", [
+    ('{"id": 1,', "line 2 is broken"), ("[]", "line 2 is broken"),
+    (json.dumps({"id": "x"}), "line 2 is broken"), ("7", "line 2 is broken"),
+    *((json.dumps(row(2, "positive") | change), "line 2 is broken") for change in (
+        {"tokens": []}, {"tokens": [1, -1]}, {"tokens": [1.5]}, {"tokens": ["1"]},
+        {"tokens": [[1], [2]]}, {"tokens": 1}, {"text": ["a", "b"]}, {"text": None}, {"id": 5},
+        {"labeller": []}, {"prompt": 5}, {"text": ["a"], "tokens": [[1]]})),
+    (json.dumps(row(2, "joyful")), "line 2 is broken .*label 'joyful' is not one of")])
 def test_a_bad_line_is_named(tmp_path, bad, why):
     path = tmp_path / "labels-anna.jsonl"
     path.write_text(json.dumps(row(1, "positive")) + "\n" + bad + "\n")
@@ -112,12 +122,14 @@ def test_a_bad_line_is_named(tmp_path, bad, why):
 ONE, TWO = '{"id": "1", "label": "skip"}\n', '{"id": "2", "label": "tie"}\n'
 
 
-@pytest.mark.parametrize("text, kept", [(ONE + TWO[:12], ONE), (ONE[:9], ""), (ONE + TWO.strip(), ONE + TWO), (ONE, ONE)])
+@pytest.mark.parametrize("text, kept", [
+    (ONE + TWO[:12], ONE), (ONE[:9], ""), (ONE + TWO.strip(), ONE + TWO), (ONE, ONE)])
 def test_an_unfinished_last_line_is_dropped_and_a_whole_one_kept(tmp_path, text, kept):
     path = tmp_path / "l.jsonl"
     path.write_text(text)
     answers = label.read_answers(path)
-    assert path.read_text() == kept and list(answers) == [json.loads(line)["id"] for line in kept.splitlines()]
+    assert (path.read_text() == kept
+            and list(answers) == [json.loads(line)["id"] for line in kept.splitlines()])
 
 
 def test_a_bad_line_of_answers_is_named(tmp_path):
@@ -139,7 +151,7 @@ def test_pooling_weighs_a_machine_below_a_person():
 
 
 def test_cohen_kappa_of_a_worked_example():
-    """50 items, 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: po = .7, pe = .5, kappa = .4."""
+    """20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: agreement 0.7, by chance 0.5, kappa 0.4."""
     a = ["y"] * 25 + ["n"] * 25
     b = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
     assert math.isclose(cohen_kappa(a, b), 0.4)
@@ -153,13 +165,15 @@ def test_a_duplicate_never_crosses_the_split():
     by_text = {}
     for item, part in zip(items, parts):
         assert by_text.setdefault(item["text"], part) == part
-    pieces = [row(f"{i}#1", "positive", text="x") | {"source": "piece", "person": False} for i in range(200)]
+    pieces = [row(f"{i}#1", "positive", text="x") | {"source": "piece", "person": False}
+              for i in range(200)]
     with_pieces = rm.split(items + pieces, 0, 0.2)
     assert with_pieces[:200] == parts == rm.split(items, 0, 0.2) != rm.split(items, 1, 0.2)
-    for item, part, its in zip(items, parts, with_pieces[200:]):  # a piece goes where its sample goes
+    for item, part, its in zip(items, parts, with_pieces[200:]):  # a piece follows its sample
         assert its == ("unused" if item["person"] else part)
-    again = [item | {"id": f"{item['id']}-again", "person": False} for item in items if item["person"]]
-    assert set(rm.split(items + again, 0, 0.2)[200:]) == {"unused"}  # a text that a person labelled under another id
+    again = [item | {"id": f"{item['id']}-again", "person": False}
+             for item in items if item["person"]]
+    assert set(rm.split(items + again, 0, 0.2)[200:]) == {"unused"}  # a person labelled the text
 
 
 def test_auc_by_counting_pairs():
@@ -171,38 +185,44 @@ def test_auc_by_counting_pairs():
 
 
 def test_loss_and_measures_in_closed_form():
-    """A neutral label costs at least ln 2; the mean is weighted; neutral items have no accuracy."""
+    """A neutral label costs at least ln 2. The mean is weighted. Neutral items have no accuracy."""
     half = torch.tensor([[0.5, 0.5]]).log()
-    assert math.isclose(rm.sentiment_loss(half, torch.tensor([0.5]), torch.ones(1)).item(), math.log(2), rel_tol=1e-6)
+    assert math.isclose(rm.sentiment_loss(half, torch.tensor([0.5]), torch.ones(1)).item(),
+                        math.log(2), rel_tol=1e-6)
     log_p = torch.tensor([[0.8, 0.2], [0.4, 0.6], [0.9, 0.1]]).log()
     target, weight = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([1.0, 3.0, 2.0])
     nll = [-math.log(0.8), -math.log(0.6), -(math.log(0.9) + math.log(0.1)) / 2]
     expected = (nll[0] + 3 * nll[1] + 2 * nll[2]) / 6
     assert math.isclose(rm.sentiment_loss(log_p, target, weight).item(), expected, rel_tol=1e-6)
     out = rm.measures(log_p.numpy(), target.numpy())
-    assert out["accuracy"] == 1 and out["auc"] == 1 and math.isclose(out["nll"], sum(nll) / 3, rel_tol=1e-6)
+    assert (out["accuracy"] == 1 and out["auc"] == 1
+            and math.isclose(out["nll"], sum(nll) / 3, rel_tol=1e-6))
     assert math.isclose(out["brier"], (0.04 + 0.16 + 0.16) / 3, rel_tol=1e-5)
 
 
 def test_the_interval_of_an_accuracy():
-    """Newcombe 1998, table I, Wilson's: 81 of 263, 0.2553 to 0.3662."""
+    """Newcombe 1998, table I, Wilson's interval: 81 of 263 gives 0.2553 to 0.3662."""
     log_p = np.log(np.where(np.arange(263) < 81, 0.9, 0.1))[:, None].repeat(2, 1)
-    assert rm.measures(log_p, np.ones(263))["accuracy_interval"] == pytest.approx((0.2553, 0.3662), abs=5e-4)
+    assert rm.measures(log_p, np.ones(263))["accuracy_interval"] == pytest.approx(
+        (0.2553, 0.3662), abs=5e-4)
 
 
 def test_newcombe_interval_of_known_cases():
-    """Newcombe 1998, Statistics in Medicine 17:873, table II, method 10: 56/70 - 48/80 and 10/10 - 0/20."""
-    for counts, expected in (((48, 80, 56, 70), (0.0524, 0.3339)), ((0, 20, 10, 10), (0.6791, 1.0))):
+    """Newcombe 1998 (Stat. Med. 17:873), table II, method 10: 56/70 - 48/80 and 10/10 - 0/20."""
+    for counts, expected in (((48, 80, 56, 70), (0.0524, 0.3339)),
+                             ((0, 20, 10, 10), (0.6791, 1.0))):
         assert newcombe(*counts) == pytest.approx(expected, abs=2e-4)
     assert math.isnan(newcombe(0, 0, 1, 2)[0])
 
 
 def test_bootstrap_of_a_mean():
-    """The normal interval, about; it covers the truth as often as it says; resamples without a figure are left out."""
+    """Close to the normal interval. It covers the truth as often as it says, and skips any nan."""
     x = np.random.default_rng(0).normal(size=(60, 400))
     low, high = rm.interval(lambda rows: x[0][rows].mean(), 400)
-    assert low == pytest.approx(x[0].mean() - 1.96 / 20, abs=0.02) and high == pytest.approx(x[0].mean() + 1.96 / 20, abs=0.02)
-    covered = [low < 0 < high for low, high in (rm.interval(lambda rows: y[rows].mean(), 400, 300) for y in x)]
+    assert (low == pytest.approx(x[0].mean() - 1.96 / 20, abs=0.02)
+            and high == pytest.approx(x[0].mean() + 1.96 / 20, abs=0.02))
+    covered = [low < 0 < high
+               for low, high in (rm.interval(lambda rows: y[rows].mean(), 400, 300) for y in x)]
     assert np.mean(covered) > 0.95 - 4 * (0.95 * 0.05 / 60)**0.5
     assert rm.interval(lambda rows: 1.0 if 0 in rows else float("nan"), 4, 50) == (1, 1)
     assert math.isnan(rm.interval(lambda rows: float("nan"), 4, 10)[0])
@@ -210,12 +230,13 @@ def test_bootstrap_of_a_mean():
 
 def test_calibration_bins():
     bins = rm.calibration(np.array([0.05, 0.07, 0.95, 1.0]), np.array([0, 1, 1, 0.5]))
-    assert [(b["n"], round(b["predicted"], 3), b["target"]) for b in bins] == [(2, 0.06, 0.5), (2, 0.975, 0.75)]
+    assert [(b["n"], round(b["predicted"], 3), b["target"]) for b in bins] == [
+        (2, 0.06, 0.5), (2, 0.975, 0.75)]
 
 
 def test_the_loss_reads_the_last_position_alone():
-    """Guards against a loss averaged over positions and against a shortcut that is not the same
-    function: the sentiment equals the last row of the full forward pass, value and gradient."""
+    """Guards against a loss averaged over positions, and against a shortcut that computes something
+    else. The sentiment equals the last row of the full forward pass, in value and gradient."""
     from tests.test_model import tiny
     gpt, y = tiny(), torch.randint(17, (4, 8))
     full = gpt(torch.cat((torch.full((4, 1), gpt.bos), y), dim=1))[:, -1]
@@ -231,12 +252,14 @@ def test_the_loss_reads_the_last_position_alone():
 
 
 def test_the_bag_of_words_is_logistic_regression():
-    """One word a text, a share of .9 and of .2 positive: its log-odds; unseen words add nothing; a weight counts."""
+    """A one-word text scores its log-odds: 0.9 and, with weights, 0.2. Unseen words add nothing."""
     def item(word, target, weight=1.0):
         return {"text": word, "target": target, "weight": weight}
-    train = ([item("Joy!", 1.0)] * 9 + [item("joy", 0.0)] + [item("woe", 1.0, 0.5)] * 4 + [item("woe", 0.0)] * 8) * 400
+    train = ([item("Joy!", 1.0)] * 9 + [item("joy", 0.0)] + [item("woe", 1.0, 0.5)] * 4
+             + [item("woe", 0.0)] * 8) * 400
     joy, woe, unseen = rm.bag_of_words(train, [item("joy", 1), item("WOE", 1), item("unseen", 1)])
-    assert joy == pytest.approx(math.log(9), abs=0.1) and woe == pytest.approx(math.log(0.2 / 0.8), abs=0.1) and woe < unseen < joy
+    assert (joy == pytest.approx(math.log(9), abs=0.1)
+            and woe == pytest.approx(math.log(0.2 / 0.8), abs=0.1) and woe < unseen < joy)
 
 
 def test_cross_validation_never_predicts_what_it_was_fitted_to():
@@ -244,16 +267,18 @@ def test_cross_validation_never_predicts_what_it_was_fitted_to():
     seen = []
 
     def fit(train, test):
-        assert not {x["text"] for x in train} & {x["text"] for x in test} and len(train) + len(test) == 47
+        assert (not {x["text"] for x in train} & {x["text"] for x in test}
+                and len(train) + len(test) == 47)
         seen.append(len(test))
         return np.array([x["i"] for x in test])
     assert rm.cross_validate(fit, items, seed=0).tolist() == list(range(47)) and len(seen) == 5
 
 
 def test_a_sample_is_read_with_its_prompt():
-    """The sentiment after a prompt is that of prompt and sample in one, whatever the others' prompts are."""
+    """Prompt and sample are read as one text, whatever the other prompts of the batch are."""
     from tests.test_model import tiny
-    gpt, y, prompt = tiny(), torch.randint(17, (3, 5)), torch.tensor([[4, 5, 6], [7, -1, -1], [-1, -1, -1]])
+    gpt, y, prompt = tiny(), torch.randint(17, (3, 5)), torch.tensor(
+        [[4, 5, 6], [7, -1, -1], [-1, -1, -1]])
     for i, length in enumerate((3, 1, 0)):
         whole = torch.cat((prompt[i, :length], y[i]))[None]
         torch.testing.assert_close(gpt.sentiment(y, prompt)[i:i + 1], gpt.sentiment(whole))
@@ -263,13 +288,15 @@ def test_a_sample_is_read_with_its_prompt():
 
 
 def test_a_text_may_end_in_a_zero_byte(tmp_path):
-    """Guards against arrays of strings, which strip it: a good file would be refused as another tokenizer's."""
+    """Guards against string arrays, which strip it: a good file would seem another tokenizer's."""
     class Tokenizer:
         def decode_batch(self, tokens):
             return ["".join(map(chr, x)) for x in tokens]
 
     class Base:
         n_text = 200
-    rows = [row(i, "positive", text=t) | {"tokens": [ord(c) for c in t]} for i, t in enumerate(["joy\x00", "a\x00\x00"])]
+    rows = [row(i, "positive", text=t) | {"tokens": [ord(c) for c in t]}
+            for i, t in enumerate(["joy\x00", "a\x00\x00"])]
     write_rows(tmp_path / "labels-anna.jsonl", rows)
-    assert [r["text"] for r in rm.read_all_labels(rm.Config(out=tmp_path), Base, Tokenizer())] == ["joy\x00", "a\x00\x00"]
+    assert [r["text"] for r in rm.read_all_labels(rm.Config(out=tmp_path), Base, Tokenizer())] == [
+        "joy\x00", "a\x00\x00"]

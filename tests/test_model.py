@@ -10,8 +10,19 @@ import torch
 import model as m
 from kernels import linear_logprob, squared_relu
 from kernels.decoder import Decoder
-from model import (GPT, GPTConfig, Log, UserError, fast_dtype, fingerprint, load, read_prompts, resume, save,
-                   save_state)
+from model import (
+    GPT,
+    GPTConfig,
+    Log,
+    UserError,
+    fast_dtype,
+    fingerprint,
+    load,
+    read_prompts,
+    resume,
+    save,
+    save_state,
+)
 from report.complete import complete
 
 
@@ -55,16 +66,17 @@ def test_hidden_states_are_causal_and_positions_matter():
     before = gpt(x)
     y = x.clone()
     y[:, 6] = (y[:, 6] + 1) % 17
-    assert torch.equal(before[:, :6], gpt(y)[:, :6]) and not torch.allclose(before[:, 6:], gpt(y)[:, 6:])
-    same = gpt(torch.full((1, 4), 3))   # attention over equal tokens: only the position could differ,
-    assert torch.allclose(same[0, 0], same[0, 3], atol=1e-5)  # and values carry none
+    assert (torch.equal(before[:, :6], gpt(y)[:, :6])
+            and not torch.allclose(before[:, 6:], gpt(y)[:, 6:]))
+    same = gpt(torch.full((1, 4), 3))  # the tokens are equal; only their positions differ,
+    assert torch.allclose(same[0, 0], same[0, 3], atol=1e-5)  # and values carry no position
     ab, ba = gpt(torch.tensor([[1, 2, 3], [2, 1, 3]]))[:, 2]
     assert not torch.allclose(ab, ba, atol=1e-3)
 
 
 def test_the_decoder_draws_what_the_loop_draws():
-    """The captured step of a GPU, run as it is on a CPU, against the loop of `GPT.draw`: prompts of several
-    lengths, a batch that fills its buffers only in part, and a second rollout with other weights."""
+    """The step that a GPU captures, run on a CPU, against the loop of `GPT.draw`: with prompts of
+    several lengths, a batch smaller than the buffers, and a second rollout with other weights."""
     gpt, other = tiny(seed=1), tiny(seed=2)
     prompt = torch.tensor([[3, 1, 4, 1], [5, 9, -1, -1], [-1, -1, -1, -1]])
     numbers = torch.tensor([7, 0, 2])
@@ -79,20 +91,22 @@ def test_the_decoder_draws_what_the_loop_draws():
 
 
 def test_a_decoder_steps_a_changed_model_by_its_own_step(monkeypatch, capsys):
-    """Or a GPU would draw from another policy than the one it trains."""
-    gpt, prompt, numbers = tiny(seed=1), torch.empty(3, 0, dtype=torch.long), torch.tensor([7, 0, 2])
+    """Otherwise a GPU would sample from another policy than the one it trains."""
+    gpt, prompt, numbers = (tiny(seed=1), torch.empty(3, 0, dtype=torch.long),
+                            torch.tensor([7, 0, 2]))
     assert Decoder(gpt, 3, 0, 8).known and not capsys.readouterr().out
     monkeypatch.setattr(m.MLP, "forward", lambda self, x: self.down(self.up(x).relu()))
     decoder = Decoder(gpt, 3, 0, 8)
     assert not decoder.known and "its own step draws" in capsys.readouterr().out
     with torch.no_grad():
-        found, expected = decoder.draw(numbers, prompt, 8, seed=3), gpt.draw(numbers, prompt, 8, seed=3)
+        found, expected = (decoder.draw(numbers, prompt, 8, seed=3),
+                           gpt.draw(numbers, prompt, 8, seed=3))
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
 
 
 def test_the_gpu_path_of_generate_is_the_decoder(monkeypatch):
-    """Where a step can be captured, `generate` draws by a decoder with the weights of now."""
+    """If a step can be captured, `generate` uses a decoder with the current weights."""
     from kernels import decoder
     gpt, other = tiny(seed=1), tiny(seed=2)
     prompt = torch.tensor([[3, 1, 4, 1], [5, 9, -1, -1], [-1, -1, -1, -1]])
@@ -101,7 +115,7 @@ def test_the_gpu_path_of_generate_is_the_decoder(monkeypatch):
     monkeypatch.setattr(decoder, "decoders", {})
     found = [model.generate(3, 8, seed=3, batch=2, prompts=prompt)[0] for model in (gpt, other)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
-    assert len(decoder.decoders) == 1  # models of one shape share it
+    assert len(decoder.decoders) == 1  # models of the same shape share it
 
 
 def test_a_rollout_uses_the_weights_of_now():
@@ -116,10 +130,11 @@ def test_a_rollout_uses_the_weights_of_now():
 
 
 def test_prompts_of_different_lengths_equal_one_by_one():
-    """A batch of prompts of 0 to 4 tokens: rollout, log-probs, entropies and gradients of the completions are
-    those of each row alone, without padding; what stands in the padding does not matter."""
+    """A batch of prompts of 0 to 4 tokens gives each row the rollout, log-probs, entropies and
+    gradients that it has alone, without padding. What the padding holds does not matter."""
     gpt, length = tiny(seed=4), 5
-    prompt = torch.tensor([[3, 1, 4, 1], [5, 9, -1, -1], [-1, -1, -1, -1], [2, -1, -1, -1], [6, 5, 3, 5]])
+    prompt = torch.tensor(
+        [[3, 1, 4, 1], [5, 9, -1, -1], [-1, -1, -1, -1], [2, -1, -1, -1], [6, 5, 3, 5]])
     y, sampled = gpt.generate(5, length, seed=1, prompts=prompt, batch=3)
     logp, entropy = logprob_and_entropy(gpt, y, prompt)
     assert torch.equal(logp, gpt.logprob(y, prompt))
@@ -130,19 +145,21 @@ def test_prompts_of_different_lengths_equal_one_by_one():
         start = row[row >= 0]
         alone, _ = gpt.generate(torch.tensor([i]), length, seed=1, prompts=start[None])
         assert torch.equal(alone, y[i:i + 1])
-        both, both_entropy = logprob_and_entropy(gpt, torch.cat((start, y[i]))[None])  # the whole as one completion
+        both, both_entropy = logprob_and_entropy(gpt, torch.cat((start, y[i]))[None])  # as one
         torch.testing.assert_close(both[0, len(start):], logp[i], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(both_entropy[0, len(start):], entropy[i], rtol=1e-5, atol=1e-6)
         both[0, len(start):].sum().backward()
     torch.testing.assert_close(gpt.embed.weight.grad, grad, rtol=1e-4, atol=1e-5)
-    assert torch.equal(gpt.generate(3, length, seed=1, prompts=prompt[2:3].expand(3, -1))[0], gpt.generate(3, length, seed=1)[0])
+    assert torch.equal(gpt.generate(3, length, seed=1, prompts=prompt[2:3].expand(3, -1))[0],
+                       gpt.generate(3, length, seed=1)[0])
 
 
 def test_the_picture_of_the_layout():
-    """The one in `lay_out`, whose padding may hold anything; and a prompt that fills its row."""
+    """The picture in `lay_out`, whose padding may hold anything; and a prompt without padding."""
     y, prompt = torch.tensor([[7, 8, 9], [7, 8, 9]]), torch.tensor([[5, 6, -1], [4, 5, 6]])
     x, places = m.lay_out(y, prompt, bos=99)
-    assert x.tolist() == [[99, 5, 6, 7, 8, 9, 9], [99, 4, 5, 6, 7, 8, 9]] and places.tolist() == [[2, 3, 4], [3, 4, 5]]
+    assert (x.tolist() == [[99, 5, 6, 7, 8, 9, 9], [99, 4, 5, 6, 7, 8, 9]]
+            and places.tolist() == [[2, 3, 4], [3, 4, 5]])
     assert torch.equal(x.gather(1, places + 1), y)
 
 
@@ -155,9 +172,11 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
     def texts(part):
         rows = read_prompts(tmp_path / "prompts.json", part)
         return tokenizer.decode_batch([[t for t in row if t >= 0] for row in rows.tolist()])
-    assert texts("train") == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"] and texts("held_out") == ["JULIET:\nNot to be\n"]
-    gutenberg = "WITCH.\nWhen shall we\n\nTHIRD, A.\nThere\n\nThus:\nSo\n\n" * 99  # as Project Gutenberg prints it
-    assert tokenizer.decode_batch(label.find_prompts("training", gutenberg, tokenizer, 24)) == ["WITCH.\nWhen shall we\n", "THIRD, A.\nThere\n"]
+    assert (texts("train") == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"]
+            and texts("held_out") == ["JULIET:\nNot to be\n"])
+    gutenberg = "WITCH.\nWhen shall we\n\nTHIRD, A.\nThere\n\nThus:\nSo\n\n" * 99  # its layout
+    assert tokenizer.decode_batch(label.find_prompts("training", gutenberg, tokenizer, 24)) == [
+        "WITCH.\nWhen shall we\n", "THIRD, A.\nThere\n"]
     with pytest.raises(UserError, match="missing"):
         label.write_prompts(tmp_path / "none.txt", tokenizer, 24, tmp_path / "prompts.json")
     with pytest.raises(UserError, match="missing: run 02_sample_label.py --prompts"):
@@ -167,15 +186,16 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
 
 
 def test_settings_of_a_gpu(monkeypatch, capsys):
-    """Where there is a GPU the defaults are ON_GPU's; a flag on the command line still counts."""
+    """On a GPU the defaults come from ON_GPU; a flag on the command line still wins."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name, flag in (("01_pretrain", "--steps"), ("02_sample_label", "--n"), ("03_reward_model", "--warmup"),
-                       ("04_ppo", "--max-iterations")):
+    for name, flag in (("01_pretrain", "--steps"), ("02_sample_label", "--n"),
+                       ("03_reward_model", "--warmup"), ("04_ppo", "--max-iterations")):
         stage = importlib.import_module(name)
         monkeypatch.setattr("sys.argv", [name, flag, "7"])
         cfg, device, dtype = m.start(stage.Config, stage.__doc__, stage.ON_GPU)
         expected = stage.Config(**stage.ON_GPU | {flag[2:].replace("-", "_"): 7})
-        assert cfg == expected != stage.Config() and device.type == "cuda" and dtype is torch.bfloat16
+        assert (cfg == expected != stage.Config() and device.type == "cuda"
+                and dtype is torch.bfloat16)
 
 
 @pytest.mark.parametrize("kv", [1, 2])
@@ -198,7 +218,7 @@ def test_a_sample_depends_on_seed_and_number_alone():
 
 
 def test_sampled_sequences_follow_the_model():
-    """Chi-square of 30,000 two-token samples against the enumerated joint distribution."""
+    """A chi-square test of 30,000 two-token samples against the enumerated joint distribution."""
     gpt = tiny(vocab=9, noise=0.5)
     pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
     p = gpt.logprob(pairs).double().sum(1).exp().detach()
@@ -236,7 +256,8 @@ def test_save_and_load(tmp_path, tokenizer):
     assert os.listdir(tmp_path) == ["x.safetensors"]
     gpt.dtype = torch.bfloat16
     save(tmp_path / "half.safetensors", gpt, tokenizer)
-    size = [(tmp_path / f).stat().st_size - len(tokenizer.to_str()) for f in ("x.safetensors", "half.safetensors")]
+    size = [(tmp_path / f).stat().st_size - len(tokenizer.to_str())
+            for f in ("x.safetensors", "half.safetensors")]
     assert size[1] < 0.75 * size[0]
 
 
@@ -245,8 +266,10 @@ def test_completions_are_those_that_generate_draws_after_the_prompt(tmp_path, to
     save(tmp_path / "x.safetensors", gpt, tokenizer)
     complete(tmp_path / "x.safetensors", "to be", length=6, n=2, seed=3)
     prompt = torch.tensor([tokenizer.encode("to be").ids] * 2)
-    y, _ = load(tmp_path / "x.safetensors", "", dtype=fast_dtype(torch.device("cpu")))[0].generate(2, 6, 3, prompts=prompt)
-    assert capsys.readouterr().out == "".join(f"to be{text}\n\n" for text in tokenizer.decode_batch(y.tolist()))
+    y, _ = load(tmp_path / "x.safetensors", "", dtype=fast_dtype(torch.device("cpu")))[0].generate(
+        2, 6, 3, prompts=prompt)
+    assert capsys.readouterr().out == "".join(
+        f"to be{text}\n\n" for text in tokenizer.decode_batch(y.tolist()))
     with pytest.raises(UserError, match="has learned 12 tokens"):
         complete(tmp_path / "x.safetensors", "to be", length=12)
 
@@ -267,7 +290,8 @@ def test_optimizers_continue_exactly(tmp_path, tokenizer):
     for s in range(3):
         step(gpt, optimizers, s)
     path, inputs = tmp_path / "state.pt", {"corpus": "x"}
-    save_state(path, Config(), {"step": 3, "seen": [1], "seconds": 0.0, "inputs": inputs, "model": gpt.state_dict(),
+    save_state(path, Config(), {"step": 3, "seen": [1], "seconds": 0.0, "inputs": inputs,
+                                "model": gpt.state_dict(),
                                 "optimizers": [o.state_dict() for o in optimizers]})
     again = tiny(vocab=tokenizer.get_vocab_size(), seed=9)
     more = make(again)
@@ -290,7 +314,7 @@ class Config:
 
 
 def test_what_a_run_resumes_from(tmp_path):
-    """Nothing of other inputs, of other settings, or of an earlier run; and never a damaged file."""
+    """Never from other inputs, other settings, an earlier run or a damaged file."""
     path, inputs = tmp_path / "state.pt", {"corpus": "x"}
     assert resume(path, Config(), inputs) == {}
     save_state(path, Config(), {"step": 3, "seconds": 1.0, "inputs": inputs})
@@ -308,9 +332,10 @@ def test_what_a_run_resumes_from(tmp_path):
 
 
 def test_a_state_holds_plain_types_only(tmp_path):
-    """Guards against a file that could run code when it is read."""
+    """Guards against a file that runs code when it is read."""
     import pickle
-    save_state(tmp_path / "s.pt", Config(), {"step": 0, "seconds": 0.0, "inputs": {}, "bad": Config()})
+    save_state(tmp_path / "s.pt", Config(),
+               {"step": 0, "seconds": 0.0, "inputs": {}, "bad": Config()})
     with pytest.raises(UserError, match="damaged"):
         resume(tmp_path / "s.pt", Config(), {})
     with pytest.raises(pickle.UnpicklingError):
@@ -345,7 +370,7 @@ def test_write_keeps_the_old_file_if_it_cannot_write_the_new(tmp_path, monkeypat
 
 
 def test_a_log_begins_with_the_rows_of_the_state(tmp_path):
-    """What a killed run wrote after its last state goes; what is logged joins the rows that the next state saves."""
+    """Lines that a killed run wrote after its last state are removed; new ones join the rows."""
     path, rows = tmp_path / "log.jsonl", [{"step": 0}, {"step": 1}]
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     Log(path, rows)(step=2, again=True)
@@ -360,7 +385,8 @@ def test_rows_as_other_programs_write_them(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"id": "1"}\r\n\r\n{"id": "\xe2\x80\xa8"}\n\n')
     assert m.read_rows(path, "it") == [{"id": "1"}, {"id": "\u2028"}]
-    for line, why in (("[", "line 2 is broken"), ("{}", "line 2 is broken .*'id'"), ("7", "line 2 is broken")):
+    for line, why in (("[", "line 2 is broken"), ("{}", "line 2 is broken .*'id'"),
+                      ("7", "line 2 is broken")):
         path.write_text('{"id": "1"}\n' + line)
         with pytest.raises(UserError, match=why):
             m.read_rows(path, "it", lambda row: row["id"])
@@ -369,7 +395,7 @@ def test_rows_as_other_programs_write_them(tmp_path):
 
 
 def test_the_arrows_run_one_way():
-    """kernels <- model <- 01 to 05 <- people, report, experiments, benchmarks. A numbered script imports model alone."""
+    """kernels <- model <- 01 to 05 <- other folders. A numbered script imports only model.py."""
     import ast
     root = Path(m.__file__).parent
     rooms = ("people", "report", "experiments", "benchmarks", "tests")
@@ -383,7 +409,8 @@ def test_the_arrows_run_one_way():
                 found.add(node.module)
             elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
                 found.add(getattr(node.args[0], "value", "a name that is computed"))
-        own = {name for name in found if (root / name.split(".")[0]).is_dir() or (root / f"{name}.py").exists()}
+        own = {name for name in found
+               if (root / name.split(".")[0]).is_dir() or (root / f"{name}.py").exists()}
         return {name.split(".")[0] for name in own}
     scripts = sorted(root.glob("0?_*.py"))
     assert len(scripts) == 5
@@ -392,7 +419,8 @@ def test_the_arrows_run_one_way():
     assert imported(root / "model.py") == {"kernels"}
     for path in (root / "kernels").glob("*.py"):
         assert imported(path) <= {"kernels"}, path
-    above = {"people": {"people"}, "report": {"report"}, "benchmarks": {"benchmarks", "people", "report"},
+    above = {"people": {"people"}, "report": {"report"},
+             "benchmarks": {"benchmarks", "people", "report"},
              "experiments": {"experiments", "benchmarks", "people", "report"}}
     for room, allowed in above.items():
         for path in (root / room).glob("*.py"):

@@ -12,16 +12,17 @@ from model import RESERVED, UserError
 pre = importlib.import_module("01_pretrain")
 
 TEXT = ("ROMEO:\nO, she doth teach the torches to burn bright!\n" * 60)
-BOOK = ("\ufeffThe Project Gutenberg eBook\r\nlicence\r\n*** START OF THE PROJECT GUTENBERG EBOOK 100 ***\r\n"
-        + TEXT.replace("\n", "\r\n") + "*** END OF THE PROJECT GUTENBERG EBOOK 100 ***\r\nmore licence")
+BOOK = ("\ufeffThe Project Gutenberg eBook\r\nlicence\r\n"
+        "*** START OF THE PROJECT GUTENBERG EBOOK 100 ***\r\n" + TEXT.replace("\n", "\r\n")
+        + "*** END OF THE PROJECT GUTENBERG EBOOK 100 ***\r\nmore licence")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = {"/book": BOOK.encode(), "/plain": TEXT.encode(), "/cut": TEXT.encode()[:500],
                 "/latin": ("caf\xe9 " * 999).encode("latin-1"), "/short": b"busy, try again later",
-                "/html": b"<!DOCTYPE html><html><body>Sorry, too many requests</body></html>" + b" " * 999,
-                "/slow": TEXT.encode()}.get(self.path)
+                "/html": b"<!DOCTYPE html><html><body>Sorry, too many requests</body></html>"
+                + b" " * 999, "/slow": TEXT.encode()}.get(self.path)
         if body is None:
             return self.send_error(404)
         self.send_response(200)
@@ -58,8 +59,9 @@ def test_download_strips_the_licence_and_prints_size_and_hash(server, capsys):
     assert hashlib.sha256(BOOK.encode()).hexdigest() in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path, why", [("/cut", "cut off after 500 of"), ("/html", "HTML page"),
-                                       ("/latin", "not UTF-8: byte 3 is 0xe9"), ("/none", "404"), ("/short", "only 21 bytes")])
+@pytest.mark.parametrize("path, why", [
+    ("/cut", "cut off after 500 of"), ("/html", "HTML page"),
+    ("/latin", "not UTF-8: byte 3 is 0xe9"), ("/none", "404"), ("/short", "only 21 bytes")])
 def test_download_refuses(server, path, why):
     with pytest.raises(UserError, match=why):
         fetch(server + path)
@@ -67,7 +69,7 @@ def test_download_refuses(server, path, why):
 
 def test_download_has_a_time_limit_and_survives_refusal(server):
     began = time.time()
-    with pytest.raises(UserError, match="slower than"):  # the whole would take 16 s
+    with pytest.raises(UserError, match="slower than"):  # the whole file would take 16 s
         fetch(server + "/slow", limit_s=0.5)
     assert time.time() - began < 3
     with pytest.raises(UserError, match="refused"):
@@ -88,7 +90,8 @@ def test_corpus_falls_back_and_is_written_whole(server, tmp_path, monkeypatch):
 def test_tokenizer_is_lossless_and_reserves_the_last_ids():
     tokenizer = pre.train_tokenizer(TEXT, 280)
     size = tokenizer.get_vocab_size()
-    assert [tokenizer.token_to_id(t) for t in RESERVED] == [size - 3, size - 2, size - 1] and size == 280
+    assert ([tokenizer.token_to_id(t) for t in RESERVED] == [size - 3, size - 2, size - 1]
+            and size == 280)
     for text in (TEXT, "Ünïcode \u2603 \x00\x7f\n\n  and   spaces", ""):
         ids = tokenizer.encode(text).ids
         assert tokenizer.decode(ids) == text and max(ids, default=0) < size - 3
@@ -106,12 +109,13 @@ def test_windows_do_not_overlap_and_cover_the_text():
 
 
 def test_held_out_of_an_untrained_model_is_uniform():
-    """An untrained head is zero: ln(n_text) nats a token, whatever the text; bits per byte follow."""
+    """An untrained head is zero: every token costs ln(n_text) nats. Bits per byte follow."""
     from model import GPT, GPTConfig
     gpt = GPT(GPTConfig(35, 8, 1, 2, 1, 16))
     ids = torch.randint(32, (50,))
     nats, bits = pre.held_out(gpt, ids, torch.full((35,), 2))
-    assert math.isclose(nats, math.log(32), rel_tol=1e-6) and math.isclose(bits, 5 / 2, rel_tol=1e-6)
+    assert (math.isclose(nats, math.log(32), rel_tol=1e-6)
+            and math.isclose(bits, 5 / 2, rel_tol=1e-6))
 
 
 def test_real_word_share_leaves_out_the_cut_edges():

@@ -1,27 +1,27 @@
 """How good is the reward model with fewer labels?
 
-    python -m benchmarks.learning_curve           # after 02_sample_label.py; `python -m report` draws it
+    python -m experiments.learning_curve   # after 02_sample_label.py; `python -m report` draws it
 
-The last phase of 03 (a person's labels if there are any, else the machine's of whole samples), on
-300, 1,600, 6,400 and all of them: once alone, from the base model, and once after the phases before
-it; beside it the bag of words, once on these labels alone, once with those of the phases before.
-Few labels get more passes, as they would from anyone who has only them; all else is the phase's own
-schedule. AUC on the same held-out samples. Writes out/curve.json.
+Train the last phase of 03 (a person's labels if there are any, else the machine's labels of whole
+samples) on 300, 1,600, 6,400 and all of its labels. Each number of labels is tried twice: from the
+base model, and after the phases before it. A bag of words stands beside both: on these labels
+alone, and with the labels of the phases before. Fewer labels get more passes. Everything else is
+the phase's own schedule. AUC is measured on the same held-out samples. Writes out/curve.json.
 """
 import copy
 import importlib
-import json
 from dataclasses import replace
 
 import numpy as np
 
-from model import finish, load, start, write
+from model import as_json, finish, load, start, write
 
 rm = importlib.import_module("03_reward_model")
 
 
 def learning_curve(base, phases: list, test: list[dict], cfg, sizes=(300, 1600, 6400)) -> list:
-    """-> for each number of labels the AUC on `test` of two reward models and two bags of words."""
+    """-> for each number of labels, the AUC on `test` of two reward models and two bags of words.
+    """
     *before, last = phases
     started = copy.deepcopy(base)
     for phase in before:
@@ -55,5 +55,5 @@ if __name__ == "__main__":
     people = phases[-1].cross_validated
     test = [item for item in items if item["part"] == "test" and item["source"] != "piece"]
     test = [item for item in test if item["person"] or not people]
-    write(cfg.out / "curve.json", json.dumps(learning_curve(base, phases, test, cfg)))
+    write(cfg.out / "curve.json", as_json(learning_curve(base, phases, test, cfg)))
     finish("python -m report", cfg.out)

@@ -1,4 +1,4 @@
-"""Simulated people: each feels like VADER, but for some words that mean the opposite to her."""
+"""Simulated people: each feels like VADER, except that some words mean the opposite to her."""
 import copy
 import importlib
 from collections import Counter
@@ -6,22 +6,22 @@ from collections import Counter
 import numpy as np
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from benchmarks.simulated_person import FLIPPED
 from model import words
 
+FLIPPED = ("good", "love", "like", "well", "no", "great", "death", "fair", "true", "sweet")
 label, rm = importlib.import_module("02_sample_label"), importlib.import_module("03_reward_model")
 
 
 def person(flipped):
-    """-> function: texts -> VADER's compound scores (n,), these words meaning their opposite."""
+    """Return a function: texts -> VADER's compound scores (n,), with these words negated."""
     analyzer = SentimentIntensityAnalyzer()
     analyzer.lexicon |= {word: -analyzer.lexicon[word] for word in flipped}
     return lambda texts: np.array([analyzer.polarity_scores(text)["compound"] for text in texts])
 
 
 def others(texts: list[str], n: int, seed: int) -> list[list[str]]:
-    """n lists of ten words of the lexicon, none of them FLIPPED, each within ten ranks of the word
-    whose place it takes, by how frequent they are in the texts."""
+    """Draw n lists of ten words of the lexicon, none of them FLIPPED. Each takes the place of a
+    FLIPPED word, and is within ten ranks of it by how frequent they are in the texts."""
     lexicon, rng = SentimentIntensityAnalyzer().lexicon, np.random.default_rng(seed)
     counts = Counter(word for text in texts for word in words(text) if word in lexicon)
     ranked = [word for word, _ in counts.most_common() if word not in FLIPPED]
@@ -37,7 +37,7 @@ def others(texts: list[str], n: int, seed: int) -> list[list[str]]:
 
 
 def retrained(reward_model, y, texts: list[str], compound: np.ndarray):
-    """The reward model after what 03 does with a person's labels; compound (n,): how she feels."""
+    """Train the reward model on, as 03 does by a person's labels. compound (n,): how she feels."""
     rows = [{"id": str(i), "text": text, "tokens": tokens, "source": "model", "labeller": "her",
              "label": label.feeling(feeling)}
             for i, (tokens, text, feeling) in enumerate(zip(y.tolist(), texts, compound))]
@@ -49,5 +49,5 @@ def retrained(reward_model, y, texts: list[str], compound: np.ndarray):
 
 
 def targets(compound: np.ndarray) -> np.ndarray:
-    """Compound scores (n,) -> what 03 makes of the labels that she gives: 0, .5 or 1, (n,)."""
+    """Return what 03 makes of the labels that compound scores (n,) stand for: 0, 0.5 or 1, (n,)."""
     return np.array([rm.TARGET[label.feeling(x)] for x in compound])
