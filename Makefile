@@ -3,7 +3,7 @@
 # make test-old   the Triton tests once more, with the oldest Triton that is supported
 # make seeds      the pipeline on seeds 0, 1, 2 and the table in README
 # make experiments  one question each, after make seeds: docs/experiments.md
-# make clean      delete .venv and out/, but for labels, comparisons and ratings
+# make clean      delete .venv, and of out/ what the scripts wrote, but for people's answers
 # make help       this list
 #
 # VENV= PYTHON=python3 make ...   use an existing environment, for example one with a CUDA torch
@@ -14,8 +14,12 @@ PYTHON ?= python3
 OUT ?= out
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/ready)
+$(if $(filter 1,$(words $(OUT))),,$(error OUT="$(OUT)": name one folder, without blanks))
+$(foreach c,: % ' " * ? \ ; & | $$,$(if $(findstring $c,$(OUT)),$(error OUT=$(OUT): a folder's name without $c, please)))
+# a label file that is newer than the reward model (a wildcard would split names at blanks)
+LABELLED := $(shell find -L $(OUT) -maxdepth 1 -name 'labels-*.jsonl' -newer $(OUT)/reward.safetensors 2>/dev/null)
 
-.PHONY: all test test-old seeds experiments clean help
+.PHONY: all test test-old seeds experiments clean help FORCE
 
 all: $(OUT)/report.html
 	@echo "the report: $(OUT)/report.html"
@@ -35,7 +39,7 @@ $(OUT)/base.safetensors: 01_pretrain.py model.py | $(READY)
 $(OUT)/labels-vader.jsonl: 02_sample_label.py $(OUT)/base.safetensors | $(READY)
 	$(RUN) 02_sample_label.py --out $(OUT)
 
-$(OUT)/reward.safetensors: 03_reward_model.py $(OUT)/labels-vader.jsonl $(wildcard $(OUT)/labels-*.jsonl) | $(READY)
+$(OUT)/reward.safetensors: 03_reward_model.py $(OUT)/labels-vader.jsonl $(if $(LABELLED),FORCE) | $(READY)
 	$(RUN) 03_reward_model.py --out $(OUT)
 
 $(OUT)/policy-happy.safetensors: 04_ppo.py $(OUT)/reward.safetensors | $(READY)
@@ -64,6 +68,16 @@ test-old: | $(READY)
 	PYTHONPATH=$(CURDIR)/.triton-3.6 $(RUN) -c 'import triton; assert triton.__version__ == "3.6.0"'
 	PYTHONPATH=$(CURDIR)/.triton-3.6 $(RUN) $(PYTEST) tests/test_triton.py
 
+# what the scripts write, by name
+WRITTEN := base.safetensors reward.safetensors policy-*.safetensors checkpoints/*.safetensors \
+  corpus.txt samples.jsonl pairs.jsonl prompts.json 02.json 0[1-5]*.jsonl 0[1-5]*-state.pt \
+  report.json report.html plots/*.svg curve.json ratings.json times.json *.tmp \
+  experiments/*.json experiments/*.png experiments/*.log
+
 clean:
-	rm -rf $(VENV) .triton-3.6
-	find $(OUT) -type f ! -name 'labels-*' ! -name 'comparisons-*' ! -name 'ratings-*' ! -name 'key-*' -delete
+	@if ! test -d $(OUT); then echo "$(OUT) is not there: nothing to clean"; \
+	elif test $(OUT) -ef . || test $(OUT) -ef pretrained || test -z "$$(cd $(OUT) && \
+	  ls -d base.safetensors 01.jsonl 01-state.pt samples.jsonl labels-*.jsonl 2> /dev/null)"; \
+	then echo "error: $(OUT) is not a run of these scripts: nothing is deleted" >&2; exit 2; \
+	else (cd $(OUT) && rm -f $(WRITTEN) && ls -A | sed 's/^/kept: /'); fi
+	$(if $(filter file,$(origin VENV)),rm -rf .venv .triton-3.6)

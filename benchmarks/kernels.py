@@ -67,22 +67,9 @@ def milliseconds(call) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def peak_megabytes(call) -> float | None:
-    """What one call allocates on top of what was there; None on a CPU, where torch does not count.
-    """
-    if not GPU:
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def compare(calls: dict, rounds: int, whole: dict | None = None) -> dict:
-    """calls: provider -> function. -> provider -> median, 20th and 80th percentile in ms, and peak
-    memory in MB (of the calls in `whole`, if given); or why it failed."""
+def compare(calls: dict, rounds: int) -> dict:
+    """calls: provider -> function. -> provider -> median, 20th and 80th percentile in ms; or why it
+    failed."""
     results, times = {name: {} for name in calls}, {name: [] for name in calls}
 
     def attempt(name, f):
@@ -95,8 +82,6 @@ def compare(calls: dict, rounds: int, whole: dict | None = None) -> dict:
             times.pop(name)
     for name, call in calls.items():
         attempt(name, call)  # compiles, allocates, warms up
-        if name in times:
-            results[name]["peak_mb"] = attempt(name, lambda: peak_megabytes((whole or calls)[name]))
         if GPU:
             torch.cuda.empty_cache()
     for _ in range(rounds):
@@ -181,10 +166,8 @@ def bench_attention(rounds, bandwidth, peak):
         yield (label, "attention forward", max(4 * elements / bandwidth, flop / peak),
                compare(calls, rounds))
         calls = {name: partial(backward, name, f) for name, f in providers.items()}
-        whole = {name: lambda f=f: torch.autograd.grad(f(*qkv), qkv, upstream)
-                 for name, f in providers.items()}
         floor = max((8 * elements - 2 * B * T * d) / bandwidth, 2.5 * flop / peak)
-        yield label, "attention backward", floor, compare(calls, rounds, whole)
+        yield label, "attention backward", floor, compare(calls, rounds)
 
 
 def bench_decode(rounds, bandwidth, peak):
@@ -229,8 +212,6 @@ def logprob_providers():
         from cut_cross_entropy import linear_cross_entropy as cce
         providers["CCE, no entropy"] = lambda h, w, t: (
             cce(h, w, t, reduction="none", filter_eps="high"),)
-        providers["CCE, no entropy, no filter"] = lambda h, w, t: (
-            cce(h, w, t, reduction="none", filter_eps=None),)
     return providers
 
 
@@ -323,17 +304,10 @@ def ppo_share(rounds) -> dict:
 # ---- The run -------------------------------------------------------------------------------------
 def cells(result: dict, floor: float) -> list[str]:
     """A row of the table."""
-    if "failed" in result["ours"]:
-        return [result["ours"]["failed"], "-", "-", "-"]
-    ours, peak = result["ours"]["ms"], result["ours"]["peak_mb"]
-
-    def other(name, r):
-        if "failed" in r:
-            return f"{name}: {r['failed']}"
-        memory = f", {r['peak_mb'] / peak:.1f}x memory" if peak else ""
-        return f"{name} {r['ms']:.3g} ({r['ms'] / ours:.2f}x{memory})"
-    return [f"{ours:.3g}", f"{100 * floor * 1e3 / ours:.0f}%", f"{peak:.0f}" if peak else "-",
-            "; ".join(other(k, r) for k, r in result.items() if k != "ours")]
+    ours = result.pop("ours")["ms"]
+    others = [f"{name}: {r['failed']}" if "failed" in r else
+              f"{name} {r['ms']:.3g} ({r['ms'] / ours:.2f}x)" for name, r in result.items()]
+    return [f"{ours:.3g}", f"{100 * floor * 1e3 / ours:.0f}%", "; ".join(others)]
 
 
 def main(cfg: Config) -> None:
@@ -354,14 +328,13 @@ def main(cfg: Config) -> None:
     print(f"{device}; " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     print(f"`ours` is {report['ours']}. Copy {bandwidth / 1e9:,.0f} GB/s, bf16 product "
           f"{peak / 1e12:,.2f} TFLOP/s.\n")
-    print("| kernel | shape | ours, ms | of floor | peak MB | others, ms (times ours) |\n"
-          "|---|---|---|---|---|---|")
+    print("| kernel | shape | ours, ms | of floor | others, ms (ours is 1x) |\n" + "|---" * 5 + "|")
     benches = {"attention": bench_attention, "decode": bench_decode, "logprob": bench_logprob,
                "sample": bench_sample}
     for name, bench in benches.items():
         rows = bench(cfg.rounds, bandwidth, peak) if cfg.only in ("all", name) else ()
         for shape, kernel, floor, result in rows:
-            print(f"| {kernel} | {shape} | {' | '.join(cells(result, floor))} |", flush=True)
+            print(f"| {kernel} | {shape} | {' | '.join(cells({**result}, floor))} |", flush=True)
             report["rows"].append({"kernel": kernel, "shape": shape, "floor_ms": 1e3 * floor,
                                    "providers": result})
     if cfg.only in ("all", "ppo"):

@@ -8,6 +8,7 @@ first seed. The other seeds may be run side by side (one thread each), then coll
 """
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -147,9 +148,8 @@ def run(seed: int, out: Path) -> None:
 
 def cpu() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] \
-        if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
+    found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return found[1] if found else platform.processor()
 
 
 if __name__ == "__main__":

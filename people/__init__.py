@@ -1,12 +1,12 @@
-"""Asking people: a program beside the scripts, `python -m people --help`.
+"""This program asks people to label, compare and rate samples: `python -m people --help`.
 
-    answers.py    the items to ask about, and all answers
-    sheet.py      sheet.html, a page to mail, and what comes back
+    answers.py    the items to ask about, and all answers so far
+    sheet.py      a page to mail (from sheet.html), and the answers that come back
     agreement.py  do people agree with each other, and with the machine?
-    ratings.py    the blind test: base model against final policies
+    ratings.py    the blind test: base model against policies
 
-An item is {"id", "text", ...}. Its text is one text, or two to compare; it may have a "prompt". An
-answer is the item with "label", "labeller" and "time": one line of a file that only grows. An undo
-is one more line, and the last line about an item counts. So no later run can lose a label.
-The loop that asks in the terminal is in 02_sample_label.py.
+An item is {"id", "text", ...}. Its text is one text, or two to compare. It may have a "prompt". An
+answer is the item plus "label", "labeller" and "time", on one line of a file that only grows. An
+undo is one more line. The last line about an item counts, so no later run can lose a label.
+02_sample_label.py has the loop that asks in the terminal.
 """

@@ -1,11 +1,11 @@
-"""What people do: label, compare, rate blind; in the terminal, or on a page that can be mailed.
+"""Ask people to label, compare or blindly rate samples, in the terminal or on a page to mail.
 
     python -m people label anna                          # after 02: one key per sample
     python -m people sheet friends.html                  # a page of 300 samples, to mail
-    python -m people merge friends.html a.jsonl b.jsonl  # what came back; also of a page to rate
-    python -m people rate anna                           # after 04: 20 samples of each arm
+    python -m people merge friends.html a.jsonl b.jsonl  # add the answers to a page (any kind)
+    python -m people rate anna                           # after 04: 20 samples of each model
     python -m people rate rate.html                      # the same on a page
-    python -m people unblind                             # what the finished ratings say, once more
+    python -m people unblind                             # show the finished ratings again
 """
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ OUT = Path("out")
 
 
 def ask(name: str, kind: str, out: Path, seed: int) -> None:
-    """Ask in the terminal, then say how far people agree."""
+    """Ask in the terminal, then print how far people agree."""
     items = read_items(out, kind, seed)
     stage.ask(items, out / f"{kind}-{name}.jsonl", name, kind)
     print_agreement(answers_in(out, kind), items)
@@ -33,25 +33,25 @@ def ask(name: str, kind: str, out: Path, seed: int) -> None:
 
 @app.command
 def label(name: Positional[str], out: Path = OUT, seed: int = 0) -> None:
-    """Label the samples in --out: positive, negative or neutral. Run again to go on."""
+    """Label the samples in --out as positive, negative or neutral. Run it again to continue."""
     ask(name, "labels", out, seed)
 
 
 @app.command
 def compare(name: Positional[str], out: Path = OUT, seed: int = 0) -> None:
-    """Which of two is the happier? About the pairs that 02_sample_label.py --compare made."""
+    """Say which of two samples is happier, for each pair from 02_sample_label.py --compare."""
     ask(name, "comparisons", out, seed)
 
 
 @app.command
 def sheet(page: Positional[Path], out: Path = OUT, seed: int = 0, n: int = 300, skip: int = 0,
           compare: bool = False) -> None:
-    """Write a page FILE.html with samples, or pairs to compare, to be answered in any browser.
+    """Write FILE.html, a page of samples or pairs that people can answer in any browser.
 
     Args:
-        n: its items
-        skip: items to leave out first, those on other sheets: 300 for a second, 600 for a third
-        compare: pairs instead of samples
+        n: how many items the page has
+        skip: pass over this many items, used on other sheets: 300 for a second, 600 for a third
+        compare: ask about pairs instead of samples
     """
     require(n > 0 and skip >= 0, "--n must be positive, --skip not negative")
     kind = "comparisons" if compare else "labels"
@@ -65,7 +65,7 @@ def sheet(page: Positional[Path], out: Path = OUT, seed: int = 0, n: int = 300, 
 
 @app.command
 def merge(page: Positional[Path], files: Positional[list[Path]], out: Path = OUT) -> None:
-    """Check the answers to a page, and add them to those in --out."""
+    """Check the answers to a page, and add the valid ones to those in --out."""
     asked = read_sheet(page)
     wrong = collect(asked, files, out)
     if asked["kind"] == "ratings":
@@ -78,12 +78,12 @@ def merge(page: Positional[Path], files: Positional[list[Path]], out: Path = OUT
 @app.command
 def rate(who: Positional[str], out: Path = OUT, seed: int = 0, n: int = 20,
          policy: Path | None = None) -> None:
-    """Rate samples of the base model and of policies, without knowing whose they are.
+    """Rate samples of the base model and of policies without knowing which model wrote them.
 
     Args:
-        who: your name; or FILE.html, a page on which others rate
-        n: samples of each arm
-        policy: a checkpoint of 04; else the happy one that 05's report prefers
+        who: your name, or FILE.html to write a page on which others rate
+        n: how many samples of each model
+        policy: a checkpoint of 04; without it, the happy policy that 05's report prefers
     """
     require(n > 0, "--n must be positive")
     if not who.endswith(".html"):
@@ -101,7 +101,7 @@ def rate(who: Positional[str], out: Path = OUT, seed: int = 0, n: int = 20,
 
 @app.command
 def unblind(out: Path = OUT) -> None:
-    """Print what the finished ratings say, and write it for the report."""
+    """Print the results of the finished ratings, and write them to a file for the report."""
     unblind_ratings(out)
 
 

@@ -1,4 +1,4 @@
-"""Do people agree with each other, and with the machine?"""
+"""Measure how far people agree with each other, and with the machine."""
 import itertools
 
 import krippendorff
@@ -9,14 +9,14 @@ from people.answers import stage
 
 
 def cohen_kappa(a: list[str], b: list[str]) -> float:
-    """Agreement of two labellers on the same items beyond chance (Cohen 1960); 1 if they agree on
-    all, also where all labels are the same."""
+    """Compute how far two labellers agree on the same items beyond chance (Cohen 1960). It is 1 if
+    they agree on all items, even if all labels are the same."""
     return 1.0 if a == b else float(cohen_kappa_score(a, b))
 
 
 def kappas(people: dict[str, dict[str, str]]) -> dict[str, tuple[float, int]]:
-    """name -> id -> label. -> "NAME and NAME" -> Cohen's kappa on their common items, and how many
-    these are."""
+    """Compute Cohen's kappa of each pair of people. people: name -> id -> label. -> "NAME and NAME"
+    -> kappa, and how many items both labelled."""
     found = {}
     for a, b in itertools.combinations(sorted(people), 2):
         common = [i for i in people[a] if i in people[b]]
@@ -27,8 +27,8 @@ def kappas(people: dict[str, dict[str, str]]) -> dict[str, tuple[float, int]]:
 
 
 def agreement(people: dict[str, dict[str, str]]) -> dict:
-    """people: name -> id -> label. -> "alpha" over all (Krippendorff 2004, nominal), and
-    "disputed": ids on which answers differ."""
+    """Compute how far all people agree. people: name -> id -> label. -> "alpha" (Krippendorff 2004,
+    nominal), and "disputed", the ids on which answers differ."""
     ids = sorted({i for labels in people.values() for i in labels})
     codes = {label: code for code, label in enumerate(
         sorted({label for labels in people.values() for label in labels.values()}))}
@@ -43,8 +43,8 @@ def agreement(people: dict[str, dict[str, str]]) -> dict:
 
 
 def print_agreement(people: dict[str, dict[str, str]], items: list[dict]) -> None:
-    """Each pair's kappa, also with the machine; alpha over all people, and ten items on which their
-    answers differ. A skipped item is no answer."""
+    """Print each pair's kappa, pairs with the machine included. Then print alpha over all people,
+    and ten items on which they differ. A skip is not an answer."""
     people = {name: {i: label for i, label in labels.items() if label != "skip"}
               for name, labels in people.items()}
     for pair, (kappa, n) in kappas(people).items():

@@ -1,4 +1,4 @@
-"""The items to ask about, and all answers."""
+"""Read the items to ask about, and all answers so far."""
 import importlib
 from pathlib import Path
 
@@ -8,8 +8,8 @@ stage = importlib.import_module("02_sample_label")
 
 
 def read_items(out: Path, kind: str, seed: int) -> list[dict]:
-    """The samples that 02 drew, or its pairs, in the random order of `seed`. Raises UserError if
-    there are none."""
+    """Read the samples or the pairs that 02 wrote, in a random order given by `seed`. Raises
+    UserError if there are none."""
     require(0 <= seed < 2**31, "--seed must be in [0, 2^31)")
     name, flag = ("pairs", " --compare") if kind == "comparisons" else ("samples", "")
     items = read_rows(out / f"{name}.jsonl", f"02_sample_label.py{flag}",
@@ -18,7 +18,7 @@ def read_items(out: Path, kind: str, seed: int) -> list[dict]:
 
 
 def answers_in(out: Path, kind: str) -> dict[str, dict[str, str]]:
-    """All answers of a kind -> labeller -> id -> label."""
+    """Read all answers of one kind -> labeller -> id -> label."""
     found = {}
     for path in sorted(out.glob(f"{kind}-*.jsonl")):
         name = path.stem.removeprefix(f"{kind}-")

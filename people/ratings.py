@@ -1,7 +1,7 @@
-"""The blind test: does the policy express its feeling more often than the base model?
+"""The blind test asks raters whether a policy expresses its feeling more often than the base model.
 
-A rater sees samples numbered in a shuffled order. Only out/key-*.json says which model wrote which;
-it is read once a rater has finished.
+A rater sees numbered samples in random order. Only out/key-*.json says which model wrote which, and
+nobody sees a result before that rater has finished.
 """
 import hashlib
 import importlib
@@ -34,10 +34,10 @@ from people.answers import stage
 ev = importlib.import_module("05_eval")
 
 
-# ---- What is rated -------------------------------------------------------------------------------
+# ---- Samples to rate -----------------------------------------------------------------------------
 def preferred(out: Path) -> Path:
-    """The happy policy that the report prefers; the final one if there is no report of this run of
-    04, or if it prefers the base model."""
+    """Find the happy policy that the report prefers. It is the final one if there is no report of
+    this run of 04, or if the report prefers the base model."""
     final, report = out / "policy-happy.safetensors", out / "report.json"
     fresh = report.exists() and final.exists() and report.stat().st_mtime >= final.stat().st_mtime
     if not fresh:
@@ -48,9 +48,9 @@ def preferred(out: Path) -> Path:
 
 
 def load_arms(out: Path, policy: Path | None) -> tuple[dict[str, GPT], dict, Tokenizer, dict]:
-    """policy: of the happy arm; None: the preferred one. -> "base", "happy" and, if there is one,
-    "sad" -> model; target -> name and fingerprint of the policy; tokenizer; the reward model's
-    header. Raises UserError if the policy stems from other models."""
+    """Load the models to rate. policy: the happy one; None: the one that the report prefers ->
+    "base", "happy" and, if there is one, "sad" -> model; target -> name and fingerprint of policy;
+    tokenizer; the reward model's header. Raises UserError if the policy is not of this run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = fast_dtype(device)
     base, _, tokenizer, about = ev.load_run(out, device, dtype)
@@ -72,8 +72,8 @@ def load_arms(out: Path, policy: Path | None) -> tuple[dict[str, GPT], dict, Tok
 
 
 def items_to_rate(out: Path, n: int, seed: int, policy: Path | None) -> tuple[list[dict], Path]:
-    """n samples of each arm, after the same prompts if there are prompts, shuffled -> the items,
-    and the key to them, which is written."""
+    """Draw n samples of each model (after the same prompts, if there are prompts), shuffle them and
+    write the key -> the items, and the path of the key."""
     require(0 <= seed < 2**31, "--seed must be in [0, 2^31)")
     arms, policies, tokenizer, about = load_arms(out, policy)
     prompts = read_prompts(out / "prompts.json", "held_out") if about["prompted"] else None
@@ -85,7 +85,7 @@ def items_to_rate(out: Path, n: int, seed: int, policy: Path | None) -> tuple[li
         texts = tokenizer.decode_batch(y.tolist())
         for text, given in zip(texts, decode_prompts(tokenizer, prompt)):
             mixed.append((arm, {"text": text, "prompt": given} if given else {"text": text}))
-    # seeded by the policy too, so one key reveals nothing about another
+    # the policy is part of the seed, so one key reveals nothing about another
     g = torch.Generator().manual_seed(int(policies["happy"]["fingerprint"][:15], 16) ^ stream)
     mixed = [mixed[i] for i in torch.randperm(len(mixed), generator=g).tolist()]
     series = hashlib.sha256(json.dumps(mixed).encode()).hexdigest()[:16]
@@ -96,10 +96,10 @@ def items_to_rate(out: Path, n: int, seed: int, policy: Path | None) -> tuple[li
     return items, key
 
 
-# ---- What was rated ------------------------------------------------------------------------------
+# ---- Results -------------------------------------------------------------------------------------
 def newcombe(a: int, n: int, b: int, m: int) -> tuple[float, float]:
-    """95% interval of the difference b / m - a / n of two fractions (Newcombe 1998, Statistics in
-    Medicine 17:873, method 10), from Wilson's intervals of the two."""
+    """Compute a 95% interval of the difference of two fractions, b / m - a / n, from their Wilson
+    intervals (Newcombe 1998, Statistics in Medicine 17:873, method 10)."""
     if not n or not m:
         return float("nan"), float("nan")
     low_a, high_a = binomtest(a, n).proportion_ci(method="wilson")
@@ -109,12 +109,12 @@ def newcombe(a: int, n: int, b: int, m: int) -> tuple[float, float]:
 
 
 def fisher_exact(a: int, n: int, b: int, m: int) -> float:
-    """One-sided p-value that b of m is a higher fraction than a of n by chance (Fisher 1935)."""
+    """Test if b of m is a higher fraction than a of n -> the one-sided p-value (Fisher 1935)."""
     return float(fisher_test([[b, m - b], [a, n - a]], "greater").pvalue)
 
 
 def fisher_power(p: float, q: float, n: int, level: float = 0.05) -> float:
-    """Chance that n against n ratings reach p < level when the true shares are p and q."""
+    """Compute how likely n against n ratings reach p < level, if the true fractions are p, q."""
     every = range(n + 1)
     chance = np.outer(binom.pmf(every, n, p), binom.pmf(every, n, q))              # (n + 1, n + 1)
     reached = [[fisher_exact(a, n, b, n) < level for b in every] for a in every]
@@ -122,11 +122,11 @@ def fisher_power(p: float, q: float, n: int, level: float = 0.05) -> float:
 
 
 def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
-    """key: of `items_to_rate`. given: rater -> id -> label. -> for each rater, and for the majority
-    of several, how often each arm against the base expresses its feeling, of the items that were
-    not skipped: the difference of the shares with its 95% interval, and a test."""
+    """Compare each policy with the base model: how often does it express its feeling, among items
+    that were not skipped? key: from `items_to_rate`; given: rater -> id -> label -> for each rater,
+    and for the majority of several: counts, 95% interval of the difference, and p-value."""
     arm_of = key["arms"]
-    if len(given) > 1:  # summing over raters would count one sample several times
+    if len(given) > 1:  # adding up raters would count one sample several times
         majority = {}
         for i in arm_of:
             label, votes = Counter(answers[i] for answers in given.values()).most_common(1)[0]
@@ -149,7 +149,7 @@ def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
 
 
 def keys_of(out: Path) -> list[dict]:
-    """The keys whose policies are those in `out`. Raises UserError if there are none."""
+    """Read the keys whose policies are all in `out`. Raises UserError if there are none."""
     about = ev.load_run(out, "cpu", torch.float32)[3]
     paths = [*out.glob("policy-*.safetensors"), *(out / "checkpoints").glob("*.safetensors")]
     there = [load(path, "04_ppo.py") for path in paths]
@@ -164,8 +164,8 @@ def keys_of(out: Path) -> list[dict]:
 
 
 def unblind(out: Path) -> None:
-    """Print the result of every finished rating of the present policies, and write
-    out/ratings.json, which `python -m report` puts into the page. Raises UserError if no key fits.
+    """Print the results of all finished ratings of the present policies, and write them to
+    out/ratings.json, which `python -m report` reads. Raises UserError if no key fits.
     """
     results, policies, sizes = [], {}, set()
     for key in keys_of(out):

@@ -1,7 +1,7 @@
-"""sheet.html with the items in it: a page that can be mailed, and what comes back.
+"""Write a page of items that can be mailed, and collect the answers that come back.
 
-It needs a browser, loads nothing, sends nothing, and saves a file. What comes back is believed only
-where it matches the sheet.
+The page is sheet.html with the items in it. It needs only a browser, loads nothing, sends nothing,
+and saves a file. We accept an answer only if it matches the sheet.
 """
 import hashlib
 import json
@@ -15,7 +15,7 @@ from people.answers import stage
 
 
 def write_sheet(path: Path, kind: str, items: list[dict]) -> None:
-    """One self-contained page. Raises UserError rather than replace a sheet of other items."""
+    """Write one self-contained page. Raises UserError if `path` already holds something else."""
     page = Path(__file__).with_name("sheet.html").read_text(encoding="utf-8")
     keys, question = stage.ASK[kind]
     sheet = {"kind": kind, "question": question, "answers": [*keys.items()], "items": items}
@@ -23,18 +23,18 @@ def write_sheet(path: Path, kind: str, items: list[dict]) -> None:
     require(not path.exists() or read_sheet(path)["hash"] == sheet["hash"],
             f"{path} is a sheet of other items, whose answers may still come back: choose another "
             "name")
-    # only this very script and style may run, and nothing may be loaded from anywhere
+    # the browser may use only this script and style, and may load nothing
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
     for tag in ("script", "style"):
         content = re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1]
         digest = b64encode(hashlib.sha256(content.encode()).digest()).decode()
         policy += f"; {tag}-src 'sha256-{digest}'"
-    data = json.dumps(sheet).replace("<", "\\u003c")  # no sample can end the element that holds it
+    data = json.dumps(sheet).replace("<", "\\u003c")  # no sample can close the data element
     write(path, page.replace("POLICY", policy).replace("DATA", data))
 
 
 def read_sheet(path: Path) -> dict:
-    """What `write_sheet` wrote. Raises UserError if it is something else."""
+    """Read what `write_sheet` wrote. Raises UserError if the file is something else."""
     element = r'<script type="application/json" id="data">(.*?)</script>'
     try:
         page = path.read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def read_sheet(path: Path) -> dict:
 
 def fault(row, items: dict[str, dict], labels: list[str], file_of: dict[str, Path],
           path: Path) -> str:
-    """What is wrong with an answer that came back, or ""."""
+    """Say what is wrong with an answer that came back, or return "" if it is fine."""
     try:
         item, label, name = items.get(row["id"]), row["label"], row["labeller"]
         float(row.get("seconds") or 0)
@@ -65,8 +65,8 @@ def fault(row, items: dict[str, dict], labels: list[str], file_of: dict[str, Pat
 
 
 def returned(sheet: dict, files: list[Path]) -> tuple[dict[str, dict[str, dict]], int]:
-    """Answers that came back, checked against the sheet -> labeller -> id -> row, and the number of
-    lines left out, each of which is told on standard error."""
+    """Check the answers that came back against the sheet -> labeller -> id -> row, and how many
+    lines were left out. Standard error says which lines, and why."""
     items = {item["id"]: item for item in sheet["items"]}
     labels = [label for _, label in sheet["answers"]]
     people: dict[str, dict[str, dict]] = {}
@@ -92,7 +92,7 @@ def returned(sheet: dict, files: list[Path]) -> tuple[dict[str, dict[str, dict]]
 
 
 def collect(sheet: dict, files: list[Path], out: Path) -> int:
-    """Add what came back, where it is new, to out/KIND-NAME.jsonl -> number of lines left out."""
+    """Add the new answers to out/KIND-NAME.jsonl -> the number of lines left out."""
     kind = sheet["kind"]
     people, wrong = returned(sheet, files)
     for name, rows in people.items():
