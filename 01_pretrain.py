@@ -21,6 +21,7 @@ Decisions a reader may question:
 5. Muon for the matrices, AdamW for embedding and head: each group has a learning rate of its own.
 6. We report bits per byte, because nats per token cannot be compared between tokenizers.
 """
+import codecs
 import hashlib
 import http.client
 import math
@@ -45,6 +46,7 @@ from model import (
     gather,
     load,
     my_rows,
+    only_writer,
     provenance,
     remove,
     require,
@@ -154,7 +156,7 @@ def real_word_share(samples: list[str], vocabulary: set[str]) -> float:
 def download(url: str, limit_s: float = 120, at_least: int = 500_000) -> str:
     """Fetch a text. Raises UserError if it is refused, slower than `limit_s`, cut off, shorter than
     `at_least` bytes, an HTML page, or not UTF-8."""
-    parts, deadline = [], time.time() + limit_s
+    parts, deadline = [], time.monotonic() + limit_s
     try:
         with urllib.request.urlopen(url, timeout=min(limit_s, 20)) as reply:
             size = int(reply.headers.get("Content-Length") or 0)
@@ -162,7 +164,7 @@ def download(url: str, limit_s: float = 120, at_least: int = 500_000) -> str:
                 while part := reply.read1(1 << 16):
                     parts.append(part)
                     bar.update(len(part))
-                    require(time.time() <= deadline, f"{url}: slower than {limit_s:.0f} s")
+                    require(time.monotonic() <= deadline, f"{url}: slower than {limit_s:.0f} s")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"{url}: {error}") from error
     data = b"".join(parts)
@@ -171,15 +173,24 @@ def download(url: str, limit_s: float = 120, at_least: int = 500_000) -> str:
     require(not is_html, f"{url}: an HTML page, not the text")
     require(len(data) >= at_least, f"{url}: only {len(data)} bytes, not the text")
     print(f"downloaded {url}: {len(data)} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}")
-    # without Project Gutenberg's licence
-    text = re.split(r"\*\*\* ?START OF TH\w+ PROJECT GUTENBERG[^\n]*\n", decode(data, url))[-1]
-    return re.split(r"\*\*\* ?END OF TH\w+ PROJECT GUTENBERG", text)[0].strip() + "\n"
+    return without_licence(decode(data, url)).strip() + "\n"
+
+
+def without_licence(text: str) -> str:
+    """The texts between Project Gutenberg's marks; all of it if there are none."""
+    start = r"\*\*\* ?START OF TH\w+ PROJECT GUTENBERG[^\n]*\n|\*END\*? ?THE SMALL PRINT![^\n]*\n"
+    end = r"\*\*\* ?END OF TH\w+ PROJECT GUTENBERG|\nEnd of (?:the )?Project Gutenberg"
+    books = re.split(start, text)[1:]
+    return "\n\n".join(re.split(end, book)[0].strip() for book in books) + "\n" if books else text
 
 
 def decode(data: bytes, name: str) -> str:
-    """Bytes -> text with plain newlines and no byte-order mark. Raises UserError if not UTF-8."""
+    """Bytes -> text with plain newlines and no byte-order mark. Raises UserError if not UTF-8 (or
+    UTF-16 with a mark)."""
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+        utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; "
                         "convert it, or choose another with --corpus FILE") from error
@@ -194,13 +205,13 @@ def find_corpus(path: str, urls=URLS) -> str | None:
             print(f"corpus: {file}")
             if not file.is_file():
                 raise UserError(f"--corpus {file} is not a file: name a UTF-8 text file")
-            return decode(file.read_bytes(), str(file))
+            return without_licence(decode(file.read_bytes(), str(file)))
     for url in urls:
         try:
             text = download(url)
             write(local[0], text)
             return text
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"download failed: {error}")
     return None
 
@@ -213,13 +224,14 @@ def use_shipped_model(out: Path) -> None:
     write(out / "base.safetensors", shipped.read_bytes())
     print("its metrics:", ", ".join(f"{k} {v:.4g}" for k, v in header["metrics"].items()))
     (out / "corpus.txt").unlink(missing_ok=True)
-    finish("python 02_sample_label.py", out)
+    finish("python 02_sample_label.py")
 
 
 # ---- The run -------------------------------------------------------------------------------------
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__, ON_GPU)
     check(cfg)
+    only_writer(cfg.out / "base.safetensors")
     text = find_corpus(cfg.corpus)
     if text is None:
         use_shipped_model(cfg.out)
@@ -238,10 +250,11 @@ if __name__ == "__main__":
     # a byte-level token is written with one character a byte
     token_bytes = torch.tensor([len(tokenizer.id_to_token(i)) for i in range(vocab_size)])
     per_epoch = (len(train_ids) // cfg.context - 1) // cfg.batch  # the offset may cost a window
-    require(per_epoch > 0 and len(test_ids) >= cfg.context,
-            f"{len(train_ids)} training and {len(test_ids)} held-out tokens are too few for one "
-            f"batch of {cfg.batch} x {cfg.context} and for one window of {cfg.context}: lower "
-            "--batch or --context")
+    require(per_epoch > 0, f"{len(train_ids)} training tokens are too few for one batch of "
+            f"{cfg.batch} x {cfg.context}: lower --batch or --context, or use a longer --corpus")
+    require(len(test_ids) >= cfg.context, "the held-out part, the last 5% of the corpus, has "
+            f"{len(test_ids)} tokens, too few for one window of {cfg.context}: lower --context, or "
+            "use a longer --corpus")
     print(f"{len(train_ids)} training and {len(test_ids)} held-out tokens, "
           f"{len(text[:cut].encode()) / len(train_ids):.2f} bytes each")
 
@@ -269,10 +282,10 @@ if __name__ == "__main__":
     log = Log(cfg.out / "01.jsonl", run["rows"])
 
     # -- training
-    seconds, saved = 0.0, time.time()
+    seconds, saved = 0.0, time.monotonic()
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="pretrain")
     for step in bar:
-        began = time.time()
+        began = time.monotonic()
         epoch, i = divmod(step, per_epoch)
         if step == first or i == 0:
             windows = epoch_windows(train_ids, cfg.context, cfg.seed * 1000 + epoch).to(device)
@@ -288,7 +301,9 @@ if __name__ == "__main__":
             optimizer.zero_grad()
         row = {"step": step, "lr_scale": scale,
                "nats_per_token": gather(loss.detach()[None]).mean().item()}
-        seconds += time.time() - began
+        seconds += time.monotonic() - began
+        require(math.isfinite(row["nats_per_token"]), f"diverged at step {step}: the loss is not a "
+                "number; lower --muon-lr, --embed-lr and --head-lr, and start without --resume")
         tokens_per_s = (step + 1 - first) * cfg.batch * cfg.context / seconds
         bar.set_postfix(nats=f"{row['nats_per_token']:.3f}", refresh=False)
         if (step + 1) % cfg.measure_every == 0 or step + 1 == cfg.steps:
@@ -296,14 +311,18 @@ if __name__ == "__main__":
             row |= {"held_out_nats": nats, "held_out_bits_per_byte": bits}
             tqdm.write(f"step {step + 1}: held out {bits:.3f} bits per byte")
         log(**row, tokens_per_s=tokens_per_s)
-        if time.time() - saved > cfg.save_s or step + 1 == cfg.steps:
+        if time.monotonic() - saved > cfg.save_s or step + 1 == cfg.steps:
             states = {name: part.state_dict() for name, part in parts.items()}
             save_state(state_path, cfg, run | {"step": step + 1} | states)
-            saved = time.time()
+            saved = time.monotonic()
 
     # -- results
     last = run["rows"][-1]
     nats, bits = last["held_out_nats"], last["held_out_bits_per_byte"]
+    uniform = math.log(model.n_text)
+    require(nats <= uniform + 1, f"diverged: held-out text costs {nats:.3g} nats per token, and "
+            f"{uniform:.1f} without any learning; lower --muon-lr, --embed-lr and --head-lr, and "
+            "start without --resume")
     tokens, _ = model.generate(cfg.n_samples, 64, seed=cfg.seed)
     samples = tokenizer.decode_batch(tokens.tolist())
     metrics = {"nats_per_token": nats, "bits_per_byte": bits, "perplexity": math.exp(nats),
@@ -316,4 +335,4 @@ if __name__ == "__main__":
     for sample in samples[:3]:
         print(f"--- sample\n{sample}")
     print("---\nheld out:", ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    finish("python 02_sample_label.py", cfg.out, run["seconds"])
+    finish("python 02_sample_label.py", run["seconds"])

@@ -44,21 +44,27 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from model import (
     GPT,
     as_json,
+    command,
     decode_prompts,
     draw_prompts,
     fingerprint,
     finish,
     jsonl,
     load,
+    only_writer,
+    parse,
     provenance,
+    read_lines,
     read_prompts,
     read_rows,
     require,
     start,
+    words,
     write,
 )
 
 POSITIVE = 0.05  # VADER's own threshold: from here on a text is positive; from -0.05 down, negative
+COMMON = frozenset(words("the and to of a i in that is my you it not with his be for this me your"))
 FEELING = ({"p": "positive", "n": "negative", "0": "neutral", "s": "skip"},
            "Which feeling does the text express? Judge the feeling, not how good it is; "
            "neutral: neither, or both alike.")
@@ -112,7 +118,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[
 
 def read_corpus(corpus: Path, flag: str) -> str:
     require(corpus.exists(), f"{corpus} is missing (the shipped model comes without its corpus): "
-                             f"run 01_pretrain.py with --corpus FILE, or leave out {flag}")
+                             f"run {command('01_pretrain.py --corpus FILE')}, or leave out {flag}")
     return corpus.read_text(encoding="utf-8")
 
 
@@ -144,8 +150,8 @@ def write_prompts(corpus: Path, tokenizer: Tokenizer, longest: int, path: Path) 
     text = read_corpus(corpus, "--prompts")
     cut = int(len(text) * 0.95)
     held_out = text[cut:].partition("\n")[2]
-    write(path, json.dumps({"train": find_prompts("training", text[:cut], tokenizer, longest),
-                            "held_out": find_prompts("held-out", held_out, tokenizer, longest)}))
+    write(path, as_json({"train": find_prompts("training", text[:cut], tokenizer, longest),
+                         "held_out": find_prompts("held-out", held_out, tokenizer, longest)}))
 
 
 def pair_up(items: list[dict], seed: int) -> list[dict]:
@@ -195,6 +201,13 @@ def cut_up(items: list[dict], pieces: int, tokenizer: Tokenizer) -> list[dict]:
     return parts
 
 
+def english(items: list[dict]) -> float:
+    """The fraction of the words in these texts that are common English ones."""
+    texts = [text for item in items for text in np.ravel(item["text"])]
+    spoken = [word for text in texts for word in words(str(text))]
+    return sum(word in COMMON for word in spoken) / max(len(spoken), 1)
+
+
 def label_by_vader(items: list[dict], path: Path) -> list[str]:
     """VADER (Hutto & Gilbert 2014) labels the items, which are written to `path`."""
     vader, labels = SentimentIntensityAnalyzer(), []
@@ -226,24 +239,30 @@ def is_answer(row: dict) -> bool:
     return isinstance(row["id"], str) and isinstance(row["label"], str)
 
 
-def read_answers(path: Path) -> dict[str, str]:
-    """id -> label, in the order of labelling. The last line about an item counts; "undo" removes
-    its label. A kill can leave a last line without its end: that line is cut off."""
+def read_answers(path: Path) -> list[dict]:
+    """The last row about each item, in the order of labelling. A row may say "undo". A kill can
+    leave a last line without its end: it is cut off. The file is made plain UTF-8 lines again."""
     data = path.read_bytes() if path.exists() else b""
-    whole, _, last = data.rpartition(b"\n")
-    if last:
+    lines = [line for _, line in read_lines(path)] if data else []
+    if lines and data[-1:] not in (b"\n", b"\r", b"\0"):
         try:
-            json.loads(last)  # complete: some editors leave out the last newline
-            whole = data
+            parse(lines[-1])  # complete: some editors leave out the last newline
         except ValueError:
             print(f"{path}: dropping an unfinished last line")
-        write(path, whole + b"\n" * bool(whole))
-    labels: dict[str, str] = {}
-    for row in read_rows(path, "the labelling", is_answer) if data else ():
-        labels.pop(row["id"], None)
-        if row["label"] != "undo":
-            labels[row["id"]] = row["label"]
-    return labels
+            lines.pop()
+    whole = "".join(f"{line}\n" for line in lines).encode()
+    if whole != data and b"\xef\xbf\xbd" not in whole:  # something was unreadable: leave it alone
+        write(path, whole)
+    found: dict[str, dict] = {}
+    for row in read_rows(path, "the labelling", is_answer) if lines else ():
+        found.pop(row["id"], None)
+        found[row["id"]] = row
+    return list(found.values())
+
+
+def labels_of(rows: list[dict]) -> dict[str, str]:
+    """id -> label, without what was undone."""
+    return {row["id"]: row["label"] for row in rows if row["label"] != "undo"}
 
 
 def counts(labels: dict[str, str], kind: str) -> str:
@@ -286,7 +305,12 @@ def ask(items: list[dict], path: Path, labeller: str, kind: str) -> dict[str, st
     need_person(labeller)
     keys, question = ASK[kind]
     choices = "   ".join(f"{key} {label}" for key, label in keys.items())
-    labels = read_answers(path)
+    only_writer(path)
+    rows = read_answers(path)
+    others = {row.get("labeller", labeller) for row in rows} - {labeller}
+    require(not others, f"{path} holds answers of {', '.join(map(str, others))}: rename it after "
+                        "them, or answer under another name")
+    labels = labels_of(rows)
     by_id = {item["id"]: item for item in items}
     queue = [item for item in reversed(items) if item["id"] not in labels]
     width = min(shutil.get_terminal_size().columns, 90)
@@ -320,6 +344,7 @@ def ask(items: list[dict], path: Path, labeller: str, kind: str) -> dict[str, st
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__, ON_GPU)
     check(cfg)
+    only_writer(cfg.out / "samples.jsonl")
     model, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py", device, dtype)
     require(cfg.length <= model.config.context,
             f"--length {cfg.length} is more than the {model.config.context} tokens the model has "
@@ -346,7 +371,11 @@ if __name__ == "__main__":
         label_by_vader(pieces, cfg.out / f"{kind}-vader-pieces.jsonl")
         labels = Counter(label_by_vader(items, path)).most_common()
         print(f"{path}: {len(items)} {kind},", ", ".join(f"{k} {v}" for k, v in labels))
+        if (share := english(items)) < 0.1:
+            print(f"warning: VADER reads English, but only {share:.1%} of the words of these texts "
+                  "are common English ones. Its labels are noise here: label the texts yourself, "
+                  f"{command('-m people label NAME')}", file=sys.stderr)
     else:
         ask(shuffled(items, cfg.seed), path, cfg.labeller, kind)
     write(cfg.out / "02.json", as_json(provenance(cfg)))
-    finish("python 03_reward_model.py" + (" --comparisons" if cfg.compare else ""), cfg.out)
+    finish("python 03_reward_model.py" + " --comparisons" * cfg.compare)

@@ -28,6 +28,7 @@ import copy
 import hashlib
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -46,9 +47,12 @@ from model import (
     GPT,
     Log,
     chunked,
+    command,
     fingerprint,
     finish,
+    latest,
     load,
+    only_writer,
     pad,
     provenance,
     read_rows,
@@ -114,13 +118,16 @@ def right(row: dict) -> bool:
 
 
 def read_labels(path: Path) -> list[dict]:
-    """Rows of one label file: the last line about an item counts; undone and skipped ones are left
-    out. Raises UserError that names a bad line."""
+    """Rows of one label file: the last line about each item, which may say "undo" or "skip". Raises
+    UserError that names a bad line."""
     rows: dict[str, dict] = {}
     for row in read_rows(path, "02_sample_label.py", right):
         rows.pop(row["id"], None)
-        if row["label"] in TARGET:
-            rows[row["id"]] = row
+        rows[row["id"]] = row
+    for name in sorted({row["labeller"] for row in rows.values()} if "-" in path.stem else ()):
+        if not path.stem.partition("-")[2].startswith(name):
+            print(f"warning: {path} holds labels of {name}: they count as the labels of {name}",
+                  file=sys.stderr)
     return list(rows.values())
 
 
@@ -138,10 +145,15 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
         known = all(max(side) < base.n_text for side in tokens)
         require(known and tokenizer.decode_batch(tokens) == sides(new, "text"),
                 f"{path} was made with another tokenizer than {cfg.out}/base.safetensors: label "
-                "again with 02_sample_label.py, or move the file away")
+                f"again with {command('02_sample_label.py')}, or move the file away")
         rows += new
+    given = latest(rows)
+    if len(given) < len(rows):
+        print(f"{len(rows) - len(given)} labels are in another file too: the later one counts")
+    rows = [row for row in given if row["label"] in TARGET]
     require(any(row["source"] != "piece" for row in rows),
-            f"there are no labels in {cfg.out}/{kind}-*.jsonl: run 02_sample_label.py first")
+            f"there are no labels in {cfg.out}/{kind}-*.jsonl: run {command('02_sample_label.py')} "
+            "first")
     return rows
 
 
@@ -224,15 +236,31 @@ def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
     if not cfg.machine_first:
         phases = [Phase("all", samples, cfg.epochs)]
     phases = [phase for phase in phases if phase.items]
-    require(len(phases) > 0, "no label is left to train on: label more with 02_sample_label.py")
-    for phase in phases:
-        n, lengths = len(phase.items), {len(side) for side in sides(phase.items, "tokens")}
-        more = f"({phase.name}); label more with 02_sample_label.py"
-        require(n >= 20, f"only {n} labels, at least 20 are needed {more}")
-        same = all(item["target"] == phase.items[0]["target"] for item in phase.items)
-        require(not same, f"all labels are the same {more}")
-        require(len(lengths) == 1, "samples of several lengths: move the labels of one length away")
+    require(len(phases) > 0, "no label is left to train on: label more, for example with "
+            f"{command('-m people label NAME')}")
+    for phase in phases[:-1]:
+        if why := fault(phase):
+            print(f"warning: {why}: these labels are left out", file=sys.stderr)
+    phases = [phase for phase in phases[:-1] if not fault(phase)] + phases[-1:]
+    require(not fault(phases[-1]), f"{fault(phases[-1])}: label more, for example with "
+            f"{command('-m people label NAME')}")
     return phases
+
+
+def fault(phase: Phase) -> str:
+    """Why this phase teaches nothing; "" if it does."""
+    target = np.array([item["target"] for item in phase.items])
+    clear = int((np.abs(target - 0.5) > 0.1).sum())
+    if len(target) < 20:
+        return f"only {len(target)} labels ({phase.name}), at least 20 are needed"
+    if (target == target[0]).all():
+        return f"all labels are the same ({phase.name})"
+    if clear < 10:
+        return (f"only {clear} of {len(target)} labels ({phase.name}) are not neutral, at least 10 "
+                "are needed (VADER, which labels by default, reads English only)")
+    lengths = {len(side) for side in sides(phase.items, "tokens")}
+    require(len(lengths) == 1, "samples of several lengths: move the labels of one length away")
+    return ""
 
 
 # ---- Measures ------------------------------------------------------------------------------------
@@ -241,6 +269,8 @@ def auc(score: np.ndarray, target: np.ndarray) -> float:
     ranks (Mann & Whitney 1947). nan if either kind is missing."""
     clear = np.abs(target - 0.5) > 0.1  # not neutral; labels of several people may move it a little
     happy = target[clear] > 0.5
+    if np.isnan(score).any():
+        return math.nan
     n, m = happy.sum(), (~happy).sum()
     ranks = stats.rankdata(score[clear])[happy]
     return float((ranks.sum() - n * (n + 1) / 2) / (n * m)) if n and m else math.nan
@@ -279,6 +309,8 @@ def measures(log_p: np.ndarray, target: np.ndarray) -> dict:
 def bag_of_words(train: list[dict], test: list[dict]) -> np.ndarray:
     """The baseline to beat: logistic regression on word counts (of a pair, left minus right), with
     a normal prior of variance 1/3 on each word. -> log-odds of the first answer, (N,)."""
+    if not any(map(words, sides(train, "text"))):
+        return np.full(len(test), math.nan)  # no letters, no bag of words
     counter = CountVectorizer(analyzer=words).fit(sides(train, "text"))
 
     def counts(items):
@@ -369,6 +401,7 @@ def train(model: GPT, phase: Phase, cfg: Config, log: Log | None = None) -> None
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__, ON_GPU)
     check(cfg)
+    only_writer(cfg.out / "reward.safetensors")
     model, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py", device, dtype)
     base = fingerprint(model)
 
@@ -430,4 +463,4 @@ if __name__ == "__main__":
          kind="comparisons" if cfg.comparisons else "labels", prompted="prompt" in whole[0],
          length=np.shape(test[0]["tokens"])[-1], metrics=metrics, calibration=table,
          inputs={"base": base, "labels": labels}, **provenance(cfg))
-    finish("python 04_ppo.py", cfg.out)
+    finish("python 04_ppo.py")

@@ -48,6 +48,7 @@ from model import (
     Log,
     average_gradients,
     chunked,
+    command,
     draw_prompts,
     fingerprint,
     finish,
@@ -55,6 +56,7 @@ from model import (
     kl_nats,
     load,
     my_rows,
+    only_writer,
     provenance,
     read_prompts,
     remove,
@@ -158,9 +160,22 @@ def reward_constants(reward_fn, reference, prompts, length: int, cfg) -> tuple[f
     prompt = draw_prompts(prompts, n, cfg.seed).to(reference.head.device)    # (n, P)
     y, _ = reference.generate(n, length, seed, prompts=prompt)               # (n, T)
     score = chunked(reward_fn, 256, y, prompt).double()                      # (n,)
-    require(score.std() > 1e-3, "all samples get the same reward: label more samples")
+    bad = int((~score.isfinite()).sum())
+    require(bad == 0, f"the reward is not finite for {bad:,} of {len(score):,} completions")
+    require(score.std() > 1e-3, "all samples of the base model get the same reward, so there is "
+            "nothing to learn: label more, or change reward_fn")
     print(f"reward of the base model: mean {score.mean():.3f}, deviation {score.std():.3f}")
     return (score.mean() + cfg.recenter * score.std()).item(), score.std().item()
+
+
+def scores_of(reward_fn):
+    """reward_fn, whose result must be one number for each completion -> (B,) float32."""
+    def scores(y, prompt):
+        score = torch.as_tensor(reward_fn(y, prompt), dtype=torch.float32, device=y.device)
+        require(score.shape == y.shape[:1], f"reward_fn returns shape {tuple(score.shape)} for "
+                f"{len(y)} completions: return one number for each, shape ({len(y)},)")
+        return score
+    return scores
 
 
 def vader_score(texts: list[str], target: str) -> torch.Tensor:
@@ -199,7 +214,7 @@ def now() -> float:
     """Seconds, once a GPU has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.time()
+    return time.monotonic()
 
 
 def show(row: dict, texts: list[str]) -> None:
@@ -220,6 +235,10 @@ def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **start) -> 
     saved = resume(path, cfg, inputs)
     if saved and abs(saved["reward_zero"] - start["reward_zero"]) > 0.1 * start["reward_std"]:
         print("the reward has changed: starting from the beginning")
+        saved = {}
+    groups = optimizer.state_dict()["param_groups"][0].keys()
+    if saved and saved["optimizer"]["param_groups"][0].keys() != groups:
+        print("the optimizer has changed: starting from the beginning")
         saved = {}
     run = SimpleNamespace(**start | {
         "step": 0, "batch": cfg.batch, "updates": 0, "clip_fractions": [], "kl": 0.0, "kept": 0.0,
@@ -242,12 +261,13 @@ def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **start) -> 
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__, ON_GPU)
     check(cfg)
+    only_writer(cfg.out / f"policy-{cfg.name}.safetensors")
     reference, tokenizer, _ = load(cfg.out / "base.safetensors", "01_pretrain.py", device, dtype)
     path = cfg.out / "reward.safetensors"
     reward_model, _, about = load(path, "03_reward_model.py", device, dtype)
     inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
     require(about["inputs"]["base"] == inputs["base"], f"{path} stems from another base model: "
-            "run 02_sample_label.py and 03_reward_model.py again")
+            f"run {command('02_sample_label.py')} and {command('03_reward_model.py')} again")
     prompts = read_prompts(cfg.out / "prompts.json", "train") if about["prompted"] else None
     length, target = about["length"], ("happy", "sad").index(cfg.target)
     log_odds = about["kind"] == "comparisons" and cfg.reward == "model"  # defined up to a constant
@@ -261,6 +281,7 @@ if __name__ == "__main__":
             return log_p[:, target] - log_p[:, 1 - target]
         return log_p[:, target]
 
+    reward_fn = scores_of(reward_fn)
     reward_zero, reward_std = reward_constants(reward_fn, reference, prompts, length, cfg)
     policy = copy.deepcopy(reference)
     optimizer = torch.optim.SGD(parameter_groups(policy, cfg), momentum=cfg.momentum)
@@ -269,7 +290,7 @@ if __name__ == "__main__":
                 reward_std=reward_std)
     log = Log(cfg.out / f"04-{cfg.name}.jsonl", run.rows)
     mb_size = cfg.minibatch // world()[1]  # each process has an equal part of every minibatch
-    saved = time.time()
+    saved = time.monotonic()
 
     for step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
         # 1. Rollout: the policy writes a batch of completions; B of them in this process.
@@ -307,8 +328,8 @@ if __name__ == "__main__":
             tqdm.write(f"stopped: {row['kl']:.2f} nats; the policy before this one is final")
             break
         run.kl, run.final, run.policy = row["kl"], dict(row), copy.deepcopy(policy.state_dict())
-        if time.time() - saved > cfg.save_s or step + 1 == cfg.max_iterations:
-            run.step, run.optimizer, saved = step, optimizer.state_dict(), time.time()
+        if time.monotonic() - saved > cfg.save_s or step + 1 == cfg.max_iterations:
+            run.step, run.optimizer, saved = step, optimizer.state_dict(), time.monotonic()
             save_state(state_path, cfg, vars(run))
         if run.kl >= (run.kept ** 0.5 + 0.25) ** 2:
             run.kept = run.kl
@@ -361,5 +382,4 @@ if __name__ == "__main__":
         print(f"still below {cfg.kl_stop:g} nats: --resume with more --max-iterations goes on")
     print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
           "{entropy:.3f} nats per token".format(target=cfg.target, **run.final))
-    finish("python 05_eval.py" if cfg.reward == "model" else f"read {log.file.name}", cfg.out,
-           run.seconds)
+    finish("python 05_eval.py" if cfg.reward == "model" else f"read {log.file.name}", run.seconds)

@@ -43,12 +43,14 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from model import (
     as_json,
     chunked,
+    command,
     decode_prompts,
     draw_prompts,
     fingerprint,
     finish,
     kl_nats,
     load,
+    only_writer,
     provenance,
     read_prompts,
     read_rows,
@@ -92,7 +94,7 @@ def load_run(out: Path, device, dtype) -> tuple:
     about["made_from"] = {"base": fingerprint(base), "reward_model": fingerprint(reward_model)}
     same_base = about["inputs"]["base"] == about["made_from"]["base"]
     require(same_base, f"{out}/reward.safetensors stems from another base model: run "
-                       "02_sample_label.py and 03_reward_model.py again")
+                       f"{command('02_sample_label.py')} and {command('03_reward_model.py')} again")
     return base, reward_model, tokenizer, about
 
 
@@ -100,7 +102,7 @@ def find_policies(out: Path, target: str, made_from: dict) -> tuple[list[Path], 
     """-> the checkpoints of 04's run and its final policy, by rising KL; and the rows of its log.
     ([], []) if there is no sad one. Raises UserError if something is missing or of another run."""
     final, log = out / f"policy-{target}.safetensors", out / f"04-{target}.jsonl"
-    again = f"run 04_ppo.py --target {target} again"
+    again = f"run {command(f'04_ppo.py --target {target}')} again"
     if target == "sad" and not final.exists():
         return [], []
     last = load(final, "04_ppo.py")[2]
@@ -109,7 +111,9 @@ def find_policies(out: Path, target: str, made_from: dict) -> tuple[list[Path], 
         return [], []
     require(last["inputs"] == made_from,
             f"{final} stems from another base model or reward model: {again}")
-    rows = read_rows(log, "04_ppo.py", lambda row: row["step"] >= 0 and row["kl"] > -1)
+    numbers = ("step", "updates", "batch", "kl", "kl_se", "kl_k1", "kl_k1_se", "score", "entropy")
+    rows = read_rows(log, "04_ppo.py", lambda row: all(
+        isinstance(row[key], int | float) for key in numbers))
     require(len(rows) >= 2, f"{log} has no two iterations: {again}")
     paths = []
     for path in sorted((out / "checkpoints").glob(f"{target}-kl-*.safetensors")) + [final]:
@@ -139,9 +143,14 @@ def judge(texts: list[str]) -> dict[str, np.ndarray]:
     """Judge -> score of each text. VADER's compound score and Pattern's polarity lie in [-1, 1];
     AFINN-165 (Nielsen 2011) is the sum of the valences, -5 to 5, of all words."""
     vader, afinn = SentimentIntensityAnalyzer(), QuickAfinn()
-    return {"vader": np.array([vader.polarity_scores(text)["compound"] for text in texts]),
-            "afinn": np.array([afinn.score(text) for text in texts]),
-            "pattern": np.array([pattern(text)[0] for text in texts])}
+    found = {"vader": [vader.polarity_scores(text)["compound"] for text in texts],
+             "afinn": [afinn.score(text) for text in texts],
+             "pattern": [pattern(text)[0] for text in texts]}
+    scores = {name: np.array(found.get(name), dtype=float) for name in JUDGES}
+    for name, x in scores.items():
+        require(x.shape == (len(texts),) and np.isfinite(x).all(),
+                f"the judge {name!r} must give one finite number for each of {len(texts)} texts")
+    return scores
 
 
 def distinct(texts: list[str], n: int, n_words: int = WORDS) -> float:
@@ -392,6 +401,7 @@ def summary(rows: list[dict], over: dict[str, list[str]]) -> str:
 if __name__ == "__main__":
     cfg, device, dtype = start(Config, __doc__)
     check(cfg)
+    only_writer(cfg.out / "report.json")
     reference, reward_model, tokenizer, about = load_run(cfg.out, device, dtype)
     prompts = read_prompts(cfg.out / "prompts.json", "held_out") if about["prompted"] else None
     found = {target: find_policies(cfg.out, target, about["made_from"]) for target in TARGETS}
@@ -427,7 +437,8 @@ if __name__ == "__main__":
     path = cfg.out / "corpus.txt"
     if path.exists():
         every = [text for row in measured for text in row["texts"]]
-        runs = copied_runs(every, path.read_text(encoding="utf-8")).reshape(-1, cfg.n)
+        corpus = path.read_text(encoding="utf-8", errors="replace")
+        runs = copied_runs(every, corpus).reshape(-1, cfg.n)
         for row, run in zip(measured, runs):
             row["copied_run_99"] = float(np.percentile(run, 99))
             row["copied_run_max"] = int(run.max())
@@ -454,4 +465,4 @@ if __name__ == "__main__":
           .format(**results["sqrt_kl_fit"]))
     print(results["summary"])
     print(results["because_happy"])
-    finish("python -m report", cfg.out)
+    finish("python -m report")

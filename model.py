@@ -9,6 +9,7 @@ the others, so no sample contains a reserved token.
 Shapes: B sequences, T tokens, D = d_model, H query heads, Hkv key and value heads, Dh = D / H.
 A prompt (B, P) is padded with -1 at its end; P is 0 where there are no prompts.
 """
+import codecs
 import ctypes
 import errno
 import gc
@@ -32,6 +33,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from tokenizers import Tokenizer
@@ -41,7 +43,9 @@ from kernels.backend import live_path
 from kernels.decoder import can_capture, decoder_for
 
 RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
-BEGAN = time.time()  # when this process started
+ELSEWHERE = ""  # " --out FOLDER" for the commands in messages, if it is not out/
+LOCKS: list[FileLock] = []  # of the files that this process writes
+BEGAN = time.monotonic()  # when this process started
 
 
 # ---- The transformer -----------------------------------------------------------------------------
@@ -270,8 +274,9 @@ def pad(prompts: list[list[int]]) -> torch.Tensor:
 def read_prompts(path: Path, part: str) -> torch.Tensor:
     """The prompts (n, P) that 02 --prompts found in the "train" or "held_out" part of the corpus.
     Raises UserError if there is no such file."""
-    require(path.exists(), f"{path} is missing: run 02_sample_label.py --prompts first")
-    return pad(json.loads(path.read_text())[part])
+    made_by = "02_sample_label.py --prompts --corpus-fraction 0"
+    return pad(read_json(path, made_by, lambda found: {*map(type, sum(found[part], [0]))} == {int}
+                         and len(found[part]) > 0)[part])
 
 
 def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tensor:
@@ -336,8 +341,13 @@ def save(path: Path, model: GPT, tokenizer: Tokenizer, **header) -> None:
 
 def load(path: Path, made_by: str, device="cpu", dtype=torch.float32) -> tuple:
     """-> model (float32 weights, activations in dtype), tokenizer, header. made_by: the script that
-    writes it. Raises UserError if the file is missing, truncated, or not written by `save`."""
-    require(Path(path).exists(), f"{path} is missing: run {made_by} first")
+    writes it. Raises UserError if the file is missing, damaged, or not written by `save`."""
+    require(path.exists(), f"{path} is missing: run {command(made_by)} first")
+    require(not path.is_dir(), f"{path} is a folder: name a .safetensors file in it")
+    require(path.suffix != ".pt", f"{path} is the state of an unfinished run, not a model: run the "
+            "script that wrote it again, with --resume")
+    with open(path, "rb"):
+        pass  # an unreadable file is not a damaged one
     try:
         with safe_open(path, "pt") as f:
             weights = {name: f.get_tensor(name) for name in f.keys()}
@@ -346,8 +356,10 @@ def load(path: Path, made_by: str, device="cpu", dtype=torch.float32) -> tuple:
         model.load_state_dict(weights)
         tokenizer = Tokenizer.from_str(header["tokenizer"])
     except Exception as error:  # safetensors, json, torch and tokenizers each raise their own
-        raise UserError(f"{path} is truncated or damaged, or was not written by this version of "
-                        f"the project ({error}): run {made_by} again") from error
+        raise UserError(f"{path} is truncated or damaged, or another version wrote it "
+                        f"({first_line(error)}): run {command(made_by)} again") from error
+    finite = all(weight.isfinite().all() for weight in weights.values())
+    require(finite, f"{path} holds weights that are not finite: run {command(made_by)} again")
     model.to(device).dtype = dtype
     return model, tokenizer, header
 
@@ -370,10 +382,21 @@ def require(condition: bool, otherwise: str) -> None:
         raise UserError(otherwise)
 
 
+def command(line: str) -> str:
+    """A command for a message, ready to paste: it names the folder of this run."""
+    return f"python {line}{ELSEWHERE}"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def one_line(kind, error, trace) -> None:
     """sys.excepthook: a user's mistake is one line and exit code 2; a bug gets its traceback."""
     if issubclass(kind, KeyboardInterrupt):
         error = "interrupted: run the same command again (01 and 04: --resume goes on)"
+    elif issubclass(kind, MemoryError | torch.OutOfMemoryError):
+        error = "out of memory: lower the batch sizes"
     elif issubclass(kind, OSError) and error.errno is not None:
         full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         error = f"{error.filename or 'writing'}: {error.strerror}" + "; make room" * full
@@ -381,27 +404,55 @@ def one_line(kind, error, trace) -> None:
         sys.stderr = sys.__stderr__
         return sys.__excepthook__(kind, error, trace)
     if world()[0] == 0:
-        with suppress(OSError):  # a closed pipe
-            sys.stdout.flush()
-        print(f"\nerror: {error}", file=sys.__stderr__, flush=True)
+        sys.stdout.flush()
+        print(f"\nerror: {error}", file=Steady(sys.__stderr__), flush=True)
     else:
         time.sleep(1)  # the first process prints it; torchrun stops the others
     os._exit(2)
 
 
+class Steady:
+    """A stream that never ends a run: characters that it cannot print are replaced, and what nobody
+    reads (a closed pipe, no terminal) is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
+        self.stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def steady() -> None:
+    """For any program of the project: one line for a user's mistake, and streams that hold."""
+    sys.excepthook = one_line
+    if not isinstance(sys.stdout, Steady):
+        sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
+
+
 def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     """Read the command line, choose device and dtype, seed torch -> settings, device, dtype.
     on_gpu: the defaults that differ where there is a GPU."""
-    sys.excepthook = one_line
+    steady()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     defaults = Config(**(on_gpu or {})) if device.type == "cuda" else Config()
     cfg = tyro.cli(Config, description=doc, default=defaults)
     require(0 <= cfg.seed < 2**31, "--seed must be in [0, 2^31)")
+    set_out(getattr(cfg, "out", Path("out")))
     keep_freed_pages()
     gc.set_threshold(100_000)  # at the default, 700, reading rows is mostly garbage collection
-    if "RANK" in os.environ:   # set by torchrun; the first process speaks for all
-        if int(os.environ["RANK"]) > 0:
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+    if dist.is_torchelastic_launched():  # by torchrun; a scheduler may set RANK too
+        if int(os.environ["RANK"]) > 0:  # the first process speaks for all
+            sys.stdout = sys.stderr = Steady(None)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -418,9 +469,32 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     return cfg, device, dtype
 
 
+def set_out(out: Path) -> None:
+    """Commands in messages name this folder."""
+    global ELSEWHERE
+    ELSEWHERE = "" if str(out) == "out" else f" --out {shlex.quote(str(out))}"
+
+
+def only_writer(path: Path) -> None:
+    """Until this process ends, no other one that asks this may write `path`. Raises UserError if
+    one does already."""
+    if world()[0] > 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process is writing {path}: wait until it ends") from None
+    except NotImplementedError:
+        return  # a file system without locks
+    LOCKS.append(lock)
+
+
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where it is fast: GPUs, and CPUs with AMX or AVX512-BF16. Else float32."""
-    flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
     fast = device.type == "cuda" or re.search(r"\b(amx_bf16|avx512_bf16)\b", flags)
     return torch.bfloat16 if fast else torch.float32
 
@@ -433,16 +507,15 @@ def keep_freed_pages() -> None:
         libc.mallopt(-4, 0)           # M_MMAP_MAX
 
 
-def finish(next_command: str, out: Path, earlier_s: float = 0.0) -> None:
+def finish(next_command: str, earlier_s: float = 0.0) -> None:
     """Print the cost and the next stage's command. earlier_s: seconds spent before --resume."""
     if dist.is_initialized():
         dist.destroy_process_group()
     unit = 2**30 if sys.platform == "darwin" else 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     before = f" (before it was resumed {earlier_s:.0f} s)" if earlier_s else ""
-    print(f"wall time {time.time() - BEGAN:.0f} s{before}, peak memory {peak:.2f} GiB")
-    elsewhere = next_command.startswith("python") and str(out) != "out"
-    print(f"next: {next_command}" + (f" --out {shlex.quote(str(out))}" if elsewhere else ""))
+    print(f"wall time {time.monotonic() - BEGAN:.0f} s{before}, peak memory {peak:.2f} GiB")
+    print(f"next: {next_command}{ELSEWHERE * next_command.startswith('python')}")
 
 
 # ---- Several processes, started by torchrun, act as one; with one process this is the identity ---
@@ -479,6 +552,7 @@ def write(path: Path, data: bytes | str) -> None:
     """Write to a temporary name, then rename. Only the first of several processes does."""
     if world()[0] > 0:
         return
+    path = Path(os.path.realpath(path))  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -499,7 +573,8 @@ def remove(path: Path) -> None:
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+(?:['’][a-z]+)*", text.lower())
+    """Lower-case words of any script, with apostrophes inside."""
+    return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())
 
 
 def as_json(x, **how) -> str:
@@ -517,22 +592,71 @@ def jsonl(rows) -> str:
     return "".join(as_json(row) + "\n" for row in rows)
 
 
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file and their numbers, blank ones left out. People's editors and other
+    programs may have saved it: UTF-8 or UTF-16, with a byte-order mark or without, any line ends.
+    """
+    data = path.read_bytes()
+    utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    text = data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
+    lines = re.split(r"\r\n|\n|\r", text)  # nothing else ends a line of JSON
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip(" \t\0")]
+
+
+def parse(text: str, right=lambda value: True):
+    """JSON -> its value. Raises ValueError if it is broken, or right(value) is false or raises."""
+    try:
+        value = json.loads(text)
+        good = right(value)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(first_line(error)) from error
+    if not good:
+        raise ValueError("a value is missing or of the wrong kind")
+    return value
+
+
 def read_rows(path: Path, made_by: str, right=lambda row: True) -> list[dict]:
     """Rows of a JSON Lines file. Raises UserError if it is missing; or if a line is broken, or
     right(row) is false or raises: it names the line."""
-    require(path.is_file(), f"{path} is missing: run {made_by} first")
+    require(path.exists(), f"{path} is missing: run {command(made_by)} first")
     rows = []
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in read_lines(path):
         try:
-            if line.strip():
-                rows.append(json.loads(line))
-                if not right(rows[-1]):
-                    raise ValueError("a value is missing or of the wrong kind")
-        except (ValueError, TypeError, KeyError) as error:
+            row = parse(line, lambda row: isinstance(row, dict))
+            rows.append({key: value for key, value in row.items() if value is not None})
+            parse("0", lambda _: right(rows[-1]))
+        except ValueError as error:
             raise UserError(f"{path} line {number} is broken ({line[:40]!r}, {error}): mend or "
-                            f"delete it, or run {made_by} again") from error
+                            f"delete it, or run {command(made_by)} again") from error
     return rows
+
+
+def read_json(path: Path, made_by: str, right=lambda value: True):
+    """What a JSON file holds. Raises UserError if it is missing or damaged, or right(value) is
+    false or raises."""
+    require(path.exists(), f"{path} is missing: run {command(made_by)} first")
+    try:
+        return parse(path.read_text(encoding="utf-8-sig", errors="replace"), right)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, or another version wrote it ({error}): "
+                        f"run {command(made_by)} again") from error
+
+
+def latest(rows: list[dict]) -> list[dict]:
+    """Answers from several files -> one for each labeller and item: the one with the later "time",
+    or else the later one. So a file and its copy count once."""
+    found: dict[tuple, dict] = {}
+    for row in rows:
+        key = row.get("labeller"), row["id"]
+        if key not in found or time_of(row) >= time_of(found[key]):
+            found[key] = row
+    return list(found.values())
+
+
+def time_of(row: dict) -> float:
+    """When an answer was given, in seconds; 0 if the row does not say."""
+    given = row.get("time")
+    return given if isinstance(given, int | float) else 0
 
 
 class Log:
@@ -541,7 +665,7 @@ class Log:
     def __init__(self, path: Path, rows: list[dict]):
         write(path, jsonl(rows))
         self.rows = rows
-        self.file = open(os.devnull if world()[0] else path, "a", buffering=1)
+        self.file = open(os.devnull if world()[0] else path, "a", 1, encoding="utf-8")
 
     def __call__(self, **row) -> None:
         self.rows.append(row)
@@ -552,7 +676,7 @@ def provenance(cfg, earlier_s: float = 0.0) -> dict:
     """How a file was made: settings (without paths), seconds, version of PyTorch."""
     paths = ("corpus", "labels", "out", "resume")
     return {"settings": {k: v for k, v in asdict(cfg).items() if k not in paths},
-            "seconds": earlier_s + time.time() - BEGAN, "torch": str(torch.__version__)}
+            "seconds": earlier_s + time.monotonic() - BEGAN, "torch": str(torch.__version__)}
 
 
 def save_state(path: Path, cfg, state: dict) -> None:
@@ -566,12 +690,16 @@ def resume(path: Path, cfg, inputs: dict) -> dict:
     """What `save_state` wrote; {} if this run starts from the beginning. Raises UserError if the
     file is damaged, or a setting changed that must not. inputs: what the run is made from."""
     if not cfg.resume:
-        remove(path)  # so that nobody resumes an earlier run by mistake
+        if path.exists():
+            print(f"removing {path}: nobody must resume the earlier run by mistake")
+        remove(path)
         return {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     except Exception as error:  # torch.load raises many kinds
         raise UserError(f"{path} is truncated or damaged: start again without --resume") from error
+    known = isinstance(state, dict) and (not state or {"settings", "step"} <= state.keys())
+    require(known, f"{path} is not a state of this script: start again without --resume")
     if state.get("inputs") != inputs:
         print(f"{path} is missing or stems from other inputs: starting from the beginning")
         return {}

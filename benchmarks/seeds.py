@@ -35,7 +35,7 @@ class Config:
 
 
 def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def figures(out: Path) -> dict[str, float]:
@@ -148,7 +148,8 @@ def run(seed: int, out: Path) -> None:
 
 def cpu() -> str:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
     return found[1] if found else platform.processor()
 
 

@@ -56,4 +56,4 @@ if __name__ == "__main__":
     test = [item for item in items if item["part"] == "test" and item["source"] != "piece"]
     test = [item for item in test if item["person"] or not people]
     write(cfg.out / "curve.json", as_json(learning_curve(base, phases, test, cfg)))
-    finish("python -m report", cfg.out)
+    finish("python -m report")

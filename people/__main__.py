@@ -7,13 +7,13 @@
     python -m people rate rate.html                      # the same on a page
     python -m people unblind                             # show the finished ratings again
 """
-import sys
 from pathlib import Path
+from shlex import quote
 
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
-from model import one_line, require
+from model import command, require, set_out, steady
 from people.agreement import print_agreement
 from people.answers import answers_in, read_items, stage
 from people.ratings import items_to_rate
@@ -60,12 +60,16 @@ def sheet(page: Positional[Path], out: Path = OUT, seed: int = 0, n: int = 300, 
     require(len(chosen) > 0, f"no items are left after --skip {skip}: there are {len(items)}")
     write_sheet(page, kind, chosen)
     print(f"{page}: {len(chosen)} items. Mail it; a browser opens it and saves a file to send "
-          f"back.\nnext: python -m people merge {page} FILE.jsonl ...")
+          f"back.\nnext: {command(f'-m people merge {quote(str(page))} FILE.jsonl ...')}")
 
 
 @app.command
 def merge(page: Positional[Path], files: Positional[list[Path]], out: Path = OUT) -> None:
     """Check the answers to a page, and add the valid ones to those in --out."""
+    require(len(files) > 0, "name the files that came back, after the page")
+    require((out / "base.safetensors").exists() or (out / "samples.jsonl").exists(),
+            f"{out} is not a run of these scripts: name the folder of one with --out")
+    set_out(out)
     asked = read_sheet(page)
     wrong = collect(asked, files, out)
     if asked["kind"] == "ratings":
@@ -86,25 +90,27 @@ def rate(who: Positional[str], out: Path = OUT, seed: int = 0, n: int = 20,
         policy: a checkpoint of 04; without it, the happy policy that 05's report prefers
     """
     require(n > 0, "--n must be positive")
+    set_out(out)
     if not who.endswith(".html"):
         stage.need_person(who)
     items, key = items_to_rate(out, n, seed, policy)
     if who.endswith(".html"):
         write_sheet(Path(who), "ratings", items)
         print(f"{who}: {len(items)} items. Keep {key} to yourself.\n"
-              f"next: python -m people merge {who} FILE.jsonl ...")
+              f"next: {command(f'-m people merge {quote(who)} FILE.jsonl ...')}")
     else:
         stage.ask(items, out / f"ratings-{who}.jsonl", who, "ratings")
         unblind_ratings(out)
-        print("next: python -m report")
+        print(f"next: {command('-m report')}")
 
 
 @app.command
 def unblind(out: Path = OUT) -> None:
     """Print the results of the finished ratings, and write them to a file for the report."""
+    set_out(out)
     unblind_ratings(out)
 
 
 if __name__ == "__main__":
-    sys.excepthook = one_line
+    steady()
     app.cli(description=__doc__, prog="python -m people")

@@ -2,7 +2,7 @@
 import importlib
 from pathlib import Path
 
-from model import read_rows, require
+from model import latest, read_rows, require, set_out
 
 stage = importlib.import_module("02_sample_label")
 
@@ -11,17 +11,26 @@ def read_items(out: Path, kind: str, seed: int) -> list[dict]:
     """Read the samples or the pairs that 02 wrote, in a random order given by `seed`. Raises
     UserError if there are none."""
     require(0 <= seed < 2**31, "--seed must be in [0, 2^31)")
+    set_out(out)
     name, flag = ("pairs", " --compare") if kind == "comparisons" else ("samples", "")
-    items = read_rows(out / f"{name}.jsonl", f"02_sample_label.py{flag}",
-                      lambda row: row["id"] and row["text"])
+    items = read_rows(out / f"{name}.jsonl", f"02_sample_label.py{flag}", is_item)
     return stage.shuffled(items, seed)
 
 
+def is_item(row: dict) -> bool:
+    texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
+    return all(isinstance(x, str) for x in (row["id"], row.get("prompt", ""), *texts))
+
+
 def answers_in(out: Path, kind: str) -> dict[str, dict[str, str]]:
-    """Read all answers of one kind -> labeller -> id -> label."""
-    found = {}
+    """Read all answers of one kind -> labeller -> id -> label. Of a file and its copy, the later
+    answer counts."""
+    rows = []
     for path in sorted(out.glob(f"{kind}-*.jsonl")):
         name = path.stem.removeprefix(f"{kind}-")
         if name != "vader-pieces":
-            found[name] = stage.read_answers(path)
-    return found
+            rows += [{"labeller": name} | row for row in stage.read_answers(path)]
+    people: dict[str, list[dict]] = {}
+    for row in latest(rows):
+        people.setdefault(str(row["labeller"]), []).append(row)
+    return {name: stage.labels_of(given) for name, given in people.items()}

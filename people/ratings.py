@@ -19,17 +19,19 @@ from tokenizers import Tokenizer
 from model import (
     GPT,
     as_json,
+    command,
     decode_prompts,
     draw_prompts,
     fast_dtype,
     fingerprint,
     load,
+    read_json,
     read_prompts,
     require,
     write,
 )
 from people.agreement import print_agreement
-from people.answers import stage
+from people.answers import answers_in
 
 ev = importlib.import_module("05_eval")
 
@@ -42,7 +44,7 @@ def preferred(out: Path) -> Path:
     fresh = report.exists() and final.exists() and report.stat().st_mtime >= final.stat().st_mtime
     if not fresh:
         return final
-    name = json.loads(report.read_text()).get("preferred_happy")
+    name = read_json(report, "05_eval.py", lambda r: isinstance(r, dict)).get("preferred_happy")
     path = out / "checkpoints" / f"{name}.safetensors"
     return path if path.exists() else final
 
@@ -58,7 +60,8 @@ def load_arms(out: Path, policy: Path | None) -> tuple[dict[str, GPT], dict, Tok
     happy, _, header = load(path, "04_ppo.py", device, dtype)
     policies = {"happy": happy}
     require(header.get("inputs") == about["made_from"],
-            f"{path} stems from another base model or reward model: run 04_ppo.py again")
+            f"{path} stems from another base model or reward model: run {command('04_ppo.py')} "
+            "again")
     if (out / "policy-sad.safetensors").exists():
         sad, _, about_sad = load(out / "policy-sad.safetensors", "04_ppo.py", device, dtype)
         policies |= {"sad": sad} if about_sad.get("inputs") == about["made_from"] else {}
@@ -148,6 +151,12 @@ def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
     return results
 
 
+def is_key(key) -> bool:
+    """Whether this is what `items_to_rate` wrote. May raise KeyError or TypeError."""
+    return (all(policy["fingerprint"] + policy["name"] for policy in key["policies"].values())
+            and {item["id"] for item in key["items"]} == key["arms"].keys())
+
+
 def keys_of(out: Path) -> list[dict]:
     """Read the keys whose policies are all in `out`. Raises UserError if there are none."""
     about = ev.load_run(out, "cpu", torch.float32)[3]
@@ -155,7 +164,7 @@ def keys_of(out: Path) -> list[dict]:
     there = [load(path, "04_ppo.py") for path in paths]
     known = {fingerprint(model) for model, _, header in there
              if header.get("inputs") == about["made_from"]}
-    keys = [json.loads(path.read_text()) for path in sorted(out.glob("key-*.json"))]
+    keys = [read_json(path, "-m people rate", is_key) for path in sorted(out.glob("key-*.json"))]
     keys = [key for key in keys
             if {policy["fingerprint"] for policy in key["policies"].values()} <= known]
     require(len(keys) > 0, f"{out}/key-*.json is missing, or belongs to other policies: it is "
@@ -170,13 +179,12 @@ def unblind(out: Path) -> None:
     results, policies, sizes = [], {}, set()
     for key in keys_of(out):
         given = {}
-        for path in sorted(out.glob("ratings-*.jsonl")):
-            answers = {i: label for i, label in stage.read_answers(path).items()
-                       if i in key["arms"]}
+        for rater, labels in answers_in(out, "ratings").items():
+            answers = {i: label for i, label in labels.items() if i in key["arms"]}
             if len(answers) == len(key["arms"]):
-                given[path.stem.removeprefix("ratings-")] = answers
+                given[rater] = answers
             elif answers:
-                print(f"{path}: {len(answers)} of {len(key['arms'])} rated; the key stays hidden "
+                print(f"{rater}: {len(answers)} of {len(key['arms'])} rated; the key stays hidden "
                       "until all are")
         results += compare_arms(key, given)
         if given:

@@ -10,7 +10,17 @@ import sys
 from base64 import b64encode
 from pathlib import Path
 
-from model import UserError, jsonl, require, write
+from model import (
+    UserError,
+    jsonl,
+    latest,
+    only_writer,
+    parse,
+    read_lines,
+    require,
+    time_of,
+    write,
+)
 from people.answers import stage
 
 
@@ -36,19 +46,18 @@ def write_sheet(path: Path, kind: str, items: list[dict]) -> None:
 def read_sheet(path: Path) -> dict:
     """Read what `write_sheet` wrote. Raises UserError if the file is something else."""
     element = r'<script type="application/json" id="data">(.*?)</script>'
+    keys = {"hash", "kind", "question", "answers", "items"}
     try:
-        page = path.read_text(encoding="utf-8")
-        return json.loads(re.search(element, page, re.S)[1])
+        page = path.read_text(encoding="utf-8-sig")
+        return parse(re.search(element, page, re.S)[1], lambda sheet: keys <= sheet.keys())
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a sheet: `python -m people` writes one") from error
 
 
-def fault(row, items: dict[str, dict], labels: list[str], file_of: dict[str, Path],
-          path: Path) -> str:
+def fault(row, items: dict[str, dict], labels: list[str]) -> str:
     """Say what is wrong with an answer that came back, or return "" if it is fine."""
     try:
         item, label, name = items.get(row["id"]), row["label"], row["labeller"]
-        float(row.get("seconds") or 0)
         if item is None:
             return "not an item of this sheet"
         if not item.items() <= row.items():
@@ -57,11 +66,15 @@ def fault(row, items: dict[str, dict], labels: list[str], file_of: dict[str, Pat
             return f"label {label!r} is none of {', '.join(labels)}"
         if not stage.is_name(name):
             return f"labeller {name!r} is not a name"
-        if file_of.setdefault(name, path) != path:
-            return f"{name} already answered in {file_of[name]}"
         return ""
     except (ValueError, TypeError, KeyError, AttributeError):
         return "broken"
+
+
+def seconds_of(row: dict) -> float:
+    """How long an answer took; 0 if the row does not say."""
+    given = row.get("seconds")
+    return float(given) if isinstance(given, int | float) and 0 <= given < 1e5 else 0.0
 
 
 def returned(sheet: dict, files: list[Path]) -> tuple[dict[str, dict[str, dict]], int]:
@@ -69,40 +82,49 @@ def returned(sheet: dict, files: list[Path]) -> tuple[dict[str, dict[str, dict]]
     lines were left out. Standard error says which lines, and why."""
     items = {item["id"]: item for item in sheet["items"]}
     labels = [label for _, label in sheet["answers"]]
-    people: dict[str, dict[str, dict]] = {}
-    file_of: dict[str, Path] = {}
-    wrong = 0
+    found, wrong = [], 0
     for path in files:
         require(path.is_file(), f"{path} is missing: name the files that came back")
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        for number, line in enumerate(lines, 1):
+        lines = read_lines(path)
+        require(len(lines) > 0, f"there are no answers in {path}")
+        for number, line in lines:
             try:
-                row = json.loads(line)
+                row = parse(line, lambda row: isinstance(row, dict))
+                why = fault(row, items, labels)
             except ValueError:
-                row = None
-            why = fault(row, items, labels, file_of, path)
+                why = "broken"
             if why:
                 print(f"{path} line {number} left out: {why}", file=sys.stderr)
                 wrong += 1
                 continue
-            answer = {"label": row["label"], "labeller": row["labeller"], "time": row.get("time"),
-                      "seconds": float(row.get("seconds") or 0)}
-            people.setdefault(row["labeller"], {})[row["id"]] = items[row["id"]] | answer
+            found.append(items[row["id"]] | {"label": row["label"], "labeller": row["labeller"],
+                                             "time": time_of(row), "seconds": seconds_of(row)})
+    people: dict[str, dict[str, dict]] = {}
+    for row in latest(found):
+        people.setdefault(row["labeller"], {})[row["id"]] = row
     return people, wrong
 
 
 def collect(sheet: dict, files: list[Path], out: Path) -> int:
-    """Add the new answers to out/KIND-NAME.jsonl -> the number of lines left out."""
+    """Add the new answers to out/KIND-NAME.jsonl -> the number of lines left out. Of two answers to
+    one item the later one counts."""
     kind = sheet["kind"]
     people, wrong = returned(sheet, files)
     for name, rows in people.items():
         path = out / f"{kind}-{name}.jsonl"
-        before = stage.read_answers(path)
-        new = [row for key, row in rows.items() if before.get(key) != row["label"]]
+        only_writer(path)
+        before = {row["id"]: row for row in stage.read_answers(path)}
+        new = [row for key, row in rows.items() if key not in before or (
+            row["label"] != before[key]["label"] and time_of(row) >= time_of(before[key]))]
+        changed = sum(row["id"] in before for row in new)
         kept = path.read_text(encoding="utf-8") if path.exists() else ""
         write(path, kept + jsonl(new))
         minutes = sum(row["seconds"] for row in rows.values()) / 60
         labels = {key: row["label"] for key, row in rows.items()}
         print(f"{path}: {len(rows)} answers, {len(new)} of them new, {minutes:.1f} minutes;",
               stage.counts(labels, kind))
+        if changed:
+            print(f"warning: {changed} of {name}'s answers replace earlier, different ones. Is it "
+                  f"the same person? If not, undo this: the last {len(new)} lines of {path} are "
+                  "new", file=sys.stderr)
     return wrong

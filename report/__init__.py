@@ -10,14 +10,14 @@
 """
 import hashlib
 import importlib
-import json
 import math
+import re
 from base64 import b64encode
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
-from model import UserError, require, write
+from model import UserError, command, read_json, write
 from report.health import marks
 from report.made import made_by
 from report.plots import draw_plots
@@ -39,9 +39,16 @@ def render(results: dict, figures: dict, made: dict) -> str:
     for kind, content in (("script", script), ("style", style)):
         digest = b64encode(hashlib.sha256(content.encode()).digest()).decode()
         policy += f"; {kind}-src 'sha256-{digest}'"
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(html).render(
+    page = Environment(autoescape=True, undefined=StrictUndefined)
+    page.filters["format"] = lambda pattern, *values: not_measured(pattern % values)
+    return page.from_string(html).render(
         report=results, figures=figures, made=made, judges=ev.JUDGES, steps=STEPS, style=style,
         script=script, policy=policy)
+
+
+def not_measured(text: str) -> str:
+    """Numbers as text, "n/a" for NaN; “nan” may be a word of the corpus."""
+    return re.sub(r"(?<![“\w])nan(?![”\w])", "n/a", text)
 
 
 def nan_for_null(x):
@@ -53,17 +60,28 @@ def nan_for_null(x):
     return math.nan if x is None else x
 
 
-def read_json(path: Path, otherwise):
+def read(path: Path, made_by: str, right, otherwise):
     """What a JSON file holds; `otherwise` if there is none. Raises UserError if it is damaged."""
-    try:
-        return nan_for_null(json.loads(path.read_text())) if path.exists() else otherwise
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: delete it, or write it again") from error
+    if not path.exists():
+        return otherwise
+    return nan_for_null(read_json(path, made_by, lambda value: right(nan_for_null(value))))
+
+
+def is_ratings(found) -> bool:
+    keys = ("base", "of_base", "other", "of_other", "p")
+    return (all(map(str.isalnum, found["policies"].values())) and all(
+        row["rater"] + row["feeling"] + row["policy"] and len(row["difference_interval"]) == 2
+        and all(isinstance(row[key], int | float) for key in keys) for row in found["results"]))
+
+
+def is_curve(found) -> bool:
+    keys = ("labels", "alone", "after", "bag_alone", "bag_after")
+    return all(isinstance(row[key], int | float) for row in found for key in keys)
 
 
 def read_ratings(path: Path, fingerprints: set[str]) -> list[dict]:
     """What `python -m people` wrote of blind ratings, if they are of these policies."""
-    ratings = read_json(path, {"policies": {}, "results": []})
+    ratings = read(path, "-m people unblind", is_ratings, {"policies": {}, "results": []})
     if not {*ratings["policies"].values()} <= fingerprints:
         print(f"{path} is of other policies: left out")
         return []
@@ -72,20 +90,28 @@ def read_ratings(path: Path, fingerprints: set[str]) -> list[dict]:
 
 def read_results(out: Path) -> dict:
     """What 05 wrote, and what the page says of it. Raises UserError if 05 has not run."""
-    require((out / "report.json").exists(), f"{out}/report.json is missing: run 05_eval.py first")
-    results = read_json(out / "report.json", {})
+    results = nan_for_null(read_json(out / "report.json", "05_eval.py", lambda r: r["happy"][1]))
     rows = results["happy"] + results.get("sad", [])
     for row in rows:
         row |= against_vader(row) | {"shown": shown_samples(row)}
     fingerprints = {row["fingerprint"] for row in rows}
     results["ratings"] = read_ratings(out / "ratings.json", fingerprints)
-    return results | {"health": marks(results["ppo"]), "headline": headline(results["happy"]),
-                      "in_short": in_short(results)}
+    health = marks(results["ppo"])
+    for mark in health.values():
+        mark["measured"] = not_measured(mark["measured"])
+    said = {title: not_measured(text) for title, text in in_short(results).items()}
+    return results | {"health": health, "headline": headline(results["happy"]), "in_short": said}
 
 
 def build_report(out: Path) -> None:
-    """Writes out/report.html and out/plots/*.svg."""
-    results = read_results(out)
-    learning_curve = read_json(out / "curve.json", [])  # of experiments/learning_curve.py
-    figures = draw_plots(results, learning_curve, out / "plots")
-    write(out / "report.html", render(results, figures, made_by(out, results)))
+    """Writes out/report.html and out/plots/*.svg. Raises UserError if a file it reads is missing or
+    damaged."""
+    learning_curve = read(out / "curve.json", "-m experiments.learning_curve", is_curve, [])
+    try:
+        results = read_results(out)
+        figures = draw_plots(results, learning_curve, out / "plots")
+        page = render(results, figures, made_by(out, results))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, UndefinedError) as error:
+        raise UserError(f"{out}/report.json is damaged, or another version wrote it ({error!r}): "
+                        f"run {command('05_eval.py')} again") from error
+    write(out / "report.html", page)

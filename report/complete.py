@@ -2,7 +2,6 @@
 
     python -m report.complete out/policy-happy.safetensors --prompt "ROMEO:" -n 3
 """
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import torch
 import tyro
 from tyro.conf import Positional, arg
 
-from model import fast_dtype, load, one_line, require
+from model import fast_dtype, load, require, steady
 
 
 def complete(checkpoint: Positional[Path], prompt: str = "", length: int = 64, seed: int = 0,
@@ -18,6 +17,8 @@ def complete(checkpoint: Positional[Path], prompt: str = "", length: int = 64, s
     """Print n completions of the prompt, `length` tokens each. The same seed gives all checkpoints
     the same random numbers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    valid = prompt.encode(errors="ignore").decode() == prompt
+    require(valid, "--prompt is not UTF-8: the terminal uses another encoding")
     model, tokenizer, _ = load(checkpoint, "the script that writes it", device, fast_dtype(device))
     ids = torch.tensor([tokenizer.encode(prompt).ids] * n)                   # (n, P)
     require(n > 0 and length > 0, "-n and --length must be positive")
@@ -31,5 +32,5 @@ def complete(checkpoint: Positional[Path], prompt: str = "", length: int = 64, s
 
 
 if __name__ == "__main__":
-    sys.excepthook = one_line
+    steady()
     tyro.cli(complete)

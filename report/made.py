@@ -1,5 +1,4 @@
 """All that made a run: versions, commit, machine, settings, inputs, seconds."""
-import json
 import platform
 import subprocess
 from pathlib import Path
@@ -7,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import load
+from model import load, read_json
 
 
 def commit(root: Path) -> str:
@@ -25,7 +24,7 @@ def processor() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
@@ -43,7 +42,8 @@ def made_by(out: Path, report: dict) -> dict:
             for name, value in header.get("inputs", {}).items():
                 inputs[f"{model} made from {name}"] = value
     if (out / "02.json").exists():
-        stages["02_sample_label.py"] = json.loads((out / "02.json").read_text())
+        stages["02_sample_label.py"] = read_json(out / "02.json", "02_sample_label.py",
+                                                 lambda found: found["settings"].items())
     return {"versions": {"Python": platform.python_version(), "PyTorch": torch.__version__,
                          "NumPy": np.__version__, "system": platform.system(),
                          "processor": processor(), "threads": torch.get_num_threads(),

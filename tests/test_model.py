@@ -179,7 +179,7 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
         "WITCH.\nWhen shall we\n", "THIRD, A.\nThere\n"]
     with pytest.raises(UserError, match="missing"):
         label.write_prompts(tmp_path / "none.txt", tokenizer, 24, tmp_path / "prompts.json")
-    with pytest.raises(UserError, match="missing: run 02_sample_label.py --prompts"):
+    with pytest.raises(UserError, match="missing: run python 02_sample_label.py --prompts"):
         read_prompts(tmp_path / "none.json", "train")
     with pytest.raises(UserError, match="held-out text has no prompts"):
         label.find_prompts("held-out", "no speakers here\n" * 99, tokenizer, 24)
@@ -344,7 +344,7 @@ def test_a_state_holds_plain_types_only(tmp_path):
 
 def test_load_refuses_what_it_cannot_use(tmp_path, tokenizer):
     path = tmp_path / "x.safetensors"
-    with pytest.raises(UserError, match="missing: run 01_pretrain.py first"):
+    with pytest.raises(UserError, match="missing: run python 01_pretrain.py first"):
         load(path, "01_pretrain.py")
     save(path, tiny(vocab=tokenizer.get_vocab_size()), tokenizer)
     whole = path.read_bytes()
@@ -354,7 +354,7 @@ def test_load_refuses_what_it_cannot_use(tmp_path, tokenizer):
             load(path, "01")
     from safetensors.torch import save_file
     save_file({"w": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="not written by this version"):
+    with pytest.raises(UserError, match="or another version wrote it"):
         load(path, "01")
 
 
@@ -390,7 +390,7 @@ def test_rows_as_other_programs_write_them(tmp_path):
         path.write_text('{"id": "1"}\n' + line)
         with pytest.raises(UserError, match=why):
             m.read_rows(path, "it", lambda row: row["id"])
-    with pytest.raises(UserError, match="missing: run it first"):
+    with pytest.raises(UserError, match="missing: run python it first"):
         m.read_rows(tmp_path / "none.jsonl", "it")
 
 

@@ -162,7 +162,7 @@ def comparable(path: Path):
                              if k != "tokens_per_s"}
         return fingerprint(model), {k: v for k, v in header.items() if k != "seconds"}
     return re.sub(r'"(tokens_per_s|s_rollout|s_score|s_update|seconds)": [\d.e-]+', "",
-                  path.read_text())
+                  path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("script", LOG)
@@ -524,12 +524,13 @@ def remove(name):
 
 CASES = [
     ("02_sample_label.py", remove("base.safetensors"), [],
-     "base.safetensors is missing: run 01_pretrain.py first"),
-    ("03_reward_model.py", remove("labels-vader.jsonl"), [], "run 02_sample_label.py first"),
-    ("04_ppo.py", remove("reward.safetensors"), [], "run 03_reward_model.py first"),
-    ("05_eval.py", remove("policy-happy.safetensors"), [], "run 04_ppo.py first"),
+     "base.safetensors is missing: run python 01_pretrain.py --out .* first"),
+    ("03_reward_model.py", remove("labels-vader.jsonl"), [],
+     "run python 02_sample_label.py --out .* first"),
+    ("04_ppo.py", remove("reward.safetensors"), [], "run python 03_reward_model.py --out .* first"),
+    ("05_eval.py", remove("policy-happy.safetensors"), [], "run python 04_ppo.py --out .* first"),
     ("02_sample_label.py", edit("base.safetensors", lambda d: d[:-99]), [],
-     "truncated or damaged.*run 01_pretrain.py again"),
+     "truncated or damaged.*run python 01_pretrain.py --out .* again"),
     ("04_ppo.py", edit("reward.safetensors", lambda d: b"not a checkpoint"), [],
      "truncated or damaged"),
     ("03_reward_model.py", other_tokenizer, [], "another tokenizer"),
@@ -541,7 +542,7 @@ CASES = [
      "line 1 is broken .*label 'glorious' is not one of"),
     ("03_reward_model.py", relabel("positive"), [], "all labels are the same"),
     ("03_reward_model.py", edit("labels-vader.jsonl", lambda d: b""), [],
-     "there are no labels in.*run 02_sample_label.py first"),
+     "there are no labels in.*run python 02_sample_label.py --out .* first"),
     ("03_reward_model.py", None, ["--labels", "nowhere.jsonl"], "nowhere.jsonl is missing"),
     ("01_pretrain.py", None, ["--corpus", "nowhere.txt"], "nowhere.txt is not a file"),
     ("01_pretrain.py", lambda out: (out / "e.txt").write_text(""), ["--corpus", "OUT/e.txt"],
@@ -556,20 +557,22 @@ CASES = [
     ("people label", None, ["anna"], "needs a terminal"),
     ("people rate", None, ["anna"], "needs a terminal"),
     ("people label", remove("samples.jsonl"), ["anna"],
-     "samples.jsonl is missing: run 02_sample_label.py first"),
-    ("people compare", None, ["anna"], "run 02_sample_label.py --compare first"),
-    ("people rate", remove("policy-happy.safetensors"), ["s.html"], "run 04_ppo.py first"),
+     "samples.jsonl is missing: run python 02_sample_label.py --out .* first"),
+    ("people compare", None, ["anna"], "run python 02_sample_label.py --compare --out .* first"),
+    ("people rate", remove("policy-happy.safetensors"), ["s.html"],
+     "run python 04_ppo.py --out .* first"),
     ("people rate", other_base, ["s.html"], "another base model"),
     ("05_eval.py", edit("04-happy.jsonl", lambda d: d[:-20]), [],
-     "04-happy.jsonl line .* is broken .*run 04_ppo.py again"),
+     "04-happy.jsonl line .* is broken .*run python 04_ppo.py --out .* again"),
     ("05_eval.py", None, ["--n", "3"], "--n and --n-best must be at least 4"),
-    ("05_eval.py", remove("04-happy.jsonl"), [], "04-happy.jsonl is missing: run 04_ppo.py"),
-    ("report", remove("report.json"), [], "report.json is missing: run 05_eval.py first"),
+    ("05_eval.py", remove("04-happy.jsonl"), [], "04-happy.jsonl is missing: run python 04_ppo.py"),
+    ("report", remove("report.json"), [],
+     "report.json is missing: run python 05_eval.py --out .* first"),
     ("report", edit("report.json", lambda d: d[:-99]), [], "report.json is damaged"),
     ("report", lambda out: (out / "curve.json").write_text("[{"), [], "curve.json is damaged"),
     ("04_ppo.py", None, ["--kl-stop", "0"], "--kl-stop must be positive"),
     ("04_ppo.py", edit("reward.safetensors", lambda d: d[:-99]), ["--resume"],
-     "truncated or damaged.*run 03_reward_model.py again"),
+     "truncated or damaged.*run python 03_reward_model.py --out .* again"),
     ("02_sample_label.py", None, ["--corpus-fraction", "7"], "corpus-fraction must be in"),
     ("02_sample_label.py", None, ["--seed", "-1"], "--seed must be in"),
     ("02_sample_label.py", None, ["--length", "49"], "--length 49 is more than the 48 tokens"),

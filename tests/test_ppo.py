@@ -133,5 +133,5 @@ def test_the_constants_are_those_of_the_reward_on_the_base_model(capsys):
     first = base.generate(300, 3, seed=2 << 32 | 3 << 24)[0][:, 0].double()
     assert math.isclose(std, first.std()) and 0.5 < std < 3
     assert math.isclose(zero, first.mean() + std / 4)
-    with pytest.raises(UserError, match="all samples get the same reward"):
+    with pytest.raises(UserError, match="all samples .* get the same reward"):
         ppo.reward_constants(lambda y, prompt: torch.zeros(len(y)), base, None, 3, cfg)

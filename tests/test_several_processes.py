@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -87,7 +88,8 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(pipeline, corpus, tmp
     wait_for(process, (out / "01-state.pt").exists)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
                               text=True).stdout.split()
-    workers = [pid for pid in children if "01_pretrain" in open(f"/proc/{pid}/cmdline").read()]
+    workers = [pid for pid in children
+               if b"01_pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=90)
     assert process.returncode != 0

@@ -577,7 +577,7 @@ def test_a_decode_step_launches_60_kernels(monkeypatch):
 # ---- Negative controls ---------------------------------------------------------------------------
 def broken(module, old, new, tmp_path):
     """The module with `old` replaced by `new` in its source."""
-    source = open(module.__file__).read()
+    source = open(module.__file__, encoding="utf-8").read()
     assert old in source, f"{old!r} is no longer in {module.__name__}: this control tests nothing"
     path = tmp_path / f"{module.__name__.split('.')[1]}_broken.py"
     path.write_text(source.replace(old, new))
