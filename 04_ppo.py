@@ -34,6 +34,7 @@ Decisions a reader may question:
 import copy
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,9 +172,12 @@ def reward_constants(reward_fn, reference, prompts, length: int, cfg) -> tuple[f
 def scores_of(reward_fn):
     """reward_fn, whose result must be one number for each completion -> (B,) float32."""
     def scores(y, prompt):
-        score = torch.as_tensor(reward_fn(y, prompt), dtype=torch.float32, device=y.device)
-        require(score.shape == y.shape[:1], f"reward_fn returns shape {tuple(score.shape)} for "
-                f"{len(y)} completions: return one number for each, shape ({len(y)},)")
+        score, n = reward_fn(y, prompt), len(y)
+        with suppress(TypeError, ValueError, RuntimeError):  # no numbers
+            score = torch.as_tensor(score, dtype=torch.float32, device=y.device)
+        what = f"shape {tuple(score.shape)}" if torch.is_tensor(score) else type(score).__name__
+        require(what == f"shape ({n},)", f"reward_fn returns {what} for {n} completions: return "
+                f"one number for each, shape ({n},)")
         return score
     return scores
 

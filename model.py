@@ -44,7 +44,7 @@ from kernels.decoder import can_capture, decoder_for
 
 RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
 ELSEWHERE = ""  # " --out FOLDER" for the commands in messages, if it is not out/
-LOCKS: list[FileLock] = []  # of the files that this process writes
+LOCKS: dict[Path, FileLock] = {}  # of the files that this process writes
 BEGAN = time.monotonic()  # when this process started
 
 
@@ -478,7 +478,8 @@ def set_out(out: Path) -> None:
 def only_writer(path: Path) -> None:
     """Until this process ends, no other one that asks this may write `path`. Raises UserError if
     one does already."""
-    if world()[0] > 0:
+    path = path.absolute()
+    if world()[0] > 0 or path in LOCKS:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
@@ -488,7 +489,7 @@ def only_writer(path: Path) -> None:
         raise UserError(f"another process is writing {path}: wait until it ends") from None
     except NotImplementedError:
         return  # a file system without locks
-    LOCKS.append(lock)
+    LOCKS[path] = lock
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -603,10 +604,16 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip(" \t\0")]
 
 
+def number(text: str) -> int | float:
+    """Some programs write 12.0 for 12."""
+    x = float(text)
+    return int(x) if x.is_integer() and abs(x) < 2**53 else x
+
+
 def parse(text: str, right=lambda value: True):
     """JSON -> its value. Raises ValueError if it is broken, or right(value) is false or raises."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_float=number)
         good = right(value)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(first_line(error)) from error

@@ -14,7 +14,7 @@ def commit(root: Path) -> str:
     command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always",
                "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3)
     except (OSError, subprocess.SubprocessError):  # no git, or a slow one
         return "none"
     return done.stdout.strip() or "none"

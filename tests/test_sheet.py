@@ -148,6 +148,31 @@ def test_thirty_items_by_keyboard_in_a_browser_and_03_trains_on_them(pipeline, t
             and "1 lines were left out" in done.stderr)
 
 
+def test_two_tabs_share_their_answers_and_the_next_person_starts_anew(tmp_path, browser):
+    """Two answers, four in a second tab, an undo there, one more in the first: six are kept."""
+    path, items = sheet_of(tmp_path, [f"text {i}" for i in range(12)])
+    page = browser(path)
+    press(page, "pp")
+    first = page.current_window_handle
+    page.switch_to.new_window("tab")
+    page.get(path.as_uri())
+    assert "2 answers are kept here. Someone else?" in text(page, "warning")
+    press(page, "nnnnu")
+    page.switch_to.window(first)
+    press(page, "p")
+    assert "6 answered" in text(page, "count")
+    answers = {row["id"]: row["label"] for row in rows(save(page, tmp_path, "anna"))}
+    assert sorted(answers.values()) == ["negative"] * 3 + ["positive"] * 3
+    page.find_element("css selector", "button[value=anew]").click()
+    assert "Item 1 of 12. 0 answered" in text(page, "count")
+    assert page.find_element("id", "name").get_property("value") == ""
+    page.switch_to.window(page.window_handles[-1])  # the other tab must not bring them back
+    press(page, "0")
+    assert "1 answered" in text(page, "count")
+    page = browser(path)
+    assert "1 answered" in text(page, "count") and "neutral 1" in text(page, "count")
+
+
 def test_samples_stay_text_on_a_phone_in_the_dark(tmp_path, browser):
     path, items = sheet_of(tmp_path, NASTY)
     page = browser(path, "360,640")
