@@ -1,9 +1,11 @@
-"""The Triton kernels without a GPU: their values in the interpreter, their machine code from the
-compiler. Each part runs in a process of its own, because the interpreter changes Triton for a whole
-process. On a machine with a GPU the values are computed there."""
+"""The Triton kernels without a GPU: their values in the interpreter, their compiled form executed in
+bf16, their machine code from the compiler. Each part runs in a process of its own, because the
+interpreter changes Triton for a whole process. On a machine with a GPU the values are computed
+there."""
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from kernels import attention, linear_logprob
 from kernels.backend import has_triton
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+TTSEM = Path(__file__).parent.parent / ".ttsem"  # with a Triton of its own
 FIRST, SECOND = "attention or decode", "logprob"
 PARTS = {"attention": FIRST, "logprob": f"({SECOND}) and not ({FIRST})",
          "the rest": f"not ({FIRST}) and not ({SECOND})"}
@@ -32,6 +35,16 @@ def test_values(part):
                      "tests/triton_values.py", "-k", PARTS[part],
                      TRITON_INTERPRET=str(int(not torch.cuda.is_available())))
     assert " passed" in said
+
+
+@pytest.mark.skipif(not TTSEM.exists(), reason="ttsem is not installed: `make test` does it, where "
+                    "there is a Triton")
+def test_compiled():
+    """In bf16, by executing what Triton compiles for sm_90."""
+    said = output_of("ttsem.sanitize", "pytest", "tests/triton_compiled.py", "-q", "-p",
+                     "no:cacheprovider", PYTHONPATH=f"{TTSEM}:{TTSEM.parent}")
+    assert " passed" in said and "skipped" not in said
+    print(said)
 
 
 @needs_triton

@@ -773,8 +773,9 @@ def test_repeated_launches_are_bitwise_equal():
 
 
 @gpu
-@pytest.mark.skipif(not INTERPRETED and torch.cuda.mem_get_info()[1] < 40e9, reason="needs 40 GB")
 def test_more_than_65535_heads_and_more_than_2_to_31_elements():
+    if torch.cuda.mem_get_info()[1] < 40e9:
+        pytest.skip("needs 40 GB")
     B = 2**31 // (64 * 3 * 6 * 64) + 1000  # 30,127 sequences x 6 heads; 2.2e9 elements
     packed = torch.randn(B, 64, 3, 6, 64, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
     out = attention(*packed.unbind(2), backend="triton")
