@@ -91,8 +91,12 @@ class Attention(nn.Module):
         H, Hkv = self.n_head, self.n_kv_head
         qkv = self.qkv(x).unflatten(-1, (H + 2 * Hkv, -1))           # (B, T, H + 2 Hkv, Dh)
         qk, v = qkv.split((H + Hkv, Hkv), dim=-2)
-        q, k = rotate(qk, cos, sin).split((H, Hkv), dim=-2)
-        y = attention(q, k, v) if cache is None else decode_attention(q, k, v, *cache, pos)
+        if cache is None:
+            q, k = rotate(qk, cos, sin).split((H, Hkv), dim=-2)
+            y = attention(q, k, v)
+        else:  # which rotates q and k itself
+            q, k = qk.split((H, Hkv), dim=-2)
+            y = decode_attention(q, k, v, *cache, pos, angles=(cos, sin))
         if last_only:
             y = y[:, -1:]                                            # (B, 1, D)
         return self.proj(y)
@@ -213,13 +217,13 @@ class GPT(nn.Module):
         log-probs, (B, P + length) each. While a row's prompt lasts, its tokens replace the drawn
         ones, and the log-probs there mean nothing."""
         B, P = prompt.shape
-        cos, sin = self.angles(P + length)
+        angles = self.angles(P + length)
         cache = self.empty_cache(B, P + length)
         weight = self.unembed()
         token = torch.full_like(numbers, self.bos)
         tokens, logps = [], []
         for t in range(P + length):
-            h = self.step(token, cos[t], sin[t], cache, t)           # (B, D)
+            h = self.step(token, angles, cache, t)                   # (B, D)
             token, logp, _ = sample(h, weight, seed, numbers, t, entropy=False)
             if t < P:
                 token = torch.where(prompt[:, t] >= 0, prompt[:, t], token)
@@ -227,12 +231,13 @@ class GPT(nn.Module):
             logps.append(logp)
         return torch.stack(tokens, 1), torch.stack(logps, 1)
 
-    def step(self, token, cos, sin, cache, pos):
+    def step(self, token, angles, cache, pos):
         """One token per row (B,) at position pos -> the hidden state (B, D) that predicts the next
-        one. Appends the token's keys and values to the cache."""
+        one. Appends the token's keys and values to the cache. angles: of all positions. On a GPU
+        pos may be a tensor there, so that kernels/decoder.py can capture this step."""
         h = norm(self.embed(token).to(self.dtype))
         for block, layer_cache in zip(self.blocks, cache):
-            h = block(h, cos, sin, layer_cache, pos)
+            h = block(h, *angles, layer_cache, pos)
         return norm(h)
 
     def empty_cache(self, B: int, T: int) -> torch.Tensor:
@@ -597,6 +602,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a text file and their numbers, blank ones left out. People's editors and other
     programs may have saved it: UTF-8 or UTF-16, with a byte-order mark or without, any line ends.
     """
+    require(path.is_file() or path.is_fifo(), f"{path} is not a file")
     data = path.read_bytes()
     utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     text = data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")

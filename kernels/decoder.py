@@ -6,21 +6,15 @@ in a step comes from the host or goes to it. So a step reads position, seed and 
 memory and leaves tokens and log-probs there. The weights are copied into place before each rollout,
 so one graph serves a whole run. On a CPU the tests run the same step without a graph.
 
-`hidden` is `GPT.step` in fewer, larger kernels: with six layers 60 a step instead of 98. The kernel
-that reads queries and keys also rotates them, products add to the residual stream directly, and
-squared ReLU is one pass. So this file knows the model's layers. A decoder compares the two before
-it draws. If you have changed the model, it falls back on the model's own `step`.
+This file holds buffers and the graph. What is captured is the model's own `step`, so a model that a
+reader has changed is sampled as it is.
 """
 import copy
 import gc
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 
-from kernels.attention import decode_attention
 from kernels.backend import use_triton
-from kernels.elementwise import squared_relu
 from kernels.sample import sample
 
 
@@ -36,7 +30,7 @@ decoders: dict = {}  # by shape: one decoder serves all models of that shape
 
 def decoder_for(model, batch: int, longest_prompt: int, length: int) -> "Decoder":
     """A decoder for these shapes, loaded with the model's current weights."""
-    shape = (*vars(model.config).values(), batch, longest_prompt, length, model.dtype,
+    shape = (type(model), *vars(model.config).values(), batch, longest_prompt, length, model.dtype,
              model.head.device)
     if shape not in decoders:
         if len(decoders) == 2:  # keep at most two: each holds a KV cache
@@ -53,7 +47,7 @@ class Decoder:
     def __init__(self, model, batch: int, longest_prompt: int, length: int):
         T, device = longest_prompt + length, model.head.device
         self.model = copy.deepcopy(model).to(model.dtype)
-        self.cos, self.sin = model.angles(T)
+        self.angles = model.angles(T)
         self.cache = model.empty_cache(batch, T)
         self.prompt = torch.full((T, batch), -1, device=device)
         self.rows = torch.zeros(batch, dtype=torch.long, device=device)
@@ -62,46 +56,11 @@ class Decoder:
         self.token = torch.zeros(batch, dtype=torch.long, device=device)
         self.tokens = torch.zeros(T, batch, dtype=torch.long, device=device)
         self.logps = torch.zeros(T, batch, device=device)
-        self.known = self.knows_the_model()
-        if not self.known:
-            print("kernels/decoder.py does not know this model: its own step draws, more slowly")
         if can_capture(model):
             self.capture()
 
-    @torch.no_grad()
-    def knows_the_model(self) -> bool:
-        """Whether `hidden` agrees with the model's own forward pass, up to rounding."""
-        n, T = min(8, len(self.token)), len(self.tokens)
-        x = torch.arange(n * T, device=self.token.device).view(n, T) % self.model.bos
-        theirs = self.model(x).float()                                          # (n, T, D)
-        off = []
-        for t in range(min(T, 3)):
-            self.token[:n] = x[:, t]
-            self.pos.fill_(t)
-            off.append((self.hidden()[:n].float() - theirs[:, t]).norm() / theirs[:, t].norm())
-        return bool(max(off) < 0.05)
-
-    def hidden(self) -> torch.Tensor:
-        """The hidden state (B, D) of `token` at `pos`. Writes its keys and values to the cache."""
-        c = self.model.config
-        H, Hkv = c.n_head, c.n_kv_head
-        norm = partial(F.layer_norm, normalized_shape=(c.d_model,))
-        h = norm(self.model.embed(self.token))                                  # (B, D)
-        for block, cache in zip(self.model.blocks, self.cache):
-            qkv = F.linear(norm(h), block.attention.qkv.weight)
-            q, k, v = qkv.unflatten(1, (H + 2 * Hkv, -1)).split((H, Hkv, Hkv), 1)  # (B, heads, Dh)
-            y = decode_attention(q, k, v, *cache, self.pos, angles=(self.cos, self.sin))
-            h.addmm_(y, block.attention.proj.weight.T)
-            r = squared_relu(F.linear(norm(h), block.mlp.up.weight))            # (B, 4 D)
-            h.addmm_(r, block.mlp.down.weight.T)
-        return norm(h)
-
     def step(self) -> None:
-        if self.known:
-            h = self.hidden()                                                   # (B, D)
-        else:
-            cos, sin = (table.index_select(0, self.pos) for table in (self.cos, self.sin))
-            h = self.model.step(self.token, cos, sin, self.cache, self.pos)
+        h = self.model.step(self.token, self.angles, self.cache, self.pos)      # (B, D)
         weight = self.model.unembed()
         token, logp, _ = sample(h, weight, self.seed, self.rows, self.pos, entropy=False)
         given = self.prompt.index_select(0, self.pos)[0]

@@ -6,7 +6,7 @@ built around one question: which bytes must move at all? Per element of q, in 2-
 
     forward    read q, k, v, write out                                     8 B
                (materialised scores: 3 to 8 times that)
-    backward   read q, k, v, dout, write dq, dk, dv                       14 B
+    backward   read q, k, v, out, dout, write dq, dk, dv                  16 B
                (FlashAttention-2, with its float32 dq accumulator: about 30 B)
     decode     read the filled slots of the cache once; all else is small
 
@@ -46,14 +46,6 @@ def store_rows(ptr, rows, stride, end, tile, Dh: tl.constexpr, BLOCK_D: tl.const
     d = tl.arange(0, BLOCK_D)
     mask = (rows < end)[:, None] & (d < Dh)[None, :]
     tl.store(ptr + rows[:, None] * stride + d[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_columns(ptr, rows, stride, end, tile, Dh: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Like store_rows, for a transposed tile (BLOCK_D, len(rows))."""
-    d = tl.arange(0, BLOCK_D)
-    mask = (rows < end)[None, :] & (d < Dh)[:, None]
-    tl.store(ptr + rows[None, :] * stride + d[:, None], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -116,45 +108,14 @@ def attention_forward(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, q_b, q_t, q_h, k_b
 # takes no more products and avoids transposes of tiles in registers, which have given wrong
 # gradients on Hopper (flash-linear-attention issues 640, 826; triton issues 9433, 11781).
 @triton.jit
-def attention_backward_resident(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, dq_ptr, dk_ptr, dv_ptr,
-                                q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dq_b, dq_t, dq_h,
-                                dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, T, H, group,
-                                SCALE: tl.constexpr, Dh: tl.constexpr, BLOCK_T: tl.constexpr,
-                                BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """Short T: one program per (sequence, key-value head) sees all rows and columns, so it stores
-    complete gradients. There are no atomics and no second kernel, and every launch gives the same
-    bits. delta comes from P and dP, so the output is not read. do is (B, T, H, Dh)."""
-    kv_heads = H // group
-    b, kv = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
-    rows = tl.arange(0, BLOCK_T)
-    k = load_rows(k_ptr + b * k_b + kv * k_h, rows, k_t, T, Dh, BLOCK_D)
-    v = load_rows(v_ptr + b * v_b + kv * v_h, rows, v_t, T, Dh, BLOCK_D)
-    dk = tl.zeros((BLOCK_T, BLOCK_D), ACC)
-    dv = tl.zeros((BLOCK_T, BLOCK_D), ACC)
-    for h in range(kv * group, (kv + 1) * group):                    # the query heads of this group
-        q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_t, T, Dh, BLOCK_D)
-        lse2 = tl.load(lse2_ptr + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))
-        p_t = tl.exp2(scores2_t(q, k, rows, rows, SCALE, ACC) - lse2[None, :])  # 0 beyond T
-        do = load_rows(do_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, Dh, BLOCK_D)
-        dv = tl.dot(p_t.to(do.dtype), do, dv, out_dtype=ACC, input_precision=PRECISION)
-        dp_t = tl.dot(v, tl.trans(do), out_dtype=ACC, input_precision=PRECISION)
-        ds_t = (p_t * (dp_t - tl.sum(p_t * dp_t, 0)[None, :]) * SCALE).to(q.dtype)
-        dk = tl.dot(ds_t, q, dk, out_dtype=ACC, input_precision=PRECISION)
-        dq_tile = tl.dot(tl.trans(k), ds_t, out_dtype=ACC, input_precision=PRECISION)  # transposed
-        store_columns(dq_ptr + b * dq_b + h * dq_h, rows, dq_t, T, dq_tile, Dh, BLOCK_D)
-    store_rows(dk_ptr + b * dk_b + kv * dk_h, rows, dk_t, T, dk, Dh, BLOCK_D)
-    store_rows(dv_ptr + b * dv_b + kv * dv_h, rows, dv_t, T, dv, Dh, BLOCK_D)
-
-
-@triton.jit
-def attention_backward_two_loops(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, dq_ptr, dk_ptr,
-                                 dv_ptr, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dq_b, dq_t,
-                                 dq_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, T, H, group,
-                                 SCALE: tl.constexpr, Dh: tl.constexpr, BLOCK: tl.constexpr,
-                                 BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """Longer T: the program of block i computes dq of its rows, in a loop over i + 1 tiles of
-    columns. Then it computes dk and dv of the same positions as columns, in a loop over n - i tiles
-    of rows. So all programs do the same work, again without atomics."""
+def attention_backward(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, dq_ptr, dk_ptr, dv_ptr, q_b,
+                       q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dq_b, dq_t, dq_h, dk_b, dk_t, dk_h,
+                       dv_b, dv_t, dv_h, T, H, group, SCALE: tl.constexpr, Dh: tl.constexpr,
+                       BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """The program of block i computes dq of its rows, in a loop over i + 1 tiles of columns. Then
+    it computes dk and dv of the same positions as columns, in a loop over n - i tiles of rows. So
+    all programs do the same work, without atomics, and every launch gives the same bits. do is
+    (B, T, H, Dh)."""
     kv_heads, blocks = H // group, tl.cdiv(T, BLOCK)
     head, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b, kv = (head // kv_heads).to(tl.int64), head % kv_heads
@@ -167,7 +128,7 @@ def attention_backward_two_loops(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, d
         o = load_rows(o_ptr + (b * T * H + h) * Dh, own, H * Dh, T, Dh, BLOCK_D)
         do = load_rows(do_ptr + (b * T * H + h) * Dh, own, H * Dh, T, Dh, BLOCK_D)
         lse2 = tl.load(lse2_ptr + (b * H + h) * T + own, mask=own < T, other=float("inf"))
-        delta = tl.sum(do.to(ACC) * o.to(ACC), 1)  # not from P dP: a tile has only part of each row
+        delta = tl.sum(do.to(ACC) * o.to(ACC), 1)  # P dP would need the whole row
         dq = tl.zeros((BLOCK, BLOCK_D), ACC)
         for start in range(0, (i + 1) * BLOCK, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -280,19 +241,15 @@ def hopper() -> bool:
     return target.backend == "cuda" and 90 <= target.arch < 120  # 120: consumer cards, 99 KB again
 
 
-def backward_config(T: int, Dh: int, group: int, dtype: torch.dtype) -> tuple[bool, int, int]:
-    """-> (is the whole tile resident, side of a tile, warps). A fixed table, not a search at run
-    time: the largest tiles whose registers do not spill on sm_80 and sm_90 (tests/compile_only.py
-    checks). num_stages stays 1, because Triton 3.6 and later reportedly crash on Hopper in such a
-    backward with 2 stages and a 128-wide tile in 4 warps (triton issue 10573)."""
-    block, BLOCK_D = max(16, triton.next_power_of_2(T)), max(16, triton.next_power_of_2(Dh))
+def backward_config(Dh: int, dtype: torch.dtype) -> tuple[int, int]:
+    """-> side of a tile, warps. A fixed table, not a search at run time: the largest tiles whose
+    registers do not spill on sm_80 and sm_90 (tests/compile_only.py checks). num_stages stays 1,
+    because Triton 3.6 and later reportedly crash on Hopper in such a backward with 2 stages and a
+    128-wide tile in 4 warps (triton issue 10573)."""
+    BLOCK_D = max(16, triton.next_power_of_2(Dh))
     if dtype.itemsize > 2:  # float32: three products for one, and numbers twice the size
-        return False, 16, max(4, BLOCK_D // 16)
-    held = block * BLOCK_D * (2 if group > 1 else 1)  # a group keeps dk, dv for all its query heads
-    if block <= 128 and held <= (8192 if hopper() else 4096):
-        return True, block, 8 if block == 128 or block * BLOCK_D > 4096 else 4
-    return ((False, 64, 4) if BLOCK_D <= 32 or BLOCK_D == 64 and hopper()
-            else (False, 32, BLOCK_D // 16))
+        return 16, max(4, BLOCK_D // 16)
+    return (64, 4) if BLOCK_D <= 32 or BLOCK_D == 64 and hopper() else (32, BLOCK_D // 16)
 
 
 def shared(Dh: int, dtype: torch.dtype) -> dict:
@@ -316,9 +273,7 @@ class Attention(torch.autograd.Function):
             attention_forward[B * H * triton.cdiv(T, block),](
                 q, k, v, out, lse2, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 T, H, H // k.size(2), BLOCK=block, **FORWARD, **shared(Dh, q.dtype))
-        ctx.config = backward_config(T, Dh, H // k.size(2), q.dtype)
-        resident, _, _ = ctx.config
-        ctx.save_for_backward(q, k, v, lse2, None if resident else out)
+        ctx.save_for_backward(q, k, v, lse2, out)
         return out
 
     @staticmethod
@@ -328,17 +283,11 @@ class Attention(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         B, T, H, Dh = q.shape
         strides = [s for x in (q, k, v, dq, dk, dv) for s in x.stride()[:3]]
-        tail, options = (T, H, H // k.size(2)), shared(Dh, q.dtype)
-        do, kv_heads = do.contiguous(), B * k.size(2)
-        resident, block, warps = ctx.config
-        if resident and q.numel():
-            attention_backward_resident[kv_heads,](
-                q, k, v, do, lse2, dq, dk, dv, *strides, *tail,
-                BLOCK_T=block, num_warps=warps, num_stages=1, **options)
-        elif q.numel():
-            attention_backward_two_loops[kv_heads * triton.cdiv(T, block),](
-                q, k, v, out, do, lse2, dq, dk, dv, *strides, *tail,
-                BLOCK=block, num_warps=warps, num_stages=1, **options)
+        block, warps = backward_config(Dh, q.dtype)
+        if q.numel():
+            attention_backward[B * k.size(2) * triton.cdiv(T, block),](
+                q, k, v, out, do.contiguous(), lse2, dq, dk, dv, *strides, T, H, H // k.size(2),
+                BLOCK=block, num_warps=warps, num_stages=1, **shared(Dh, q.dtype))
         return dq, dk, dv
 
 

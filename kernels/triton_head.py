@@ -38,7 +38,6 @@ from kernels.triton_attention import LOG2E, PRECISION, hopper
 LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(-1e30)  # a missing logit; finite, so that 0 * NEVER is 0 and not NaN
 TILE, SPLIT = 64, 8       # sampling: columns per tile, tiles per program; both affect what is drawn
-RECOMPUTE_UP_TO = 384     # the largest D whose logits the backward kernel recomputes; else cuBLAS
 CHUNK = 44 * 128          # rows per backward chunk: at D 384 a product has 44 x 3 tiles for 132 SMs
 
 
@@ -101,11 +100,11 @@ def fold(m, l, s, z2):
 
 # ---- Log-prob and entropy ------------------------------------------------------------------------
 @triton.jit
-def logprob_forward(hidden_ptr, w_ptr, target_ptr, logp_ptr, entropy_ptr, lse2_ptr, N, T, h_b, h_t,
-                    w_v, V, D, scale2, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
+def logprob_forward(hidden_ptr, w_ptr, target_ptr, logp_ptr, entropy_ptr, N, T, h_b, h_t, w_v, V, D,
+                    scale2, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
     """Compute BLOCK_M of the N = B T rows. hidden (B, T, D) by strides, w (V, D), target (N,) ->
-    logp, entropy (nats) and lse2, (N,). Every row is summed in the same order for any N."""
+    logp and entropy (nats), (N,). Every row is summed in the same order for any N."""
     n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = n < N
     h_rows = hidden_rows(hidden_ptr, n, T, h_b, h_t)
@@ -126,7 +125,6 @@ def logprob_forward(hidden_ptr, w_ptr, target_ptr, logp_ptr, entropy_ptr, lse2_p
     logp = tl.where((target < -1) | (target >= V), float("nan"), logp)  # loud, without a sync
     tl.store(logp_ptr + n, logp, mask=ok)
     tl.store(entropy_ptr + n, tl.where(target >= 0, (tl.log2(l) - s / l) * LN2, 0.0), mask=ok)
-    tl.store(lse2_ptr + n, lse2, mask=ok)
 
 
 @triton.jit
@@ -147,41 +145,12 @@ def gradient_of_logits(z2, lse2, entropy, cols, target, g, g_entropy, inv_tau,
 
 
 @triton.jit
-def logprob_backward(hidden_ptr, w_ptr, target_ptr, entropy_ptr, lse2_ptr, g_ptr, g_entropy_ptr,
-                     dlogits_ptr, first, N, T, h_b, h_t, w_v, V, D, dlogits_n, scale2, inv_tau,
-                     TILES: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ENTROPY: tl.constexpr,
-                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                     ACC: tl.constexpr):
-    """Recompute the logits of rows [first, first + chunk) in TILES tiles -> dlogits (chunk,
-    dlogits_n), exactly 0 in the columns beyond V."""
-    groups = tl.cdiv(tl.cdiv(dlogits_n, BLOCK_N), TILES)
-    r = tl.program_id(0) // groups * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = first + r
-    ok = n < N
-    h_rows = hidden_rows(hidden_ptr, n, T, h_b, h_t)
-    h0, h1 = load_resident(h_rows, ok, D, D0, D1)
-    target = tl.load(target_ptr + n, mask=ok, other=-1)
-    kept = ok & (target >= 0)
-    lse2 = tl.load(lse2_ptr + n, mask=ok, other=-NEVER)             # p = 0 in missing rows
-    g = tl.load(g_ptr + n, mask=kept, other=0.0)
-    g_entropy = tl.load(g_entropy_ptr + n, mask=kept, other=0.0)     # unused without ENTROPY
-    entropy = tl.load(entropy_ptr + n, mask=ok, other=0.0)
-    out_rows = dlogits_ptr + r.to(tl.int64) * dlogits_n
-    begin = tl.program_id(0) % groups * TILES * BLOCK_N
-    for start in range(begin, min(begin + TILES * BLOCK_N, dlogits_n), BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        z2 = logits2(h0, h1, h_rows, ok, w_ptr, w_v, cols, V, D, scale2, D0, D1, BLOCK_K, ACC)
-        dz = gradient_of_logits(z2, lse2, entropy, cols, target, g, g_entropy, inv_tau, ENTROPY)
-        tl.store(out_rows[:, None] + cols[None, :], dz.to(dlogits_ptr.dtype.element_ty),
-                 mask=ok[:, None] & (cols < dlogits_n)[None, :])
-
-
-@triton.jit
-def logprob_backward_in_place(target_ptr, g_ptr, g_entropy_ptr, dlogits_ptr, first, N, V, dlogits_n,
-                              scale2, inv_tau, ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr,
-                              BLOCK_N: tl.constexpr, ACC: tl.constexpr):
-    """The same if dlogits already holds the logits, rounded to its dtype. The first pass over them
-    computes their own LSE and entropy, and the second overwrites them."""
+def logprob_backward(target_ptr, g_ptr, g_entropy_ptr, dlogits_ptr, first, N, V, dlogits_n,
+                     scale2, inv_tau, ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr, ACC: tl.constexpr):
+    """dlogits (chunk, dlogits_n) holds the logits of rows [first, first + chunk), rounded to its
+    dtype. The first pass over them computes their own LSE and entropy; the second puts their
+    gradient in their place, exactly 0 in the columns beyond V."""
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = first + r
     ok = n < N
@@ -319,19 +288,19 @@ def config(D: int, dtype: torch.dtype) -> dict:
 
 class LinearLogprob(torch.autograd.Function):
     """hidden (B, T, D), weight (V, D), target (B, T) -> logp, entropy (B, T). Keeps the inputs and
-    8 bytes per row for the backward pass."""
+    4 bytes per row for the backward pass."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):
         (B, T, D), V = hidden.shape, len(weight)
         acc = torch.promote_types(hidden.dtype, torch.float32)
-        logp, entropy, lse2 = (torch.empty(B, T, dtype=acc, device=hidden.device) for _ in range(3))
+        logp, entropy = (torch.empty(B, T, dtype=acc, device=hidden.device) for _ in range(2))
         c = config(D, hidden.dtype)
         logprob_forward[triton.cdiv(B * T, c["BLOCK_M"]),](
-            hidden, weight, target, logp, entropy, lse2, B * T, T, *hidden.stride()[:2],
+            hidden, weight, target, logp, entropy, B * T, T, *hidden.stride()[:2],
             weight.stride(0), V, D, LOG2E.value / temperature,
             ACC=tl.float64 if acc == torch.float64 else tl.float32, enable_fp_fusion=True, **c)
-        ctx.save_for_backward(hidden, weight, target, entropy, lse2)
+        ctx.save_for_backward(hidden, weight, target, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # an unused output has gradient None
         return logp, entropy
@@ -339,15 +308,14 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, g_entropy):
-        """Three products per chunk of rows: the logits again (by the kernel up to RECOMPUTE_UP_TO,
-        else by cuBLAS), then dlogits W and dlogits^T hidden. No atomics. Zero rows of W and zero
-        columns of dlogits pad V to a multiple of 64, so that the rows in products are aligned."""
-        hidden, weight, target, entropy, lse2 = ctx.saved_tensors
+        """Three products per chunk of rows: the logits again, then dlogits W and dlogits^T hidden.
+        No atomics. Zero rows of W and zero columns of dlogits pad V to a multiple of 64, so that
+        the rows in products are aligned."""
+        hidden, weight, target, entropy = ctx.saved_tensors
         (B, T, D), V, N = hidden.shape, len(weight), target.numel()
         g = torch.zeros_like(entropy) if g is None else g.contiguous()
         g_H = g if g_entropy is None else g_entropy.contiguous()
-        c = config(D, hidden.dtype)
-        recompute, rows = c["D0"] > 0 and D <= RECOMPUTE_UP_TO, hidden.reshape(N, D)
+        rows = hidden.reshape(N, D)
         padded = triton.cdiv(V, 64) * 64
         weight = F.pad(weight, (0, 0, 0, padded - V))
         chunk = min(N, max(CHUNK, 2**24 // padded // 128 * 128))  # V = 2,048: 32 MB, within the L2
@@ -360,17 +328,10 @@ class LinearLogprob(torch.autograd.Function):
         for first in range(0, N, chunk):
             last = min(first + chunk, N)
             dlogits = buffer[: last - first]
-            if recompute:
-                groups = triton.cdiv(triton.cdiv(padded, c["BLOCK_N"]), SPLIT)
-                logprob_backward[triton.cdiv(last - first, c["BLOCK_M"]) * groups,](
-                    hidden, weight, target, entropy, lse2, g, g_H, dlogits, first, last, T,
-                    *hidden.stride()[:2], weight.stride(0), V, D, padded, *scales, TILES=SPLIT,
-                    **options, **c)
-            else:
-                torch.mm(rows[first:last], weight.T, out=dlogits)
-                logprob_backward_in_place[triton.cdiv(last - first, 16),](
-                    target, g, g_H, dlogits, first, last, V, padded, *scales, BLOCK_M=16,
-                    BLOCK_N=128, num_warps=4, **options)
+            torch.mm(rows[first:last], weight.T, out=dlogits)
+            logprob_backward[triton.cdiv(last - first, 16),](
+                target, g, g_H, dlogits, first, last, V, padded, *scales, BLOCK_M=16, BLOCK_N=128,
+                num_warps=4, **options)
             torch.mm(dlogits, weight, out=d_hidden[first:last])
             d_weight += dlogits.T @ rows[first:last]
         return d_hidden.view(B, T, D), d_weight[:V].to(weight.dtype), None, None

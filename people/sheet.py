@@ -47,6 +47,7 @@ def read_sheet(path: Path) -> dict:
     """Read what `write_sheet` wrote. Raises UserError if the file is something else."""
     element = r'<script type="application/json" id="data">(.*?)</script>'
     keys = {"hash", "kind", "question", "answers", "items"}
+    require(path.is_file(), f"{path} is not a sheet: `python -m people` writes one")
     try:
         page = path.read_text(encoding="utf-8-sig")
         return parse(re.search(element, page, re.S)[1], lambda sheet: keys <= sheet.keys())

@@ -1,5 +1,5 @@
-"""The Triton kernels without a GPU: their values in the interpreter, their compiled form executed in
-bf16, their machine code from the compiler. Each part runs in a process of its own, because the
+"""The Triton kernels without a GPU: their values in the interpreter, their compiled form executed
+in bf16, their machine code from the compiler. Each part runs in a process of its own, because the
 interpreter changes Triton for a whole process. On a machine with a GPU the values are computed
 there."""
 import os
@@ -63,7 +63,7 @@ def test_the_checks_of_machine_code_can_fail(change, wrong):
     from tests.compile_only import problems
     fine = {"STACK": 0, "LOCAL": 0, "SHARED": 50_000, "HGMMA": 0, "HMMA": 9, "VECTOR_LOAD": 1,
             "VECTOR_STORE": 1}
-    found = problems(80, "attention_backward_resident", True, fine | change)
+    found = problems(80, "attention_backward", True, fine | change)
     assert found == [] if wrong is None else len(found) == 1 and wrong in found[0]
 
 

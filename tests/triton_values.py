@@ -91,14 +91,14 @@ def attention64(q, k, v):
     return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v).flatten(2)
 
 
-def check_attention(B, T, H, Hkv, Dh, dtype=torch.float32, path=None, kernels=triton_attention):
+def check_attention(B, T, H, Hkv, Dh, dtype=torch.float32, tile=None, kernels=triton_attention):
     """Forward and all gradients of strided views of one projection, with a random upstream one."""
     projection = surrounded(randn(B, T, H + 2 * Hkv, Dh, dtype=dtype, seed=T + Dh)).requires_grad_()
     q, k, v = projection.split([H, Hkv, Hkv], dim=2)
     upstream = randn(B, T, H * Dh, dtype=dtype, seed=1)
-    # the interpreter has no registers to spill, so fp32 takes the GPU's path for 16-bit types there
-    path = path or kernels.backward_config(T, Dh, H // Hkv, torch.float16 if INTERPRETED else dtype)
-    with patch.object(kernels, "backward_config", lambda *_: path):
+    # the interpreter has no registers to spill, so fp32 takes the GPU's tile for 16-bit types there
+    tile = tile or kernels.backward_config(Dh, torch.float16 if INTERPRETED else dtype)
+    with patch.object(kernels, "backward_config", lambda *_: tile):
         out = kernels.Attention.apply(q, k, v)
         grad, = torch.autograd.grad(out, projection, upstream)
     exact = attention64(q, k, v)
@@ -120,19 +120,16 @@ def test_attention_equals_float64(case):
     check_attention(1 + case % 2 * (TIMES[case] < 128), TIMES[case], H, Hkv, Dh, dtype)
 
 
-@pytest.mark.parametrize("path", [(True, 64, 4), (True, 128, 8), (False, 16, 4), (False, 32, 4),
-                                  (False, 64, 4)])
+@pytest.mark.parametrize("tile", [(16, 4), (32, 4), (64, 4)])
 @pytest.mark.parametrize("T", [1, 17, 64])
-def test_both_backward_paths_at_any_length(T, path):
-    """backward_config would never send these lengths down the other path."""
-    check_attention(2, T, 4, 2, 24, torch.float32 if INTERPRETED else torch.float16, path=path)
+def test_any_tile_at_any_length(T, tile):
+    check_attention(2, T, 4, 2, 24, torch.float32 if INTERPRETED else torch.float16, tile=tile)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="float64 accumulators exist in the interpreter alone")
-@pytest.mark.parametrize("path", [(True, 16, 4), (False, 16, 4)])
-def test_attention_gradcheck(path, monkeypatch):
-    monkeypatch.setattr(triton_attention, "backward_config", lambda *_: path)
-    packed = randn(1, 5 if path[0] else 18, 3, 2, 2, dtype=torch.float64).requires_grad_()
+def test_attention_gradcheck(monkeypatch):
+    monkeypatch.setattr(triton_attention, "backward_config", lambda *_: (16, 4))
+    packed = randn(1, 18, 3, 2, 2, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: attention(*x.unbind(2), backend="triton"), packed,
                                     fast_mode=True)
     q, k, v = (randn(1, 3, H, 3, dtype=torch.float64, seed=i).requires_grad_()
@@ -276,13 +273,9 @@ def test_backward_in_chunks(monkeypatch):
 
 @pytest.mark.parametrize("dtype, D, scale", [(torch.float32, 192, 4.0), (torch.float32, 192, 12.0),
                                              (torch.float16, 384, 8.0)])
-@pytest.mark.parametrize("recompute_up_to", [0, 384])
-def test_gradients_are_as_exact_as_eager_where_logits_are_large(dtype, D, scale, recompute_up_to,
-                                                                monkeypatch):
-    """At most three times the error of plain PyTorch, with both forms of the backward pass. Guards
-    against an LSE of other logits than the gradient's: different rounding costs nearly a digit
-    where p is near 1."""
-    monkeypatch.setattr(triton_head, "RECOMPUTE_UP_TO", recompute_up_to)
+def test_gradients_are_as_exact_as_eager_where_logits_are_large(dtype, D, scale):
+    """At most three times the error of plain PyTorch. Guards against an LSE of other logits than
+    the gradient's: different rounding costs nearly a digit where p is near 1."""
     hidden, weight = (randn(130, D, dtype=dtype, seed=i, scale=s).requires_grad_()
                       for i, s in enumerate((1.0, scale / math.sqrt(D))))
     target = torch.randint(130, (130,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -557,8 +550,8 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
-def test_a_decode_step_launches_60_kernels(monkeypatch):
-    """With the preset's six layers. The step of model.py would launch 98."""
+def test_a_decode_step_launches_72_kernels(monkeypatch):
+    """With the six layers of the default on a GPU."""
     from triton.runtime.interpreter import GridExecutor
 
     from kernels.decoder import Decoder
@@ -571,7 +564,7 @@ def test_a_decode_step_launches_60_kernels(monkeypatch):
     with torch.no_grad(), Launches() as launches:
         monkeypatch.setattr(GridExecutor, "__call__", launches.around(GridExecutor.__call__))
         decoder.step()
-    assert launches.n == 60
+    assert launches.n == 72
 
 
 # ---- Negative controls ---------------------------------------------------------------------------
@@ -593,7 +586,6 @@ def broken(module, old, new, tmp_path):
     ("acc = acc * rescale[:, None]\n", "acc = acc\n", 130),                        # missing rescale
     ("+ h // group * k_h", "+ h * k_h * 0", 17),                                   # wrong head
     ("q_t, T, Dh, BLOCK_D)\n    m = ", "q_t + 1, T, Dh, BLOCK_D)\n    m = ", 17),  # wrong stride
-    ("tl.sum(p_t * dp_t, 0)", "tl.sum(dp_t, 0)", 17),                              # delta without P
     ("(dp - delta[:, None])", "(dp - tl.sum(p * dp, 1)[:, None])", 130),           # delta of a tile
     ("(dp_t - delta[None, :])", "(dp_t - tl.sum(p_t * dp_t, 0)[None, :])", 130),   # its transpose
     ("mask = (rows < end)[:, None]", "mask = (rows <= end)[:, None]", 17),         # writes outside
@@ -602,8 +594,7 @@ def test_a_broken_attention_is_caught(old, new, T, tmp_path, check_fences):
     kernels = broken(triton_attention, old, new, tmp_path)
     with pytest.raises(AssertionError):
         try:
-            check_attention(2, T, 4, 2, 32, kernels=kernels,
-                            path=(False, 64, 4) if T > 64 else None)
+            check_attention(2, T, 4, 2, 32, kernels=kernels)
         finally:
             check_fences()
 
@@ -635,7 +626,6 @@ def test_a_broken_decode_is_caught(old, new, tmp_path, monkeypatch):
 ])
 def test_a_broken_logprob_is_caught(old, new, tmp_path):
     kernels = broken(triton_head, old, new.replace("D_", "(h_t - 1)"), tmp_path)
-    kernels.RECOMPUTE_UP_TO = 0 if "cols < V" in old else 384
     with pytest.raises(AssertionError):
         check_logprob(2, 33, 32, 129, 0.5, kernels=kernels)
 
