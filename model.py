@@ -39,7 +39,7 @@ from safetensors.torch import save as safetensors_bytes
 from tokenizers import Tokenizer
 
 from kernels import attention, decode_attention, linear_logprob, rotate, sample, squared_relu
-from kernels.backend import live_path
+from kernels.backend import has_bf16, live_path
 from kernels.decoder import can_capture, decoder_for
 
 RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
@@ -498,11 +498,12 @@ def only_writer(path: Path) -> None:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is fast: GPUs, and CPUs with AMX or AVX512-BF16. Else float32."""
+    """bfloat16 where it is fast: GPUs since Ampere, and CPUs with AMX or AVX512-BF16. Else
+    float32."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
-    fast = device.type == "cuda" or re.search(r"\b(amx_bf16|avx512_bf16)\b", flags)
-    return torch.bfloat16 if fast else torch.float32
+    on_cpu = device.type == "cpu" and re.search(r"\b(amx_bf16|avx512_bf16)\b", flags)
+    return torch.bfloat16 if on_cpu or has_bf16(device) else torch.float32
 
 
 def keep_freed_pages() -> None:

@@ -8,8 +8,8 @@
     rotate            rotary positions                                    (queries and keys)
 
 All take `backend="auto"`: the Triton kernels on a GPU (triton_attention.py, triton_head.py,
-triton_elementwise.py), PyTorch elsewhere. decoder.py captures a whole rollout step as a CUDA graph;
-only that file knows the model. `python -m benchmarks.kernels` times all against the alternatives.
+triton_elementwise.py), PyTorch elsewhere. decoder.py captures a whole rollout step as a CUDA graph.
+`python -m benchmarks.kernels` times all against the alternatives.
 """
 from kernels.attention import attention, decode_attention
 from kernels.elementwise import rotate, squared_relu

@@ -44,7 +44,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}")
     if use_triton(backend if Dh <= 128 else "torch", q, "attention"):  # wider heads are untested
         from kernels.triton_attention import Attention
-        return Attention.apply(q, k, v)
+        with torch.cuda.device_of(q):
+            return Attention.apply(q, k, v)
     Hkv, G = k.size(2), H // k.size(2)
     if T > DENSE_UP_TO or q.is_cuda:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -80,7 +81,8 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache:
                          f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)} do not fit")
     if use_triton(backend if Dh <= 128 else "torch", q, "attention"):
         from kernels.triton_attention import decode_attention as decode
-        return decode(q, k, v, k_cache, v_cache, torch.as_tensor(pos, device=q.device), angles)
+        with torch.cuda.device_of(q):
+            return decode(q, k, v, k_cache, v_cache, torch.as_tensor(pos, device=q.device), angles)
     pos = int(pos)
     if angles:
         q, k = (rotate(x, *(table[pos] for table in angles), backend="torch") for x in (q, k))

@@ -14,6 +14,13 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+@lru_cache
+def has_bf16(device: torch.device) -> bool:
+    """Whether this GPU multiplies bf16: NVIDIA's since Ampere. Older ones get PyTorch in float32,
+    because Triton refuses bf16 there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def sent_to_torch() -> set[str]:
     """The families that the environment variable TORCH_KERNELS ("attention,sample", or "all") sends
     to PyTorch on a GPU, as a workaround if a kernel fails there. Raises ValueError for any other
@@ -28,6 +35,8 @@ def sent_to_torch() -> set[str]:
 
 def live_path(device: torch.device) -> str:
     """Say in words which implementation calls get on this device."""
+    if device.type == "cuda" and not has_bf16(device):
+        return "PyTorch in float32: this GPU is older than Ampere"
     if device.type != "cuda" or not has_triton():
         return "PyTorch"
     on_torch = ", ".join(sorted(sent_to_torch()))
@@ -40,7 +49,7 @@ def use_triton(backend: str, x: torch.Tensor, family: str) -> bool:
     tests, TRITON_INTERPRET=1, set before Triton is imported, lets "triton" run on CPU tensors,
     slowly. Raises ValueError if the chosen backend cannot run."""
     if backend == "auto":
-        on_gpu = x.is_cuda and x.dtype in FLOATS and has_triton()
+        on_gpu = has_bf16(x.device) and x.dtype in FLOATS and has_triton()
         return on_gpu and family not in sent_to_torch()
     if backend not in ("triton", "torch"):
         raise ValueError(f'backend {backend!r}: "auto", "triton" or "torch"')

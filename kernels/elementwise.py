@@ -6,6 +6,7 @@
 On a GPU each is one kernel each way (triton_elementwise.py) and keeps only its inputs.
 """
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels.backend import use_triton
 
@@ -20,6 +21,7 @@ class SquaredReLU(torch.autograd.Function):
         return r.square()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         r, = ctx.saved_tensors
         return (grad * r).mul_(2)
@@ -29,7 +31,8 @@ def squared_relu(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """x of any shape -> max(x, 0)^2. Differentiable."""
     if use_triton(backend, x, "elementwise"):
         from kernels.triton_elementwise import SquaredReLU as Fused
-        return Fused.apply(x)
+        with torch.cuda.device_of(x):
+            return Fused.apply(x)
     return SquaredReLU.apply(x)
 
 
@@ -38,8 +41,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     """Rotary position encoding turns each pair (x_i, x_{i + Dh/2}) by position * frequency_i. Then
     the dot product of two rotated vectors depends only on how far apart their positions are.
     x (..., T, heads, Dh), or (B, heads, Dh) at one position; cos, sin (T, 1, Dh) or (1, Dh), with
-    the second half of sin negative. Differentiable in x."""
+    the second half of sin negative. Differentiable in x. Raises ValueError if shapes do not fit."""
+    positions = (x.size(-3), 1) if cos.dim() == 3 else (1,)
+    if cos.shape != sin.shape or cos.shape != (*positions, x.size(-1)) or x.size(-1) % 2:
+        raise ValueError(f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)} do "
+                         "not fit")
     if use_triton(backend, x, "elementwise"):
         from kernels.triton_elementwise import Rotate
-        return Rotate.apply(x, cos, sin)
+        with torch.cuda.device_of(x):
+            return Rotate.apply(x, cos, sin)
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)

@@ -87,10 +87,11 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
     """Log-prob (nats) of target and entropy (nats) under softmax(hidden @ weight.T / temperature).
 
     hidden (..., D), weight (V, D), target (...) int64 in [0, V) or -1 = ignored (both results 0,
-    no gradient) -> logp (...), entropy (...), at least float32. entropy=False skips the entropy
-    and returns None for it. Differentiable in hidden and weight. A slice of hidden (B, T, D) along
-    T needs no copy on a GPU. Raises ValueError if shapes do not fit or a target is outside [-1, V).
-    On a GPU such a target gives a log-prob of NaN, because a check would make the host wait.
+    no gradient) -> logp (...), entropy (...), at least float32. entropy=False returns None for it,
+    and saves the work on a CPU. Differentiable in hidden and weight. On a GPU the forward pass
+    needs no copy of a slice of hidden (B, T, D) along T. Raises ValueError if shapes do not fit or
+    a target is outside [-1, V); on a GPU such a target gives a log-prob of NaN, because a check
+    would make the host wait.
     """
     if hidden.shape[:-1] != target.shape or hidden.size(-1) != weight.size(-1) or \
             hidden.dtype != weight.dtype or not temperature > 0:
@@ -103,7 +104,8 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
         return empty, empty if entropy else None
     if use_triton(backend, hidden, "logprob"):
         from kernels.triton_head import linear_logprob as fused
-        logp, H = fused(hidden, weight, target, temperature)  # always computes both
+        with torch.cuda.device_of(hidden):
+            logp, H = fused(hidden, weight, target, temperature)  # always computes both
         return logp, H if entropy else None
     if not -1 <= int(target.min()) <= int(target.max()) < len(weight):
         raise ValueError(f"targets {int(target.min())}..{int(target.max())}, V = {len(weight)}")

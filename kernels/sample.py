@@ -40,7 +40,7 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor,
            entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """hidden (B, D), weight (V, D), row (B,) int64 global sample numbers, step = position in the
     sample -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`.
-    entropy=False skips the entropy and returns None for it. seed and step are integers or, on a
+    entropy=False returns None for it. seed and step are integers or, on a
     GPU, one-element integer tensors there. No gradient. Raises ValueError if shapes do not fit."""
     if hidden.size(-1) != weight.size(-1) or row.shape != hidden.shape[:1] or not temperature > 0:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, row "
@@ -50,7 +50,8 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor,
         if not torch.is_tensor(seed):
             seed = torch.tensor(seed, dtype=torch.uint64, device=hidden.device)
         step = torch.as_tensor(step, device=hidden.device)
-        token, logp, H = fused(hidden, weight, seed, row.contiguous(), step, temperature)
+        with torch.cuda.device_of(hidden):
+            token, logp, H = fused(hidden, weight, seed, row.contiguous(), step, temperature)
         return token, logp, H if entropy else None
     seed, step = int(seed), int(step)
     z, p, lse = softmax(hidden, weight, temperature)                # (B, V), (B, V), (B,)

@@ -9,6 +9,7 @@ gradient is turned back. In PyTorch squared ReLU takes 2 passes each way, and ro
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 
 @triton.jit
@@ -56,6 +57,7 @@ class Rotate(torch.autograd.Function):
         return turned(x, cos, sin, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         return turned(g, *ctx.saved_tensors, -1), None, None
 
@@ -70,6 +72,7 @@ class SquaredReLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         x, = ctx.saved_tensors
         dx = torch.empty_like(x)

@@ -197,7 +197,8 @@ def test_a_family_can_be_sent_to_pytorch(monkeypatch):
     from kernels import backend
 
     class OnGpu:
-        is_cuda, dtype, type = True, torch.bfloat16, "cuda"
+        is_cuda, dtype, type, device = True, torch.bfloat16, "cuda", torch.device("cuda")
+    monkeypatch.setattr(backend, "has_bf16", lambda device: True)
     monkeypatch.setattr(backend, "has_triton", lambda: True)
     monkeypatch.delenv("TORCH_KERNELS", raising=False)
     assert all(backend.use_triton("auto", OnGpu, family) for family in backend.FAMILIES)
@@ -213,3 +214,62 @@ def test_a_family_can_be_sent_to_pytorch(monkeypatch):
     with pytest.raises(ValueError, match="a list of attention, logprob, sample, decoder, "
                                          "elementwise, or all"):
         backend.use_triton("auto", OnGpu, "logprob")
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    """On a machine with several GPUs a launch would else go to the first one."""
+    import kernels
+    from kernels import backend
+    guarded, q = [], torch.randn(2, 3, 4, 8)
+
+    class Guard:
+        def __init__(self, x):
+            guarded.append(x)
+
+        def __enter__(self):
+            raise RuntimeError("guarded")
+
+        def __exit__(self, *_):
+            pass
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr(backend, "has_triton", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    target, pos = torch.zeros(2, 3, dtype=torch.long), torch.tensor(0)
+    cache, angle = torch.randn(2, 2, 4, 5, 8), torch.randn(3, 1, 8)
+    calls = (lambda: kernels.attention(q, q, q, backend="triton"),
+             lambda: kernels.decode_attention(q[:, 0], q[:, 0], q[:, 0], *cache, pos,
+                                              backend="triton"),
+             lambda: kernels.linear_logprob(q[:, :, 0], q[0, 0], target, backend="triton"),
+             lambda: kernels.sample(q[0, 0], q[0, 1], 0, torch.arange(4), 0, backend="triton"),
+             lambda: kernels.squared_relu(q, backend="triton"),
+             lambda: kernels.rotate(q, angle, angle, backend="triton"))
+    for n, call in enumerate(calls, 1):
+        with pytest.raises(RuntimeError, match="guarded"):
+            call()
+        assert len(guarded) == n
+
+
+def test_a_gpu_without_bf16_gets_float32_and_pytorch(monkeypatch):
+    """A T4 has capability 7.5, an A100 8.0."""
+    from kernels.backend import has_bf16, live_path
+    from model import fast_dtype
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        has_bf16.cache_clear()
+        assert fast_dtype(torch.device("cuda")) == dtype
+        old = "older than Ampere" in live_path(torch.device("cuda"))
+        assert old == (dtype == torch.float32)
+    has_bf16.cache_clear()
+
+
+def test_rotate_and_squared_relu_refuse_what_they_cannot_do():
+    """Shapes that do not fit; and a second derivative, which would silently be wrong."""
+    from kernels import rotate, squared_relu
+    x, angle = torch.randn(2, 3, 4, 8), torch.randn(3, 1, 8)
+    for cos, sin in ((angle[:2], angle[:2]), (angle, angle[:2]), (angle[..., :4], angle[..., :4])):
+        with pytest.raises(ValueError, match="do not fit"):
+            rotate(x, cos, sin)
+    y = x.clone().requires_grad_()
+    first, = torch.autograd.grad(squared_relu(y).square().sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

@@ -188,6 +188,8 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
 def test_settings_of_a_gpu(monkeypatch, capsys):
     """On a GPU the defaults come from ON_GPU; a flag on the command line still wins."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(m, "has_bf16", lambda device: True)
+    monkeypatch.setattr(m, "live_path", lambda device: "Triton")
     for name, flag in (("01_pretrain", "--steps"), ("02_sample_label", "--n"),
                        ("03_reward_model", "--warmup"), ("04_ppo", "--max-iterations")):
         stage = importlib.import_module(name)
