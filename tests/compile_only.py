@@ -75,16 +75,24 @@ def inspect(kernel) -> dict:
                     "VECTOR_STORE": count(r"STG\S*\.128")}
 
 
+# products of tiles and stored tiles in each kernel's source: each takes an instruction or more
+PRODUCTS = {"attention_forward": 2, "attention_backward": 7, "decode_forward": 2,
+            "logprob_forward": 1, "sample_tiles": 1}
+STORED = {"attention_forward": 1, "attention_backward": 3, "logprob_backward": 1}
+
+
 def problems(arch: int, name: str, aligned: bool, r: dict) -> list[str]:
     """Say in words what is wrong with one compiled kernel; [] if nothing is."""
-    elementwise = name in ("sample_merge", "logprob_backward", "rotate", "squared_relu")
+    products, tiles = r["HGMMA"] + r["HMMA"], STORED.get(name, 0)
     return [text for wrong, text in (
         (r["STACK"] or r["LOCAL"], f"spills: {r['STACK']} bytes of stack"),
         (r["SHARED"] > SHARED[arch],
          f"{r['SHARED']} bytes of shared memory, {SHARED[arch]} allowed"),
-        (not elementwise and not r["HGMMA"] + r["HMMA"], "no tensor-core instruction"),
+        (products < PRODUCTS.get(name, 0), f"{products} tensor-core instructions for "
+         f"{PRODUCTS.get(name)} products"),
         (aligned and name != "sample_merge" and not r["VECTOR_LOAD"], "no 16-byte load"),
-        (aligned and "backward" in name and not r["VECTOR_STORE"], "no 16-byte store"),
+        (aligned and r["VECTOR_STORE"] < tiles,
+         f"{r['VECTOR_STORE']} 16-byte stores for {tiles} tiles"),
     ) if wrong]
 
 
