@@ -2,19 +2,23 @@
 
     python -m benchmarks.kernels                # tables, and benchmarks/results/kernels-DEVICE.json
     python -m benchmarks.kernels --only sample  # one kernel, or "ppo": an iteration of PPO
+    python -m benchmarks.kernels --toy          # does it run? No figure means anything
 
 On a GPU, `ours` is the Triton kernel. On a CPU it is the PyTorch path, and the tables say so.
 
 How it is measured: inputs are random (zeros make a GPU faster). All providers of a row take turns,
-round after round, in one process, and the median counts. On a GPU, Triton's `do_bench` clears the
-L2 cache before each call and reads the time on the device. `of floor` is the time that the bytes or
-the arithmetic must take, divided by the time that ours took. The rates for it are those of a copy
-and of a large product in the same run.
+round after round, in one process, and the median counts. Ours is first compared with plain PyTorch:
+a wrong kernel is not timed. A peer whose first call takes longer than SLOW_S is given up. On a GPU,
+Triton's `do_bench` clears the L2 cache before each call and reads the time on the device. `of
+floor` is the time that the bytes or the arithmetic must take, divided by the time that ours took.
+The rates for it are those of a copy and of a large product in the same run. At last a training
+step, a rollout and an iteration of PPO, on a GPU also without our kernels (`TORCH_KERNELS=all`).
 
 Peers that are not installed are left out: `pip install --no-deps liger-kernel cut-cross-entropy`.
 """
 import json
 import math
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -43,17 +47,21 @@ else:
     MODEL, BATCH, MINIBATCH = GPTConfig(4096, 128, 4, 3, 1, 192), 4096, 256
 HEADS, D, V = (MODEL.n_head, MODEL.n_kv_head), MODEL.d_model, MODEL.vocab_size - 3
 DRAWN = 8192 if GPU else 1024  # completions at a time, in GPT.generate
+SLOW_S = 20.0
 SHAPES = {
     "attention": [(n * MINIBATCH // 256, T, *HEADS) for n, T in ((256, 64), (256, 65), (64, 128))],
     "decode": [(DRAWN, T, *HEADS) for T in (64, 128)],
     "logprob": [(MINIBATCH * 64, D, V)],
     "sample": [(DRAWN, D, V)]}
+TOY = {"attention": [(2, 16, 2, 1)], "decode": [(2, 16, 2, 1)], "logprob": [(32, 32, 70)],
+       "sample": [(8, 32, 70)]}
 
 
 @dataclass
 class Config:
     rounds: int = 15  # measurements of each provider, in turn
     only: Literal["all", "attention", "decode", "logprob", "sample", "ppo"] = "all"
+    toy: bool = False  # tiny shapes, one round, no file
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
@@ -65,6 +73,13 @@ def milliseconds(call) -> float:
     began = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - began)
+
+
+def must_agree(ours, eager) -> None:
+    """Raises AssertionError if ours is further from plain PyTorch than bf16 rounds."""
+    for a, b in zip(ours, eager):
+        off = ((a.float() - b.float()).norm() / b.float().norm()).item()
+        assert off < 0.03, f"wrong values: ours is off by {off:.1%} of plain PyTorch's"
 
 
 def compare(calls: dict, rounds: int) -> dict:
@@ -81,9 +96,14 @@ def compare(calls: dict, rounds: int) -> dict:
             results[name] = {"failed": "out of memory" if oom else text}
             times.pop(name)
     for name, call in calls.items():
+        began = time.perf_counter()
         attempt(name, call)  # compiles, allocates, warms up
         if GPU:
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
+        if name in times and name != "ours" and time.perf_counter() - began > SLOW_S:
+            results[name] = {"failed": f"given up after {time.perf_counter() - began:.0f} s"}
+            times.pop(name)
     for _ in range(rounds):
         for name in list(times):
             ms = attempt(name, lambda: milliseconds(calls[name]))
@@ -95,9 +115,9 @@ def compare(calls: dict, rounds: int) -> dict:
     return results
 
 
-def ceilings(rounds: int) -> tuple[float, float]:
+def ceilings(rounds: int, toy: bool = False) -> tuple[float, float]:
     """-> bytes/s of a copy (read and written), FLOP/s of a bf16 product, on this machine, now."""
-    n, side = (2**30, 8192) if GPU else (2**27, 2048)
+    n, side = (2**20, 64) if toy else (2**30, 8192) if GPU else (2**27, 2048)
     a, b = (torch.randn(n // 2, device=DEVICE).to(DTYPE) for _ in range(2))
     x, y = (torch.randn(side, side, device=DEVICE).to(DTYPE) for _ in range(2))
     r = compare({"copy": lambda: b.copy_(a), "product": lambda: x @ y}, rounds)
@@ -151,12 +171,14 @@ def attention_providers(T):
     return providers
 
 
-def bench_attention(rounds, bandwidth, peak):
-    for B, T, H, Hkv in SHAPES["attention"]:
+def bench_attention(shapes, rounds, bandwidth, peak):
+    for B, T, H, Hkv in shapes:
         d, elements = 64 * H, B * T * 64 * (H + Hkv)
         label, flop = f"B {B:,} T {T} d {d} heads {H}/{Hkv}", 2 * B * T * T * d  # 4 without a mask
         qkv = [randn(B, T, h, 64, grad=True) for h in (H, Hkv, Hkv)]
         upstream, providers, outputs = randn(B, T, d), attention_providers(T), {}
+        both = [f(*qkv) for f in (attention, eager_attention)]
+        must_agree(*([out, *torch.autograd.grad(out, qkv, upstream)] for out in both))
 
         def backward(name, f):
             if name not in outputs:
@@ -170,8 +192,8 @@ def bench_attention(rounds, bandwidth, peak):
         yield label, "attention backward", floor, compare(calls, rounds)
 
 
-def bench_decode(rounds, bandwidth, peak):
-    for B, T, H, Hkv in SHAPES["decode"]:
+def bench_decode(shapes, rounds, bandwidth, peak):
+    for B, T, H, Hkv in shapes:
         size, pos = 4 * B * Hkv * T * 64, T - 1
         cache, at = randn(2, B, Hkv, T, 64), torch.tensor(pos, device=DEVICE)
         q, k, v = (randn(B, x, 64) for x in (H, Hkv, Hkv))
@@ -179,6 +201,8 @@ def bench_decode(rounds, bandwidth, peak):
         def slices():
             cache[:, :, :, pos] = torch.stack((k, v))
             F.scaled_dot_product_attention(q[:, :, None], *cache, enable_gqa=H > Hkv)
+        must_agree(*([decode_attention(q, k, v, *cache, at, backend=backend)]
+                     for backend in ("auto", "torch")))
         calls = {"ours": lambda: decode_attention(q, k, v, *cache, at),
                  "SDPA, whole cache": slices}
         if GPU:
@@ -215,8 +239,8 @@ def logprob_providers():
     return providers
 
 
-def bench_logprob(rounds, bandwidth, peak):
-    for N, D, V in SHAPES["logprob"]:
+def bench_logprob(shapes, rounds, bandwidth, peak):
+    for N, D, V in shapes:
         hidden, weight = randn(N, D, grad=True), (randn(V, D) / D**0.5).requires_grad_()
         target, g = torch.randint(V, (N,), device=DEVICE), torch.randn(N, device=DEVICE)
 
@@ -224,6 +248,9 @@ def bench_logprob(rounds, bandwidth, peak):
             torch.autograd.grad((f(hidden, weight, target)[0] * g).sum(), (hidden, weight))
         label, floor = f"N {N:,} D {D} V {V:,}", 2 * N * V * D / peak
         providers = logprob_providers()
+        outs = [f(hidden, weight, target) for f in (linear_logprob, eager_logprob)]
+        must_agree(*([*out, *torch.autograd.grad((out[0] * g).sum(), (hidden, weight))]
+                     for out in outs))
         calls = {k: no_grad(partial(f, hidden, weight, target)) for k, f in providers.items()}
         yield label, "log-prob forward", floor, compare(calls, rounds)
         calls = {k: partial(both, f) for k, f in providers.items()}
@@ -237,10 +264,12 @@ def gumbel(hidden, weight):
     return token, log_p.gather(1, token[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-def bench_sample(rounds, bandwidth, peak):
-    for B, D, V in SHAPES["sample"]:
+def bench_sample(shapes, rounds, bandwidth, peak):
+    for B, D, V in shapes:
         hidden, weight = (randn(x, D) / D**0.25 for x in (B, V))
         row, zero = torch.arange(B, device=DEVICE), torch.tensor(0, device=DEVICE)
+        token, *of_token = sample(hidden, weight, zero, row, zero)
+        must_agree(of_token, eager_logprob(hidden, weight, token))
         calls = {"ours": lambda: sample(hidden, weight, zero, row, zero),
                  "product alone": lambda: hidden @ weight.T,
                  "Gumbel race": lambda: gumbel(hidden, weight),
@@ -252,58 +281,55 @@ def bench_sample(rounds, bandwidth, peak):
         yield f"B {B:,} D {D} V {V:,}", "sample", 2 * B * V * D / peak, compare(calls, rounds)
 
 
-# ---- Their share of a PPO iteration --------------------------------------------------------------
-def ppo_share(rounds) -> dict:
-    """One iteration of 04 (rollout, scores, update) at its defaults on this device, and what its
-    calls of each kernel cost alone."""
-    model, T = GPT(MODEL).to(DEVICE), 64
+# ---- What they are part of -----------------------------------------------------------------------
+def whole(rounds: int, toy: bool) -> dict:
+    """-> milliseconds of a training step of 01, a rollout and an iteration of 04 (rollout, scores,
+    update) at their defaults; on a GPU with our kernels and without."""
+    c, batch, minibatch, T = MODEL, BATCH, MINIBATCH, 64
+    if toy:
+        c, batch, minibatch, T = GPTConfig(70, 8, 1, 2, 1, 32), 4, 2, 8
+    model = GPT(c).to(DEVICE)
     model.dtype = DTYPE
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    text = torch.randint(model.n_text, (minibatch // 4 or 1, c.context), device=DEVICE)
+
+    def update(y):
+        optimizer.zero_grad()
+        model.logprob(y).mean().backward()
+        optimizer.step()
+
+    def rollout():
+        return model.generate(batch, T, seed=0)[0]
 
     def iteration():
-        y, _ = model.generate(BATCH, T, seed=0, batch=BATCH)
+        y = rollout()
         with torch.no_grad():
-            for b in y.split(MINIBATCH):  # policy, reference, reward model: one model plays all
+            for b in y.split(minibatch):  # policy, reference, reward model: one model plays all
                 model.logprob(b), model.logprob(b), model.sentiment(b)
-        for b in y.split(MINIBATCH):
-            optimizer.zero_grad()
-            model.logprob(b).mean().backward()
-            optimizer.step()
-    heads, Dh = (MODEL.n_head, MODEL.n_kv_head, MODEL.n_kv_head), D // MODEL.n_head
-    qkv = [randn(MINIBATCH, T, h, Dh, grad=True) for h in heads]
-    out, upstream = attention(*qkv), randn(MINIBATCH, T, D)
-    new, cache = [randn(BATCH, h, Dh) for h in heads], randn(2, BATCH, MODEL.n_kv_head, T, Dh)
-    hidden, weight = randn(MINIBATCH * T, D, grad=True), randn(model.n_text, D, grad=True)
-    target, last = torch.randint(model.n_text, (MINIBATCH * T,), device=DEVICE), randn(BATCH, D)
-    row, pos, half = torch.arange(BATCH, device=DEVICE), *torch.tensor([0, T // 2], device=DEVICE)
+        for b in y.split(minibatch):
+            update(b)
 
-    def head():
-        log_p = linear_logprob(hidden, weight, target, entropy=False)[0]
-        torch.autograd.grad(log_p.sum(), (hidden, weight))
-    parts, layers = BATCH // MINIBATCH, MODEL.n_layer
-    calls = {  # how often an iteration calls it, and the call
-        "attention, forward": (4 * parts * layers, no_grad(lambda: attention(*qkv))),
-        "attention, backward": (parts * layers, lambda: torch.autograd.grad(
-            out, qkv, upstream, retain_graph=True)),
-        "decode_attention": (T * layers, no_grad(lambda: decode_attention(*new, *cache, half))),
-        "linear_logprob, forward": (2 * parts, no_grad(
-            lambda: linear_logprob(hidden, weight, target, entropy=False))),
-        "linear_logprob, forward + backward": (parts, head),
-        "sample": (T, no_grad(lambda: sample(last, weight, pos, row, pos, entropy=False)))}
-    r = compare({"whole iteration": iteration} | {k: call for k, (_, call) in calls.items()},
-                max(3, rounds // 5))
-    whole = r["whole iteration"]["ms"]
-    return {"model": vars(MODEL), "completions": BATCH, "minibatch": MINIBATCH,
-            "iteration_ms": whole, "kernels": {
-                k: {"calls": n, "ms": r[k]["ms"], "share": n * r[k]["ms"] / whole}
-                for k, (n, _) in calls.items()}}
+    def without(call):
+        os.environ["TORCH_KERNELS"] = "all"
+        try:
+            call()
+        finally:
+            del os.environ["TORCH_KERNELS"]
+    found = {}
+    for name, call in (("training step", partial(update, text)), ("rollout", rollout),
+                       ("PPO iteration", iteration)):
+        calls = {"ours": call} | ({"without our kernels": partial(without, call)} if GPU else {})
+        found[name] = compare(calls, max(1, rounds // 5))
+    return found
 
 
 # ---- The run -------------------------------------------------------------------------------------
 def cells(result: dict, floor: float) -> list[str]:
     """A row of the table."""
+    if "failed" in result["ours"]:
+        return [result["ours"]["failed"], "-", "-"]
     ours = result.pop("ours")["ms"]
     others = [f"{name}: {r['failed']}" if "failed" in r else
               f"{name} {r['ms']:.3g} ({r['ms'] / ours:.2f}x)" for name, r in result.items()]
@@ -318,7 +344,8 @@ def main(cfg: Config) -> None:
         functorch.donated_buffer = False  # so that a backward pass can be repeated
     packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
     versions = {name: version(name) for name in packages if find_spec(name.replace("-", "_"))}
-    bandwidth, peak = ceilings(cfg.rounds)
+    rounds, shapes = (1, TOY) if cfg.toy else (cfg.rounds, SHAPES)
+    bandwidth, peak = ceilings(rounds, cfg.toy)
     report = {"device": device, "ours": "Triton" if GPU else "PyTorch path: no GPU here",
               "versions": versions, "bandwidth_GB_s": bandwidth / 1e9,
               "product_TFLOP_s": peak / 1e12, "rows": []}
@@ -332,20 +359,21 @@ def main(cfg: Config) -> None:
     benches = {"attention": bench_attention, "decode": bench_decode, "logprob": bench_logprob,
                "sample": bench_sample}
     for name, bench in benches.items():
-        rows = bench(cfg.rounds, bandwidth, peak) if cfg.only in ("all", name) else ()
+        chosen = shapes[name] if cfg.only in ("all", name) else ()
+        rows = bench(chosen, rounds, bandwidth, peak)
         for shape, kernel, floor, result in rows:
             print(f"| {kernel} | {shape} | {' | '.join(cells({**result}, floor))} |", flush=True)
             report["rows"].append({"kernel": kernel, "shape": shape, "floor_ms": 1e3 * floor,
                                    "providers": result})
     if cfg.only in ("all", "ppo"):
-        report["ppo"] = ppo = ppo_share(cfg.rounds)
-        print(f"\nOne PPO iteration of {ppo['completions']:,} completions: "
-              f"{ppo['iteration_ms']:,.0f} ms, of which\n")
-        print("| kernel | calls | ms each | share |\n|---|---|---|---|")
-        for name, r in ppo["kernels"].items():
-            print(f"| {name} | {r['calls']} | {r['ms']:.3g} | {100 * r['share']:.1f}% |")
-    path.write_text(json.dumps(report, indent=1, allow_nan=False))
-    print(f"\nwritten to {path}")
+        report["whole"] = whole(rounds, cfg.toy)
+        print("\n| whole | ms | without our kernels, ms |\n|---|---|---|")
+        for name, r in report["whole"].items():
+            times = [r.get(k, {}).get("ms") for k in ("ours", "without our kernels")]
+            print(f"| {name} |", " | ".join(f"{ms:,.0f}" if ms else "-" for ms in times), "|")
+    if not cfg.toy:
+        path.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+        print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":

@@ -273,3 +273,17 @@ def test_rotate_and_squared_relu_refuse_what_they_cannot_do():
     first, = torch.autograd.grad(squared_relu(y).square().sum(), y, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_the_benchmark_runs_and_refuses_what_is_wrong_or_slow(monkeypatch, capsys):
+    """At toy size: every row. A wrong kernel is not timed, and a slow peer is given up."""
+    from benchmarks import kernels as bench
+    bench.main(bench.Config(toy=True))
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(table) == 6 + 3 + 2 and not any("failed" in line for line in table)
+    monkeypatch.setattr(bench, "SLOW_S", 0.0)
+    found = bench.compare({"ours": lambda: None, "peer": lambda: None}, 1)
+    assert "ms" in found["ours"] and "given up" in found["peer"]["failed"]
+    monkeypatch.setattr(bench, "attention", lambda q, k, v: bench.eager_attention(q, k, v) * 1.05)
+    with pytest.raises(AssertionError, match="wrong values"):
+        next(bench.bench_attention([(2, 16, 2, 1)], 1, 1e9, 1e9))
