@@ -119,7 +119,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[
 def read_corpus(corpus: Path, flag: str) -> str:
     require(corpus.exists(), f"{corpus} is missing (the shipped model comes without its corpus): "
                              f"run {command('01_pretrain.py --corpus FILE')}, or leave out {flag}")
-    return corpus.read_text(encoding="utf-8")
+    return corpus.read_text(encoding="utf-8", errors="replace")
 
 
 def draw_snippets(corpus: Path, tokenizer: Tokenizer, cfg: Config, n: int) -> list[dict]:

@@ -71,7 +71,7 @@ test: .ttsem/ready | $(READY)
 WRITTEN := base.safetensors reward.safetensors policy-*.safetensors checkpoints/*.safetensors \
   corpus.txt samples.jsonl pairs.jsonl prompts.json 02.json 0[1-5]*.jsonl 0[1-5]*-state.pt \
   report.json report.html plots/*.svg curve.json ratings.json times.json *.tmp \
-  experiments/*.json experiments/*.png experiments/*.log
+  experiments/*.json experiments/*.png experiments/*.log .*.lock
 
 clean:
 	@if ! test -d $(OUT); then echo "$(OUT) is not there: nothing to clean"; \
