@@ -24,7 +24,6 @@ Decisions a reader may question:
 6. With --prompts the prompt is context: only the completion is labelled, rewarded and counted in
    the KL. Two samples share a prompt, so that --compare compares completions of one prompt.
 """
-import json
 import os
 import re
 import shutil
@@ -52,7 +51,6 @@ from model import (
     jsonl,
     load,
     only_writer,
-    parse,
     provenance,
     read_lines,
     read_prompts,
@@ -103,7 +101,9 @@ def check(cfg: Config) -> None:
 # ---- Items to label ------------------------------------------------------------------------------
 def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[dict]:
     """n samples of the model; with --prompts, each with its prompt."""
-    train_prompts = read_prompts(cfg.out / "prompts.json", "train") if cfg.prompts else None
+    train_prompts = None
+    if cfg.prompts:
+        train_prompts = read_prompts(cfg.out / "prompts.json", "train", model.n_text)
     prompts = draw_prompts(train_prompts, -(-n // 2), cfg.seed).repeat_interleave(2, 0)[:n]
     name = f"{fingerprint(model)[:8]}-{cfg.seed}-{cfg.length}{'p' if cfg.prompts else ''}"
     y = torch.cat([model.generate(rows, cfg.length, cfg.seed, prompts=prompts[rows])[0]
@@ -235,29 +235,41 @@ def need_person(name: str) -> None:
             "this asks a person for keys and needs a terminal: run the command in one")
 
 
-def is_answer(row: dict) -> bool:
-    return isinstance(row["id"], str) and isinstance(row["label"], str)
-
-
-def read_answers(path: Path) -> list[dict]:
-    """The last row about each item, in the order of labelling. A row may say "undo". A kill can
-    leave a last line without its end: it is cut off. The file is made plain UTF-8 lines again."""
-    data = path.read_bytes() if path.exists() else b""
-    lines = [line for _, line in read_lines(path)] if data else []
-    if lines and data[-1:] not in (b"\n", b"\r", b"\0"):
-        try:
-            parse(lines[-1])  # complete: some editors leave out the last newline
-        except ValueError:
-            print(f"{path}: dropping an unfinished last line")
-            lines.pop()
-    whole = "".join(f"{line}\n" for line in lines).encode()
-    if whole != data and b"\xef\xbf\xbd" not in whole:  # something was unreadable: leave it alone
-        write(path, whole)
-    found: dict[str, dict] = {}
-    for row in read_rows(path, "the labelling", is_answer) if lines else ():
+def read_answers(path: Path, kind: str = "labels") -> list[dict]:
+    """The last row about each item, in the order of labelling; it may say "undo". A kill can leave
+    a last line without its end, which is left out. Raises UserError that names a bad line."""
+    if not path.exists() or not path.stat().st_size:
+        return []
+    known = {*ASK[kind][0].values(), "undo"}
+    lines, found = read_lines(path), {}
+    cut = bool(lines) and not lines[-1][1].rstrip("\0 \t").endswith("}")
+    cut = cut and path.read_bytes()[-1:] not in (b"\n", b"\r", b"\0")
+    for row in read_rows(path, f"-m people {kind[:-1]} NAME", lambda row: isinstance(
+            row["id"], str) and row["label"] in known, skip_last=cut):
         found.pop(row["id"], None)
         found[row["id"]] = row
     return list(found.values())
+
+
+def own_answers(path: Path, kind: str, labeller: str) -> list[dict]:
+    """read_answers, of a file that only this process writes from now on, and only for this
+    labeller. The file is made plain UTF-8 lines, whatever program has saved it."""
+    only_writer(path)
+    rows = read_answers(path, kind)
+    others = {str(row.get("labeller", labeller)) for row in rows}
+    others = {name for name in others if name.casefold() != labeller.casefold()}
+    require(not others, f"{path} holds answers of {', '.join(sorted(others))}: rename it after "
+                        "them, or answer under another name")
+    data = path.read_bytes() if path.exists() else b""
+    lines = [line for _, line in read_lines(path)] if data else []
+    if lines and not lines[-1].rstrip("\0 \t").endswith("}"):
+        print(f"{path}: dropping an unfinished last line")
+        lines.pop()
+    whole = "".join(f"{line}\n" for line in lines).encode()
+    if whole != data:
+        write(path.with_name(path.name + ".bak"), data)
+        write(path, whole)
+    return rows
 
 
 def labels_of(rows: list[dict]) -> dict[str, str]:
@@ -293,11 +305,15 @@ def read_key() -> str:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-def append(file, item: dict, label: str, labeller: str) -> None:
-    row = item | {"label": label, "labeller": labeller, "time": round(time.time())}
-    file.write(json.dumps(row) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
+def append(path: Path, rows: list[dict], item: dict, label: str, labeller: str) -> None:
+    """Add an answer to `rows`, and to the file, which somebody may have replaced or deleted."""
+    rows.append(item | {"label": label, "labeller": labeller, "time": round(time.time())})
+    if not path.exists():
+        return write(path, jsonl(rows))
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(jsonl(rows[-1:]))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def ask(items: list[dict], path: Path, labeller: str, kind: str) -> dict[str, str]:
@@ -305,37 +321,32 @@ def ask(items: list[dict], path: Path, labeller: str, kind: str) -> dict[str, st
     need_person(labeller)
     keys, question = ASK[kind]
     choices = "   ".join(f"{key} {label}" for key, label in keys.items())
-    only_writer(path)
-    rows = read_answers(path)
-    others = {row.get("labeller", labeller) for row in rows} - {labeller}
-    require(not others, f"{path} holds answers of {', '.join(map(str, others))}: rename it after "
-                        "them, or answer under another name")
+    rows = own_answers(path, kind, labeller)
     labels = labels_of(rows)
     by_id = {item["id"]: item for item in items}
     queue = [item for item in reversed(items) if item["id"] not in labels]
     width = min(shutil.get_terminal_size().columns, 90)
-    with open(path, "a", encoding="utf-8") as file:
-        while queue:
-            total = len(labels) + len(queue)
-            print(f"\033[2J\033[H{len(labels) + 1} of {total}   {counts(labels, kind)}\n")
-            for line in as_text(queue[-1]).split("\n"):
-                print(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="    "))
-            print(f"\n{choices}   u undo   q quit   ? help", flush=True)
-            key = read_key()
-            last = list(labels)[-1] if labels else None
-            if key in keys:
-                append(file, queue[-1], keys[key], labeller)
-                labels[queue.pop()["id"]] = keys[key]
-            elif key == "u" and last in by_id:
-                append(file, by_id[last], "undo", labeller)
-                del labels[last]
-                queue.append(by_id[last])
-            elif key == "q":
-                break
-            elif key == "?":
-                print(f"\n{question}\nEvery key is saved at once; quit whenever you like and "
-                      "run the same command to go on.\nAny key returns.", flush=True)
-                read_key()
+    while queue:
+        total = len(labels) + len(queue)
+        print(f"\033[2J\033[H{len(labels) + 1} of {total}   {counts(labels, kind)}\n")
+        for line in as_text(queue[-1]).split("\n"):
+            print(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="    "))
+        print(f"\n{choices}   u undo   q quit   ? help", flush=True)
+        key = read_key()
+        last = list(labels)[-1] if labels else None
+        if key in keys:
+            append(path, rows, queue[-1], keys[key], labeller)
+            labels[queue.pop()["id"]] = keys[key]
+        elif key == "u" and last in by_id:
+            append(path, rows, by_id[last], "undo", labeller)
+            del labels[last]
+            queue.append(by_id[last])
+        elif key == "q":
+            break
+        elif key == "?":
+            print(f"\n{question}\nEvery key is saved at once; quit whenever you like and "
+                  "run the same command to go on.\nAny key returns.", flush=True)
+            read_key()
     print(f"\n{path}: {len(labels)} of {len(items)},", counts(labels, kind))
     return labels
 
@@ -349,6 +360,10 @@ if __name__ == "__main__":
     require(cfg.length <= model.config.context,
             f"--length {cfg.length} is more than the {model.config.context} tokens the model has "
             "learned to read: lower it, or train with a larger --context")
+    kind = "comparisons" if cfg.compare else "labels"
+    path = cfg.out / f"{kind}-{cfg.labeller}.jsonl"
+    if cfg.labeller != "vader":
+        own_answers(path, kind, cfg.labeller)  # refused before anything is overwritten
     corpus = cfg.out / "corpus.txt"
     if cfg.prompts:
         longest = min(24, model.config.context - cfg.length)  # tokens; both fit the context
@@ -364,8 +379,6 @@ if __name__ == "__main__":
         items = pair_up(items, cfg.seed)
         write(cfg.out / "pairs.jsonl", jsonl(items))
 
-    kind = "comparisons" if cfg.compare else "labels"
-    path = cfg.out / f"{kind}-{cfg.labeller}.jsonl"
     if cfg.labeller == "vader":
         pieces = cut_up(items, cfg.pieces, tokenizer)
         label_by_vader(pieces, cfg.out / f"{kind}-vader-pieces.jsonl")

@@ -48,6 +48,7 @@ from model import (
     Log,
     chunked,
     command,
+    files_of,
     fingerprint,
     finish,
     latest,
@@ -110,8 +111,10 @@ def right(row: dict) -> bool:
     """Whether a row holds what this stage needs. May raise ValueError, KeyError or TypeError."""
     texts, tokens = sides([row], "text"), sides([row], "tokens")
     names = [row["id"], row["labeller"], row["source"], row.get("prompt", ""), *texts]
-    if row["label"] not in (*TARGET, "skip", "undo"):
-        raise ValueError(f"label {row['label']!r} is not one of {', '.join(TARGET)}, skip, undo")
+    known = [*TARGET][:3] if isinstance(row["text"], str) else [*TARGET][3:]
+    if row["label"] not in (*known, "skip", "undo"):
+        raise ValueError(f"label {row['label']!r} is not one of {', '.join(known)}, skip, undo")
+    row.pop("prompt_tokens", None)
     return (len(texts) == len(tokens) == (1 if isinstance(row["text"], str) else 2)
             and all(isinstance(name, str) for name in names)
             and all(side and all(type(t) is int and t >= 0 for t in side) for side in tokens))
@@ -125,7 +128,7 @@ def read_labels(path: Path) -> list[dict]:
         rows.pop(row["id"], None)
         rows[row["id"]] = row
     for name in sorted({row["labeller"] for row in rows.values()} if "-" in path.stem else ()):
-        if not path.stem.partition("-")[2].startswith(name):
+        if not path.stem.partition("-")[2].casefold().startswith(name.casefold()):
             print(f"warning: {path} holds labels of {name}: they count as the labels of {name}",
                   file=sys.stderr)
     return list(rows.values())
@@ -136,7 +139,7 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
     tokenizer."""
     kind = "comparisons" if cfg.comparisons else "labels"
     rows = []
-    for path in cfg.labels or sorted(cfg.out.glob(f"{kind}-*.jsonl")):
+    for path in cfg.labels or files_of(cfg.out, kind):
         new = read_labels(path)
         right_kind = all(isinstance(row["text"], str) != cfg.comparisons for row in new)
         change = "leave out" if cfg.comparisons else "use"
@@ -452,6 +455,9 @@ if __name__ == "__main__":
               "{auc_interval}, bag of words {bag_of_words_auc:.3f}, lead {auc_lead_interval}, NLL "
               "{nll:.3f}, Brier {brier:.3f}".format(source=source, **shown, how=(
                   "cross-validated" if last.cross_validated else "held out")))
+    nll = metrics["all"]["nll"]
+    require(nll < 5, f"diverged: {nll:.3g} nats per label, where {math.log(2):.2f} is a guess; "
+            "lower --lr, --embed-lr and --head-lr")
     table = calibration(p, target)
     answer = "the left is happier" if cfg.comparisons else "happy"
     print(f"calibration: p({answer}) predicted -> labelled (n):",

@@ -65,6 +65,7 @@ from model import (
     resume,
     save,
     save_state,
+    stale,
     start,
     world,
 )
@@ -107,6 +108,9 @@ def check(cfg: Config) -> None:
         require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
     for knob in ("lr", "head_lr", "momentum", "kl_coef"):
         require(getattr(cfg, knob) >= 0, f"--{knob.replace('_', '-')} must not be negative")
+    for knob in ("lr", "head_lr", "momentum", "kl_coef", "recenter", "clip"):
+        require(math.isfinite(getattr(cfg, knob)), f"--{knob.replace('_', '-')} must be finite")
+    require(cfg.momentum < 1, "--momentum must be below 1")
     require(cfg.reward_samples > 1, "--reward-samples must be at least 2")
     require(cfg.kl_samples >= 2 * world()[1], "--kl-samples must be at least 2 a process")
     require(cfg.minibatch % world()[1] == 0, "--minibatch must divide among the processes")
@@ -237,6 +241,9 @@ def show(row: dict, texts: list[str]) -> None:
 def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **start) -> SimpleNamespace:
     """What changes during a run: as at its start; or, with --resume, as a killed run saved it."""
     saved = resume(path, cfg, inputs)
+    whole = {"reward_zero", "reward_std", "optimizer", "policy", "rows", "batch"} <= saved.keys()
+    require(not saved or whole, f"{path} was written by another version: start again without "
+            "--resume")
     if saved and abs(saved["reward_zero"] - start["reward_zero"]) > 0.1 * start["reward_std"]:
         print("the reward has changed: starting from the beginning")
         saved = {}
@@ -250,11 +257,12 @@ def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **start) -> 
         "optimizer": optimizer.state_dict()} | saved)
     require(run.step < cfg.max_iterations and run.kl <= cfg.kl_stop,
             f"{path} has already reached --max-iterations or --kl-stop")
-    policy.load_state_dict(run.policy)
-    optimizer.load_state_dict(run.optimizer)
+    with stale(path):
+        policy.load_state_dict(run.policy)
+        optimizer.load_state_dict(run.optimizer)
     logged = {row.get("checkpoint") for row in run.rows}
-    found = (cfg.out / "checkpoints").glob(f"{cfg.name}-kl-*.safetensors")
-    if old := [path for path in found if path.name not in logged]:
+    found = (cfg.out / "checkpoints").glob(f"{cfg.name}-kl-[0-9][0-9].[0-9][0-9].safetensors")
+    if old := [path for path in found if path.name not in logged and path.is_file()]:
         print(f"removing {len(old)} checkpoints that this run's log does not name")
     for path in old:
         remove(path)
@@ -270,9 +278,13 @@ if __name__ == "__main__":
     path = cfg.out / "reward.safetensors"
     reward_model, _, about = load(path, "03_reward_model.py", device, dtype)
     inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
+    require("prompted" in about and "kind" in about, f"{path} is not a reward model: run "
+            f"{command('03_reward_model.py')} again")
     require(about["inputs"]["base"] == inputs["base"], f"{path} stems from another base model: "
             f"run {command('02_sample_label.py')} and {command('03_reward_model.py')} again")
-    prompts = read_prompts(cfg.out / "prompts.json", "train") if about["prompted"] else None
+    prompts = None
+    if about["prompted"]:
+        prompts = read_prompts(cfg.out / "prompts.json", "train", reference.n_text)
     length, target = about["length"], ("happy", "sad").index(cfg.target)
     log_odds = about["kind"] == "comparisons" and cfg.reward == "model"  # defined up to a constant
 

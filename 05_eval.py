@@ -90,6 +90,8 @@ def load_run(out: Path, device, dtype) -> tuple:
     do not belong together."""
     base, tokenizer, header = load(out / "base.safetensors", "01_pretrain.py", device, dtype)
     reward_model, _, about = load(out / "reward.safetensors", "03_reward_model.py", device, dtype)
+    require("prompted" in about and "kind" in about, f"{out}/reward.safetensors is not a reward "
+            f"model: run {command('03_reward_model.py')} again")
     about["base_metrics"] = header.get("metrics", {})
     about["made_from"] = {"base": fingerprint(base), "reward_model": fingerprint(reward_model)}
     same_base = about["inputs"]["base"] == about["made_from"]["base"]
@@ -403,7 +405,9 @@ if __name__ == "__main__":
     check(cfg)
     only_writer(cfg.out / "report.json")
     reference, reward_model, tokenizer, about = load_run(cfg.out, device, dtype)
-    prompts = read_prompts(cfg.out / "prompts.json", "held_out") if about["prompted"] else None
+    prompts = None
+    if about["prompted"]:
+        prompts = read_prompts(cfg.out / "prompts.json", "held_out", reference.n_text)
     found = {target: find_policies(cfg.out, target, about["made_from"]) for target in TARGETS}
     targets = [target for target in TARGETS if found[target][0]]
     stream = cfg.seed << 32 | 5 << 24  # 04's rollouts have 4

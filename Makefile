@@ -14,7 +14,8 @@ OUT ?= out
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/ready)
 $(if $(filter 1,$(words $(OUT))),,$(error OUT="$(OUT)": name one folder, without blanks))
-$(foreach c,: % ' " * ? \ ; & | $$,$(if $(findstring $c,$(OUT)),$(error OUT=$(OUT): a folder's name without $c, please)))
+$(foreach c,: % ' ",$(if $(findstring $c,$(OUT)),$(error OUT=$(OUT): a folder's name without $c, please)))
+$(if $(shell printf %s '$(OUT)' | LC_ALL=C tr -d 'A-Za-z0-9_./~@+,=\200-\377-'),$(error OUT=$(OUT): a folder's name without special characters, please))
 # a label file that is newer than the reward model (a wildcard would split names at blanks)
 LABELLED := $(shell find -L $(OUT) -maxdepth 1 -name 'labels-*.jsonl' -newer $(OUT)/reward.safetensors 2>/dev/null)
 
@@ -68,15 +69,19 @@ test: .ttsem/ready | $(READY)
 	  && PYTHONPATH=.ttsem $(RUN) -c 'import ttsem.sanitize' && touch $@ || { echo "no ttsem here"; rm -rf .ttsem; }
 
 # what the scripts write, by name
-WRITTEN := base.safetensors reward.safetensors policy-*.safetensors checkpoints/*.safetensors \
-  corpus.txt samples.jsonl pairs.jsonl prompts.json 02.json 0[1-5]*.jsonl 0[1-5]*-state.pt \
-  report.json report.html plots/*.svg curve.json ratings.json times.json *.tmp \
-  experiments/*.json experiments/*.png experiments/*.log .*.lock
+NAMES := happy sad happy-vader sad-vader
+KL := kl-[0-9][0-9].[0-9][0-9].safetensors
+WRITTEN := base.safetensors reward.safetensors $(NAMES:%=policy-%.safetensors) $(NAMES:%=checkpoints/%-$(KL)) \
+  $(NAMES:%=04-%.jsonl) $(NAMES:%=04-%-state.pt) 01.jsonl 01-state.pt 03.jsonl 02.json corpus.txt samples.jsonl \
+  pairs.jsonl prompts.json report.json report.html plots/*.svg curve.json ratings.json times.json \
+  $(patsubst %,experiments/%.*,$(basename $(notdir $(wildcard experiments/[a-z]*.py))))
 
 clean:
-	@if ! test -d $(OUT); then echo "$(OUT) is not there: nothing to clean"; \
-	elif test $(OUT) -ef . || test $(OUT) -ef pretrained || test -z "$$(cd $(OUT) && \
-	  ls -d base.safetensors 01.jsonl 01-state.pt samples.jsonl labels-*.jsonl 2> /dev/null)"; \
+	@cd "$(abspath $(OUT))" 2> /dev/null || { echo "$(OUT) is not there: nothing to clean"; exit 0; }; \
+	found=$$(ls -d $(WRITTEN) 2> /dev/null); \
+	if test -e .git || test "$$(pwd -P)" = "$(CURDIR)/pretrained"; then found=; fi; \
+	if test -z "$$found"; then echo "nothing that these scripts wrote is in $(OUT)"; \
+	elif ! test -e base.safetensors && ! test -e 01.jsonl && ! test -e samples.jsonl; \
 	then echo "error: $(OUT) is not a run of these scripts: nothing is deleted" >&2; exit 2; \
-	else (cd $(OUT) && rm -f $(WRITTEN) && ls -A | sed 's/^/kept: /'); fi
+	else rm -f $(WRITTEN) && echo deleted: $$found && ls -A | sed '/\.lock$$/d; s/^/kept: /'; fi
 	$(if $(filter file,$(origin VENV)),rm -rf .venv .ttsem)

@@ -23,7 +23,7 @@ import resource
 import shlex
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -276,12 +276,12 @@ def pad(prompts: list[list[int]]) -> torch.Tensor:
     return torch.from_numpy(rows)  # torch.tensor is slow for many empty rows
 
 
-def read_prompts(path: Path, part: str) -> torch.Tensor:
-    """The prompts (n, P) that 02 --prompts found in the "train" or "held_out" part of the corpus.
-    Raises UserError if there is no such file."""
+def read_prompts(path: Path, part: str, n_text: int) -> torch.Tensor:
+    """The prompts (n, P) that 02 --prompts found in the "train" or "held_out" part of the corpus,
+    ids below n_text. Raises UserError if there is no such file, or it is damaged."""
     made_by = "02_sample_label.py --prompts --corpus-fraction 0"
-    return pad(read_json(path, made_by, lambda found: {*map(type, sum(found[part], [0]))} == {int}
-                         and len(found[part]) > 0)[part])
+    return pad(read_json(path, made_by, lambda found: len(found[part]) > 0 and all(
+        type(t) is int and 0 <= t < n_text for row in found[part] for t in row))[part])
 
 
 def draw_prompts(prompts: torch.Tensor | None, n: int, seed: int) -> torch.Tensor:
@@ -393,7 +393,7 @@ def command(line: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
 
 
 def one_line(kind, error, trace) -> None:
@@ -606,7 +606,12 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     require(path.is_file() or path.is_fifo(), f"{path} is not a file")
     data = path.read_bytes()
     utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    text = data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
+    try:
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as "
+                        "UTF-8") from error
+    require(not utf16 or "\0" not in text, f"{path} is not UTF-8: save it as UTF-8")
     lines = re.split(r"\r\n|\n|\r", text)  # nothing else ends a line of JSON
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip(" \t\0")]
 
@@ -629,12 +634,12 @@ def parse(text: str, right=lambda value: True):
     return value
 
 
-def read_rows(path: Path, made_by: str, right=lambda row: True) -> list[dict]:
+def read_rows(path: Path, made_by: str, right=lambda row: True, skip_last=False) -> list[dict]:
     """Rows of a JSON Lines file. Raises UserError if it is missing; or if a line is broken, or
-    right(row) is false or raises: it names the line."""
+    right(row) is false or raises: it names the line. skip_last: leave out the last line."""
     require(path.exists(), f"{path} is missing: run {command(made_by)} first")
     rows = []
-    for number, line in read_lines(path):
+    for number, line in read_lines(path)[:-1 if skip_last else None]:
         try:
             row = parse(line, lambda row: isinstance(row, dict))
             rows.append({key: value for key, value in row.items() if value is not None})
@@ -661,16 +666,33 @@ def latest(rows: list[dict]) -> list[dict]:
     or else the later one. So a file and its copy count once."""
     found: dict[tuple, dict] = {}
     for row in rows:
-        key = row.get("labeller"), row["id"]
+        name = str(row.get("labeller")).casefold()  # "Anna" and "anna" are one person
+        key = name, row["id"]
         if key not in found or time_of(row) >= time_of(found[key]):
-            found[key] = row
+            found[key] = row | {"labeller": name}
     return list(found.values())
 
 
 def time_of(row: dict) -> float:
-    """When an answer was given, in seconds; 0 if the row does not say."""
-    given = row.get("time")
-    return given if isinstance(given, int | float) else 0
+    """When an answer was given, in seconds, but not in the future; 0 if the row does not say."""
+    try:
+        given = float(row.get("time"))
+    except (TypeError, ValueError):
+        return 0
+    given = given / 1000 if given > 1e11 else given  # some programs count milliseconds
+    return min(given, time.time()) if given > 0 else 0
+
+
+def files_of(out: Path, kind: str) -> list[Path]:
+    """The files KIND-NAME.jsonl in `out`. Warns of those that nearly have such a name."""
+    found = sorted(path for path in out.glob(f"{kind}-*.jsonl") if path.is_file())
+    for path in sorted(out.iterdir()) if out.is_dir() else ():
+        near = re.search(rf"{kind[:-1]}", path.name, re.I) and re.search("json", path.name, re.I)
+        ours = re.fullmatch(rf"{kind}\.json|\..*|.*\.(tmp|bak)", path.name)
+        if near and not ours and path not in found:
+            print(f"warning: {path} is not read: only files named {kind}-NAME.jsonl are",
+                  file=sys.stderr)
+    return found
 
 
 class Log:
@@ -700,6 +722,16 @@ def save_state(path: Path, cfg, state: dict) -> None:
     write(path, buffer.getvalue())
 
 
+@contextmanager
+def stale(path: Path):
+    """Loading what is in a state: one line if another version wrote it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} was written by another version ({first_line(error)}): start again "
+                        "without --resume") from error
+
+
 def resume(path: Path, cfg, inputs: dict) -> dict:
     """What `save_state` wrote; {} if this run starts from the beginning. Raises UserError if the
     file is damaged, or a setting changed that must not. inputs: what the run is made from."""
@@ -712,10 +744,15 @@ def resume(path: Path, cfg, inputs: dict) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     except Exception as error:  # torch.load raises many kinds
         raise UserError(f"{path} is truncated or damaged: start again without --resume") from error
-    known = isinstance(state, dict) and (not state or {"settings", "step"} <= state.keys())
+    known = isinstance(state, dict) and (not state or isinstance(state.get("settings"), dict)
+                                         and isinstance(state.get("step"), int))
     require(known, f"{path} is not a state of this script: start again without --resume")
+    if not state:
+        print(f"{path} is missing: starting from the beginning")
+        return {}
     if state.get("inputs") != inputs:
-        print(f"{path} is missing or stems from other inputs: starting from the beginning")
+        os.replace(path, f"{path}.old") if world()[0] == 0 else None
+        print(f"{path} stems from other inputs: it is now {path}.old; starting from the beginning")
         return {}
     may_change = ("measure_every", "save_s", "kl_stop", "max_iterations")
     differ = [k for k, v in provenance(cfg)["settings"].items()

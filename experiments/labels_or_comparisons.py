@@ -62,7 +62,9 @@ def ranking(out: Path, fresh: int, prompts: bool, seed: int) -> dict[str, float]
     on = DEVICE, fast_dtype(DEVICE)
     base, tokenizer, _ = load(out / "base.safetensors", "01_pretrain.py", *on)
     model, _, header = load(out / "reward.safetensors", "03_reward_model.py", *on)
-    held_out = read_prompts(out / "prompts.json", "held_out") if prompts else None
+    held_out = None
+    if prompts:
+        held_out = read_prompts(out / "prompts.json", "held_out", base.n_text)
     # the two samples of a pair continue one prompt
     given = draw_prompts(held_out, fresh // 2, seed).repeat_interleave(2, 0)
     y, _ = base.generate(fresh, header["length"], seed << 32 | 7 << 24, prompts=given)

@@ -2,7 +2,7 @@
 import importlib
 from pathlib import Path
 
-from model import latest, read_rows, require, set_out
+from model import files_of, latest, read_rows, require, set_out
 
 stage = importlib.import_module("02_sample_label")
 
@@ -19,17 +19,18 @@ def read_items(out: Path, kind: str, seed: int) -> list[dict]:
 
 def is_item(row: dict) -> bool:
     texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
-    return all(isinstance(x, str) for x in (row["id"], row.get("prompt", ""), *texts))
+    return (len(texts) == (1 if isinstance(row["text"], str) else 2)
+            and all(isinstance(x, str) for x in (row["id"], row.get("prompt", ""), *texts)))
 
 
 def answers_in(out: Path, kind: str) -> dict[str, dict[str, str]]:
     """Read all answers of one kind -> labeller -> id -> label. Of a file and its copy, the later
     answer counts."""
     rows = []
-    for path in sorted(out.glob(f"{kind}-*.jsonl")):
+    for path in files_of(out, kind):
         name = path.stem.removeprefix(f"{kind}-")
         if name != "vader-pieces":
-            rows += [{"labeller": name} | row for row in stage.read_answers(path)]
+            rows += [{"labeller": name} | row for row in stage.read_answers(path, kind)]
     people: dict[str, list[dict]] = {}
     for row in latest(rows):
         people.setdefault(str(row["labeller"]), []).append(row)

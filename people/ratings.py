@@ -31,7 +31,7 @@ from model import (
     write,
 )
 from people.agreement import print_agreement
-from people.answers import answers_in
+from people.answers import answers_in, is_item
 
 ev = importlib.import_module("05_eval")
 
@@ -79,7 +79,9 @@ def items_to_rate(out: Path, n: int, seed: int, policy: Path | None) -> tuple[li
     write the key -> the items, and the path of the key."""
     require(0 <= seed < 2**31, "--seed must be in [0, 2^31)")
     arms, policies, tokenizer, about = load_arms(out, policy)
-    prompts = read_prompts(out / "prompts.json", "held_out") if about["prompted"] else None
+    prompts = None
+    if about["prompted"]:
+        prompts = read_prompts(out / "prompts.json", "held_out", arms["base"].n_text)
     stream = seed << 32 | 5 << 24
     prompt = draw_prompts(prompts, n, stream)                                   # (n, P)
     mixed = []
@@ -154,7 +156,9 @@ def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
 def is_key(key) -> bool:
     """Whether this is what `items_to_rate` wrote. May raise KeyError or TypeError."""
     return (all(policy["fingerprint"] + policy["name"] for policy in key["policies"].values())
-            and {item["id"] for item in key["items"]} == key["arms"].keys())
+            and all(map(is_item, key["items"]))
+            and {item["id"] for item in key["items"]} == key["arms"].keys()
+            and {*key["arms"].values()} <= {"base", *key["policies"]})
 
 
 def keys_of(out: Path) -> list[dict]:
@@ -165,6 +169,7 @@ def keys_of(out: Path) -> list[dict]:
     known = {fingerprint(model) for model, _, header in there
              if header.get("inputs") == about["made_from"]}
     keys = [read_json(path, "-m people rate", is_key) for path in sorted(out.glob("key-*.json"))]
+    keys = list({str(sorted(key["arms"])): key for key in keys}.values())  # a copy counts once
     keys = [key for key in keys
             if {policy["fingerprint"] for policy in key["policies"].values()} <= known]
     require(len(keys) > 0, f"{out}/key-*.json is missing, or belongs to other policies: it is "

@@ -8,20 +8,20 @@ import json
 import re
 import sys
 from base64 import b64encode
+from collections import Counter
 from pathlib import Path
 
 from model import (
     UserError,
     jsonl,
     latest,
-    only_writer,
     parse,
     read_lines,
     require,
     time_of,
     write,
 )
-from people.answers import stage
+from people.answers import is_item, stage
 
 
 def write_sheet(path: Path, kind: str, items: list[dict]) -> None:
@@ -50,7 +50,9 @@ def read_sheet(path: Path) -> dict:
     require(path.is_file(), f"{path} is not a sheet: `python -m people` writes one")
     try:
         page = path.read_text(encoding="utf-8-sig")
-        return parse(re.search(element, page, re.S)[1], lambda sheet: keys <= sheet.keys())
+        return parse(re.search(element, page, re.S)[1], lambda sheet: keys <= sheet.keys()
+                     and sheet["kind"] in stage.ASK and all(map(is_item, sheet["items"]))
+                     and all(key + label for key, label in sheet["answers"]))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a sheet: `python -m people` writes one") from error
 
@@ -100,6 +102,12 @@ def returned(sheet: dict, files: list[Path]) -> tuple[dict[str, dict[str, dict]]
                 continue
             found.append(items[row["id"]] | {"label": row["label"], "labeller": row["labeller"],
                                              "time": time_of(row), "seconds": seconds_of(row)})
+    given: dict[tuple, set] = {}
+    for row in found:
+        given.setdefault((row["labeller"].casefold(), row["id"]), set()).add(row["label"])
+    for name, n in Counter(name for (name, _), labels in given.items() if len(labels) > 1).items():
+        print(f"warning: {name} answered {n} items twice, differently: the later answer counts. "
+              "Did two people choose one name?", file=sys.stderr)
     people: dict[str, dict[str, dict]] = {}
     for row in latest(found):
         people.setdefault(row["labeller"], {})[row["id"]] = row
@@ -113,17 +121,21 @@ def collect(sheet: dict, files: list[Path], out: Path) -> int:
     people, wrong = returned(sheet, files)
     for name, rows in people.items():
         path = out / f"{kind}-{name}.jsonl"
-        only_writer(path)
-        before = {row["id"]: row for row in stage.read_answers(path)}
-        new = [row for key, row in rows.items() if key not in before or (
-            row["label"] != before[key]["label"] and time_of(row) >= time_of(before[key]))]
-        changed = sum(row["id"] in before for row in new)
+        before = {row["id"]: row for row in stage.own_answers(path, kind, name)}
+        differ = [row for key, row in rows.items()
+                  if key not in before or row["label"] != before[key]["label"]]
+        new = [row for row in differ if row["id"] not in before or not time_of(row)
+               or time_of(row) >= time_of(before[row["id"]])]
+        changed, old = sum(row["id"] in before for row in new), len(differ) - len(new)
         kept = path.read_text(encoding="utf-8") if path.exists() else ""
         write(path, kept + jsonl(new))
         minutes = sum(row["seconds"] for row in rows.values()) / 60
         labels = {key: row["label"] for key, row in rows.items()}
         print(f"{path}: {len(rows)} answers, {len(new)} of them new, {minutes:.1f} minutes;",
               stage.counts(labels, kind))
+        if old:
+            print(f"warning: {old} answers are older than {name}'s others to these items: left out",
+                  file=sys.stderr)
         if changed:
             print(f"warning: {changed} of {name}'s answers replace earlier, different ones. Is it "
                   f"the same person? If not, undo this: the last {len(new)} lines of {path} are "

@@ -107,11 +107,13 @@ def build_report(out: Path) -> None:
     """Writes out/report.html and out/plots/*.svg. Raises UserError if a file it reads is missing or
     damaged."""
     learning_curve = read(out / "curve.json", "-m experiments.learning_curve", is_curve, [])
+    learning_curve = [row for row in learning_curve if all(map(math.isfinite, row.values()))]
     try:
         results = read_results(out)
         figures = draw_plots(results, learning_curve, out / "plots")
         page = render(results, figures, made_by(out, results))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, UndefinedError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError,
+            UndefinedError) as error:
         raise UserError(f"{out}/report.json is damaged, or another version wrote it ({error!r}): "
                         f"run {command('05_eval.py')} again") from error
     write(out / "report.html", page)

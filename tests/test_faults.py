@@ -13,13 +13,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
-from model import UserError, load, resume, save
+from model import UserError, load, read_prompts, resume, save
 from people import ratings, sheet
 from people.answers import answers_in, read_items, stage
 from report import build_report
@@ -67,13 +68,26 @@ def test_clean_deletes_what_the_scripts_wrote_and_nothing_else(out, tmp_path):
     shutil.copy(ROOT / "Makefile", project)
     (project / ".venv").mkdir()
     (project / "01_pretrain.py").touch()
-    (out / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "01-notes.jsonl", "policy-best.safetensors", "draft.tmp"):
+        (out / name).write_text("mine")
     write_rows(out / "labels-anna (1).jsonl", answers(out, "anna", 3))
-    kept = {"notes.txt", "labels-anna (1).jsonl", "labels-vader.jsonl", "labels-vader-pieces.jsonl"}
+    kept = {"notes.txt", "01-notes.jsonl", "policy-best.safetensors", "draft.tmp",
+            "labels-anna (1).jsonl", "labels-vader.jsonl", "labels-vader-pieces.jsonl"}
     (tmp_path / "link").symlink_to(out)
-    for bad in ("OUT=", "OUT=my out", "OUT=.", f"OUT={project}", "OUT=a%b"):
+    for bad in ("OUT=", "OUT=my out", "OUT=a%b", "OUT=o(1)", "OUT=a;b", "OUT=a`b`", "OUT=a>b"):
         assert make("clean", bad, "VENV=", cwd=project).returncode == 2, bad
-    assert make("clean", "OUT=nowhere", "VENV=mine", cwd=project).returncode == 0
+    for nothing in ("OUT=nowhere", "OUT=.", f"OUT={project}"):
+        assert make("clean", nothing, "VENV=mine", cwd=project).returncode == 0
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(out, tmp_path / "elsewhere" / "out")  # CDPATH must not lead there
+    (project / "out").mkdir()
+    make("clean", "VENV=mine", cwd=project, CDPATH=str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere" / "out" / "base.safetensors").exists()
+    (project / "out").rmdir()
+    (tmp_path / "downloads").mkdir()  # a folder of somebody's with one label file
+    for name in ("labels-anna.jsonl", "corpus.txt", "report.html"):
+        (tmp_path / "downloads" / name).touch()
+    assert make("clean", f"OUT={tmp_path / 'downloads'}", cwd=project, VENV="mine").returncode == 2
     assert {path.name for path in project.iterdir()} == {"Makefile", ".venv", "01_pretrain.py"}
     done = make("clean", f"OUT={tmp_path / 'link'}", cwd=project)
     assert done.returncode == 0, done.stderr
@@ -201,7 +215,9 @@ def test_answers_that_an_editor_has_saved(out, editor):
     (out / "labels-anna.jsonl").write_bytes(SAVED[editor](text))
     assert len(rm.read_labels(out / "labels-anna.jsonl")) == 12
     assert len(stage.read_answers(out / "labels-anna.jsonl")) == 12
-    assert (out / "labels-anna.jsonl").read_bytes() == text.encode().rstrip(b"\0")
+    assert (out / "labels-anna.jsonl").read_bytes() == SAVED[editor](text)  # reading only reads
+    assert len(stage.own_answers(out / "labels-anna.jsonl", "labels", "anna")) == 12
+    assert (out / "labels-anna.jsonl").read_bytes() == text.encode()
 
 
 def test_any_json_lines_are_read(out):
@@ -232,6 +248,64 @@ def test_hostile_lines_are_named(out, bad, capsys):
             read(out / "labels-bo.jsonl")
 
 
+def test_two_people_of_one_name_and_answers_without_a_good_time(out, capsys):
+    page, items = sheet_of(out)
+    asked, given = sheet.read_sheet(page), []
+    for label, name in (("negative", "anna"), ("positive", "Anna")):
+        given.append(write_rows(out.parent / f"{label}.jsonl", [
+            item | {"label": label, "labeller": name} for item in items]))
+    sheet.collect(asked, given, out)
+    assert "anna answered 12 items twice, differently" in capsys.readouterr().err
+    assert set(answers_in(out, "labels")["anna"].values()) == {"positive"}
+    for when in ("1800000000", 1_800_000_000_000, None, 4e9):  # text, milliseconds, none, to come
+        (out / "labels-anna.jsonl").unlink()
+        sheet.collect(asked, [write_rows(out.parent / "t.jsonl", [
+            items[0] | {"label": "skip", "labeller": "anna", "time": when}])], out)
+        sheet.collect(asked, [write_rows(out.parent / "u.jsonl", [
+            items[0] | {"label": "neutral", "labeller": "anna", "time": time.time() + 1}])], out)
+        assert answers_in(out, "labels")["anna"] == {items[0]["id"]: "neutral"}, when
+    write_rows(out / "labels-anna.jsonl", answers(out, "bo", 3))
+    with pytest.raises(UserError, match="holds answers of bo"):
+        sheet.collect(asked, given, out)
+
+
+def test_labels_replaced_or_deleted_while_a_person_labels(out):
+    """As `sed -i` and some editors do: what follows goes into the new file, and nothing is lost."""
+    import pty
+    path, (ours, theirs) = out / "labels-anna.jsonl", pty.openpty()
+    process = subprocess.Popen(command("people label", out, "anna"), stdin=theirs, stdout=theirs,
+                               stderr=theirs)
+    os.set_blocking(ours, False)
+
+    def press(keys, n):
+        for key in keys:
+            os.write(ours, key.encode())
+            deadline = time.time() + 20
+            while time.time() < deadline and (not path.exists() or len(rows(path)) < n):
+                with suppress(BlockingIOError):
+                    os.read(ours, 10_000)
+                time.sleep(0.02)
+            n += 1
+    time.sleep(3)  # its start
+    press("pp", 1)
+    copy = path.read_bytes()
+    path.unlink()
+    path.write_bytes(copy)
+    press("n", 3)
+    path.unlink()
+    press("n", 4)
+    os.write(ours, b"q")
+    process.wait(20)
+    assert [row["label"] for row in rows(path)] == ["positive"] * 2 + ["negative"] * 2
+
+
+def test_names_that_nearly_fit_are_named(out):
+    for name in ("Copy of labels-anna.jsonl", "labels_bo.jsonl", "labels-cy.jsonl.txt"):
+        write_rows(out / name, answers(out, "anna", 3))
+    done = run("03_reward_model.py", out, "--epochs", "0.1")
+    assert done.returncode == 0 and done.stderr.count("is not read: only files named") == 3
+
+
 def test_a_name_that_contradicts_the_file(out):
     found = answers(out, "anna", 30) + answers(out, "anna", 15, "negative")
     write_rows(out / "labels-bo.jsonl", found)
@@ -259,7 +333,12 @@ DAMAGED = [
     (find_policies, "04-happy.jsonl", b"\xff\xfe\x00"),
     (lambda out: ev.load_run(out, "cpu", torch.float32), "base.safetensors", b""),
     (lambda out: read_items(out, "labels", 0), "samples.jsonl", b'{"id": "1", "text": 5}\n'),
-    (ratings.unblind, "key-x.json", b'{"items": []}'), (resume_04, "04-happy-state.pt", b"x")]
+    (ratings.unblind, "key-x.json", b'{"items": []}'), (resume_04, "04-happy-state.pt", b"x"),
+    (lambda out: stage.read_answers(out / "labels-a.jsonl"), "labels-a.jsonl", b"\xff\xfe\0\0[\0"),
+    (lambda out: read_prompts(out / "prompts.json", "train", 99), "prompts.json",
+     b'{"train": [[99]]}'),
+    (lambda out: answers_in(out, "ratings"), "ratings-a.jsonl", b'{"id": "1", "label": "left"}\n'),
+    (build_report, "curve.json", b'[{"labels": 1e999}]')]
 
 
 @pytest.mark.parametrize("read, name, data", DAMAGED, ids=[f"{d[1]}-{d[2]!r}" for d in DAMAGED])

@@ -119,7 +119,7 @@ def test_a_bad_line_is_named(tmp_path, bad, why):
         rm.read_labels(path)
 
 
-ONE, TWO = '{"id": "1", "label": "skip"}\n', '{"id": "2", "label": "tie"}\n'
+ONE, TWO = '{"id": "1", "label": "skip"}\n', '{"id": "2", "label": "neutral"}\n'
 
 
 @pytest.mark.parametrize("text, kept", [
@@ -127,9 +127,10 @@ ONE, TWO = '{"id": "1", "label": "skip"}\n', '{"id": "2", "label": "tie"}\n'
 def test_an_unfinished_last_line_is_dropped_and_a_whole_one_kept(tmp_path, text, kept):
     path = tmp_path / "l.jsonl"
     path.write_text(text)
-    answers = label.read_answers(path)
-    assert (path.read_text() == kept
-            and answers == [json.loads(line) for line in kept.splitlines()])
+    answers = [json.loads(line) for line in kept.splitlines()]
+    assert label.read_answers(path) == answers and path.read_text() == text
+    assert label.own_answers(path, "labels", "anna") == answers
+    assert path.read_text() == kept
 
 
 def test_a_bad_line_of_answers_is_named(tmp_path):
@@ -137,7 +138,7 @@ def test_a_bad_line_of_answers_is_named(tmp_path):
     with pytest.raises(UserError, match="line 2 is broken"):
         label.read_answers(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xff\n")
-    with pytest.raises(UserError, match="line 1 is broken"):
+    with pytest.raises(UserError, match="not UTF-8"):
         label.read_answers(tmp_path / "a.jsonl")
     assert label.read_answers(tmp_path / "none.jsonl") == []
 

@@ -170,7 +170,7 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
     label.write_prompts(tmp_path / "c.txt", tokenizer, 24, tmp_path / "prompts.json")
 
     def texts(part):
-        rows = read_prompts(tmp_path / "prompts.json", part)
+        rows = read_prompts(tmp_path / "prompts.json", part, 999)
         return tokenizer.decode_batch([[t for t in row if t >= 0] for row in rows.tolist()])
     assert (texts("train") == ["ROMEO:\nTo be, or not\n", "JULIET:\nNot to be\n"]
             and texts("held_out") == ["JULIET:\nNot to be\n"])
@@ -180,7 +180,7 @@ def test_prompts_come_from_both_parts_of_the_text(tokenizer, tmp_path):
     with pytest.raises(UserError, match="missing"):
         label.write_prompts(tmp_path / "none.txt", tokenizer, 24, tmp_path / "prompts.json")
     with pytest.raises(UserError, match="missing: run python 02_sample_label.py --prompts"):
-        read_prompts(tmp_path / "none.json", "train")
+        read_prompts(tmp_path / "none.json", "train", 999)
     with pytest.raises(UserError, match="held-out text has no prompts"):
         label.find_prompts("held-out", "no speakers here\n" * 99, tokenizer, 24)
 
@@ -321,7 +321,8 @@ def test_what_a_run_resumes_from(tmp_path):
     assert resume(path, Config(), inputs) == {}
     save_state(path, Config(), {"step": 3, "seconds": 1.0, "inputs": inputs})
     assert resume(path, Config(save_s=9, out=Path("elsewhere")), inputs)["step"] == 3
-    assert resume(path, Config(), {"corpus": "y"}) == {} and path.exists()
+    assert resume(path, Config(), {"corpus": "y"}) == {} and not path.exists()
+    (tmp_path / "state.pt.old").rename(path)  # nothing is lost
     with pytest.raises(UserError, match="another lr"):
         resume(path, Config(lr=0.1), inputs)
     whole = path.read_bytes()
