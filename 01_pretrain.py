@@ -191,6 +191,8 @@ def decode(data: bytes, name: str) -> str:
     try:
         utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         text = data.decode("utf-16" if utf16 else "utf-8-sig")
+        require(text.count("\0") < len(text) / 10 or not text, f"{name} has a NUL for every few "
+                "characters: it looks like UTF-16 or UTF-32; save it as UTF-8")
         return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; "

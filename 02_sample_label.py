@@ -325,7 +325,7 @@ def ask(items: list[dict], path: Path, labeller: str, kind: str) -> dict[str, st
     labels = labels_of(rows)
     by_id = {item["id"]: item for item in items}
     queue = [item for item in reversed(items) if item["id"] not in labels]
-    width = min(shutil.get_terminal_size().columns, 90)
+    width = max(20, min(shutil.get_terminal_size().columns, 90))
     while queue:
         total = len(labels) + len(queue)
         print(f"\033[2J\033[H{len(labels) + 1} of {total}   {counts(labels, kind)}\n")

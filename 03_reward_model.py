@@ -155,8 +155,8 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
         print(f"{len(rows) - len(given)} labels are in another file too: the later one counts")
     rows = [row for row in given if row["label"] in TARGET]
     require(any(row["source"] != "piece" for row in rows),
-            f"there are no labels in {cfg.out}/{kind}-*.jsonl: run {command('02_sample_label.py')} "
-            "first")
+            f"there are no labels in {cfg.out}/{kind}-*.jsonl: run "
+            f"{command('02_sample_label.py' + ' --compare' * cfg.comparisons)} first")
     return rows
 
 

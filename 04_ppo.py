@@ -320,6 +320,7 @@ if __name__ == "__main__":
         # 2. Score each, and put it in standard deviations of the base model's samples.
         score = chunked(reward_fn, mb_size, y, prompt)                       # (B,)
         reward = (score - run.reward_zero) / run.reward_std                  # (B,)
+        require(score.isfinite().all(), f"the reward is not finite at iteration {step}")
 
         # 3. Measure this policy before it changes: how far has it moved from the reference?
         part = slice(cfg.kl_samples // world()[1])
@@ -340,6 +341,8 @@ if __name__ == "__main__":
         require(row["kl"] < run.kl + 5, f"diverged at iteration {step}: the KL jumped from "
                 f"{run.kl:.1f} to {row['kl']:.1f} nats; lower --lr and --head-lr")
         if row["kl"] > cfg.kl_stop:
+            require(run.final, f"the policy is {row['kl']:.2f} nats away before any update: raise "
+                    "--kl-stop")
             log(**row)
             tqdm.write(f"stopped: {row['kl']:.2f} nats; the policy before this one is final")
             break

@@ -107,14 +107,14 @@ def find_policies(out: Path, target: str, made_from: dict) -> tuple[list[Path], 
     again = f"run {command(f'04_ppo.py --target {target}')} again"
     if target == "sad" and not final.exists():
         return [], []
-    last = load(final, "04_ppo.py")[2]
+    last = load(final, f"04_ppo.py --target {target}")[2]
     if target == "sad" and last["inputs"] != made_from:
         print(f"{final} stems from other models: left out")
         return [], []
     require(last["inputs"] == made_from,
             f"{final} stems from another base model or reward model: {again}")
     numbers = ("step", "updates", "batch", "kl", "kl_se", "kl_k1", "kl_k1_se", "score", "entropy")
-    rows = read_rows(log, "04_ppo.py", lambda row: all(
+    rows = read_rows(log, f"04_ppo.py --target {target}", lambda row: all(
         isinstance(row[key], int | float) for key in numbers))
     require(len(rows) >= 2, f"{log} has no two iterations: {again}")
     paths = []

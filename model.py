@@ -400,7 +400,7 @@ def one_line(kind, error, trace) -> None:
     """sys.excepthook: a user's mistake is one line and exit code 2; a bug gets its traceback."""
     if issubclass(kind, KeyboardInterrupt):
         error = "interrupted: run the same command again (01 and 04: --resume goes on)"
-    elif issubclass(kind, MemoryError | torch.OutOfMemoryError):
+    elif issubclass(kind, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error):
         error = "out of memory: lower the batch sizes"
     elif issubclass(kind, OSError) and error.errno is not None:
         full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)

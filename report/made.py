@@ -14,7 +14,8 @@ def commit(root: Path) -> str:
     command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always",
                "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=3)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3,
+                              errors="replace")
     except (OSError, subprocess.SubprocessError):  # no git, or a slow one
         return "none"
     return done.stdout.strip() or "none"
