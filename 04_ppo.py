@@ -263,9 +263,11 @@ def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **start) -> 
     logged = {row.get("checkpoint") for row in run.rows}
     found = (cfg.out / "checkpoints").glob(f"{cfg.name}-kl-[0-9][0-9].[0-9][0-9].safetensors")
     if old := [path for path in found if path.name not in logged and path.is_file()]:
-        print(f"removing {len(old)} checkpoints that this run's log does not name")
-    for path in old:
-        remove(path)
+        print(f"{len(old)} checkpoints that this run's log does not name are now .old")
+    log = cfg.out / f"04-{cfg.name}.jsonl"
+    for path in old + [log] * (log.exists() and not saved):  # kept: this run may fail at its start
+        if world()[0] == 0:
+            path.replace(f"{path}.old")
     return run
 
 
