@@ -240,15 +240,21 @@ def read_answers(path: Path, kind: str = "labels") -> list[dict]:
     a last line without its end, which is left out. Raises UserError that names a bad line."""
     if not path.exists() or not path.stat().st_size:
         return []
-    known = {*ASK[kind][0].values(), "undo"}
-    lines, found = read_lines(path), {}
-    cut = bool(lines) and not lines[-1][1].rstrip("\0 \t").endswith("}")
-    cut = cut and path.read_bytes()[-1:] not in (b"\n", b"\r", b"\0")
-    for row in read_rows(path, f"-m people {kind[:-1]} NAME", lambda row: isinstance(
-            row["id"], str) and row["label"] in known, skip_last=cut):
+    known, found = {*ASK[kind][0].values(), "undo"}, {}
+
+    def right(row):
+        return isinstance(row["id"], str) and row["label"] in known
+    for row in read_rows(path, f"-m people {kind[:-1]} NAME", right, skip_last=is_cut(path)):
         found.pop(row["id"], None)
         found[row["id"]] = row
     return list(found.values())
+
+
+def is_cut(path: Path) -> bool:
+    """Whether a kill has left the last line of a file without its end."""
+    lines = read_lines(path)
+    open_end = path.read_bytes()[-1:] not in (b"\n", b"\r", b"\0")
+    return open_end and bool(lines) and not lines[-1][1].rstrip("\0 \t").endswith("}")
 
 
 def own_answers(path: Path, kind: str, labeller: str) -> list[dict]:
@@ -262,7 +268,7 @@ def own_answers(path: Path, kind: str, labeller: str) -> list[dict]:
                         "them, or answer under another name")
     data = path.read_bytes() if path.exists() else b""
     lines = [line for _, line in read_lines(path)] if data else []
-    if lines and not lines[-1].rstrip("\0 \t").endswith("}"):
+    if data and is_cut(path):
         print(f"{path}: dropping an unfinished last line")
         lines.pop()
     whole = "".join(f"{line}\n" for line in lines).encode()
@@ -384,7 +390,7 @@ if __name__ == "__main__":
         label_by_vader(pieces, cfg.out / f"{kind}-vader-pieces.jsonl")
         labels = Counter(label_by_vader(items, path)).most_common()
         print(f"{path}: {len(items)} {kind},", ", ".join(f"{k} {v}" for k, v in labels))
-        if (share := english(items)) < 0.1:
+        if (share := english(items[:1000])) < 0.1:
             print(f"warning: VADER reads English, but only {share:.1%} of the words of these texts "
                   "are common English ones. Its labels are noise here: label the texts yourself, "
                   f"{command('-m people label NAME')}", file=sys.stderr)

@@ -34,7 +34,6 @@ Decisions a reader may question:
 import copy
 import math
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +46,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from model import (
     Log,
+    UserError,
     average_gradients,
     chunked,
     command,
@@ -176,13 +176,15 @@ def reward_constants(reward_fn, reference, prompts, length: int, cfg) -> tuple[f
 def scores_of(reward_fn):
     """reward_fn, whose result must be one number for each completion -> (B,) float32."""
     def scores(y, prompt):
-        score, n = reward_fn(y, prompt), len(y)
-        with suppress(TypeError, ValueError, RuntimeError):  # no numbers
-            score = torch.as_tensor(score, dtype=torch.float32, device=y.device)
-        what = f"shape {tuple(score.shape)}" if torch.is_tensor(score) else type(score).__name__
-        require(what == f"shape ({n},)", f"reward_fn returns {what} for {n} completions: return "
-                f"one number for each, shape ({n},)")
-        return score
+        score, expected = reward_fn(y, prompt), f"return one number for each, shape ({len(y)},)"
+        try:
+            found = torch.as_tensor(score, dtype=torch.float32, device=y.device)
+        except (TypeError, ValueError, RuntimeError) as error:  # no numbers
+            raise UserError(f"reward_fn returns {type(score).__name__} for {len(y)} completions: "
+                            f"{expected}") from error
+        require(found.shape == y.shape[:1], f"reward_fn returns shape {tuple(found.shape)} for "
+                f"{len(y)} completions: {expected}")
+        return found
     return scores
 
 
@@ -265,9 +267,11 @@ def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **start) -> 
     if old := [path for path in found if path.name not in logged and path.is_file()]:
         print(f"{len(old)} checkpoints that this run's log does not name are now .old")
     log = cfg.out / f"04-{cfg.name}.jsonl"
-    for path in old + [log] * (log.exists() and not saved):  # kept: this run may fail at its start
-        if world()[0] == 0:
-            path.replace(f"{path}.old")
+    if log.exists() and not saved:
+        old.append(log)
+    if world()[0] == 0:
+        for path in old:
+            path.replace(f"{path}.old")  # kept: this run may fail at its start
     return run
 
 
@@ -322,7 +326,7 @@ if __name__ == "__main__":
         # 2. Score each, and put it in standard deviations of the base model's samples.
         score = chunked(reward_fn, mb_size, y, prompt)                       # (B,)
         reward = (score - run.reward_zero) / run.reward_std                  # (B,)
-        require(score.isfinite().all(), f"the reward is not finite at iteration {step}")
+        require(math.isfinite(mean(score)), f"the reward is not finite at iteration {step}")
 
         # 3. Measure this policy before it changes: how far has it moved from the reference?
         part = slice(cfg.kl_samples // world()[1])

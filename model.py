@@ -626,6 +626,14 @@ def parse(text: str, right=lambda value: True):
     """JSON -> its value. Raises ValueError if it is broken, or right(value) is false or raises."""
     try:
         value = json.loads(text, parse_float=number)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return checked(value, right)
+
+
+def checked(value, right):
+    """The value. Raises ValueError if right(value) is false or raises."""
+    try:
         good = right(value)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(first_line(error)) from error
@@ -642,8 +650,8 @@ def read_rows(path: Path, made_by: str, right=lambda row: True, skip_last=False)
     for number, line in read_lines(path)[:-1 if skip_last else None]:
         try:
             row = parse(line, lambda row: isinstance(row, dict))
-            rows.append({key: value for key, value in row.items() if value is not None})
-            parse("0", lambda _: right(rows[-1]))
+            row = {key: value for key, value in row.items() if value is not None}
+            rows.append(checked(row, right))
         except ValueError as error:
             raise UserError(f"{path} line {number} is broken ({line[:40]!r}, {error}): mend or "
                             f"delete it, or run {command(made_by)} again") from error
@@ -751,7 +759,8 @@ def resume(path: Path, cfg, inputs: dict) -> dict:
         print(f"{path} is missing: starting from the beginning")
         return {}
     if state.get("inputs") != inputs:
-        os.replace(path, f"{path}.old") if world()[0] == 0 else None
+        if world()[0] == 0:
+            os.replace(path, f"{path}.old")
         print(f"{path} stems from other inputs: it is now {path}.old; starting from the beginning")
         return {}
     may_change = ("measure_every", "save_s", "kl_stop", "max_iterations")

@@ -128,13 +128,6 @@ def randn(*shape, grad: bool = False) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE).to(DTYPE).requires_grad_(grad)
 
 
-def no_grad(f):
-    def call():
-        with torch.no_grad():
-            f()
-    return call
-
-
 def compiled(f):
     return torch.compile(f, fullgraph=True, dynamic=False)
 
@@ -184,7 +177,7 @@ def bench_attention(shapes, rounds, bandwidth, peak):
             if name not in outputs:
                 outputs[name] = f(*qkv)
             torch.autograd.grad(outputs[name], qkv, upstream, retain_graph=True)
-        calls = {name: no_grad(partial(f, *qkv)) for name, f in providers.items()}
+        calls = {name: torch.no_grad()(partial(f, *qkv)) for name, f in providers.items()}
         yield (label, "attention forward", max(4 * elements / bandwidth, flop / peak),
                compare(calls, rounds))
         calls = {name: partial(backward, name, f) for name, f in providers.items()}
@@ -208,7 +201,7 @@ def bench_decode(shapes, rounds, bandwidth, peak):
         if GPU:
             calls["masked products"] = lambda: decode_attention(q, k, v, *cache, pos,
                                                                 backend="torch")
-        calls = {name: no_grad(call) for name, call in calls.items()}
+        calls = {name: torch.no_grad()(call) for name, call in calls.items()}
         yield (f"B {B:,} slot {pos} of {T} heads {H}/{Hkv}", "decode", size / bandwidth,
                compare(calls, rounds))
 
@@ -251,7 +244,8 @@ def bench_logprob(shapes, rounds, bandwidth, peak):
         outs = [f(hidden, weight, target) for f in (linear_logprob, eager_logprob)]
         must_agree(*([*out, *torch.autograd.grad((out[0] * g).sum(), (hidden, weight))]
                      for out in outs))
-        calls = {k: no_grad(partial(f, hidden, weight, target)) for k, f in providers.items()}
+        calls = {k: torch.no_grad()(partial(f, hidden, weight, target))
+                 for k, f in providers.items()}
         yield label, "log-prob forward", floor, compare(calls, rounds)
         calls = {k: partial(both, f) for k, f in providers.items()}
         yield label, "log-prob forward + backward", 3 * floor, compare(calls, rounds)
@@ -277,7 +271,7 @@ def bench_sample(shapes, rounds, bandwidth, peak):
                      (hidden @ weight.T).float().softmax(-1).multinomial(1))}
         if GPU:
             calls["Gumbel, torch.compile"] = partial(compiled(gumbel), hidden, weight)
-        calls = {name: no_grad(call) for name, call in calls.items()}
+        calls = {name: torch.no_grad()(call) for name, call in calls.items()}
         yield f"B {B:,} D {D} V {V:,}", "sample", 2 * B * V * D / peak, compare(calls, rounds)
 
 

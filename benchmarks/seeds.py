@@ -7,8 +7,6 @@ Writes benchmarks/results/seeds.json and prints the tables in Markdown. The spee
 first seed. The other seeds may be run side by side (one thread each), then collected.
 """
 import json
-import platform
-import re
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ import tyro
 from scipy.stats import linregress
 
 from model import as_json, load, write
+from report.made import processor
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("01_pretrain.py", "02_sample_label.py", "03_reward_model.py", "04_ppo.py", "05_eval.py")
@@ -146,13 +145,6 @@ def run(seed: int, out: Path) -> None:
         write(file, as_json(times))
 
 
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8") if info.exists() else ""
-    found = re.search(r"model name\s*: (.*)", text)
-    return found[1] if found else platform.processor()
-
-
 if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     outs = [ROOT / f"out-{seed}" for seed in cfg.seeds]
@@ -160,7 +152,7 @@ if __name__ == "__main__":
         run(seed, out)
     runs, fast = [figures(out) for out in outs], speeds(outs[0])
     write(ROOT / "benchmarks/results/seeds.json", as_json(
-        {"torch": torch.__version__, "cpu": cpu(), "threads": torch.get_num_threads(),
+        {"torch": torch.__version__, "cpu": processor(), "threads": torch.get_num_threads(),
          "seeds": cfg.seeds, "settings": {stage: settings_of(outs[0], stage) for stage in MADE},
          "runs": runs, "speeds of the first seed": fast}, indent=1))
     print(f"| figure | mean ± sd of seeds {', '.join(map(str, cfg.seeds))} |\n|---|---|")
