@@ -21,7 +21,6 @@ Decisions a reader may question:
 5. Muon for the matrices, AdamW for embedding and head: each group has a learning rate of its own.
 6. We report bits per byte, because nats per token cannot be compared between tokenizers.
 """
-import codecs
 import hashlib
 import http.client
 import math
@@ -42,6 +41,7 @@ from model import (
     Log,
     UserError,
     average_gradients,
+    decode,
     finish,
     gather,
     load,
@@ -183,20 +183,6 @@ def without_licence(text: str) -> str:
     end = r"\*\*\* ?END OF TH\w+ PROJECT GUTENBERG|\nEnd of (?:the )?Project Gutenberg"
     books = re.split(start, text)[1:]
     return "\n\n".join(re.split(end, book)[0].strip() for book in books) + "\n" if books else text
-
-
-def decode(data: bytes, name: str) -> str:
-    """Bytes -> text with plain newlines and no byte-order mark. Raises UserError if not UTF-8 (or
-    UTF-16 with a mark)."""
-    try:
-        utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        text = data.decode("utf-16" if utf16 else "utf-8-sig")
-        require(text.count("\0") < len(text) / 10 or not text, f"{name} has a NUL for every few "
-                "characters: it looks like UTF-16 or UTF-32; save it as UTF-8")
-        return text.replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; "
-                        "convert it, or choose another with --corpus FILE") from error
 
 
 def find_corpus(path: str, urls=URLS) -> str | None:

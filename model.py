@@ -599,20 +599,27 @@ def jsonl(rows) -> str:
     return "".join(as_json(row) + "\n" for row in rows)
 
 
+def decode(data: bytes, name: str) -> str:
+    """Bytes -> text with plain newlines and no byte-order mark. Raises UserError if it is neither
+    UTF-8, nor UTF-16 with a mark."""
+    utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; "
+                        "save it as UTF-8, or choose another file") from error
+    inside = text.rstrip("\0")  # a crash can pad a file with NULs
+    other = inside.count("\0") > (0 if utf16 else len(inside) / 10)
+    require(not other, f"{name} is not UTF-8 but looks like UTF-16 or UTF-32: save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a text file and their numbers, blank ones left out. People's editors and other
     programs may have saved it: UTF-8 or UTF-16, with a byte-order mark or without, any line ends.
     """
     require(path.is_file() or path.is_fifo(), f"{path} is not a file")
-    data = path.read_bytes()
-    utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    try:
-        text = data.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as "
-                        "UTF-8") from error
-    require(not utf16 or "\0" not in text, f"{path} is not UTF-8: save it as UTF-8")
-    lines = re.split(r"\r\n|\n|\r", text)  # nothing else ends a line of JSON
+    lines = decode(path.read_bytes(), str(path)).split("\n")  # nothing else ends a line of JSON
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip(" \t\0")]
 
 
