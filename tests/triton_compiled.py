@@ -14,6 +14,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.kernels import eager_attention, eager_logprob
 from kernels import (
     decode_attention,
     rotate,
@@ -31,14 +32,6 @@ def no_worse(ours, eager, exact) -> None:
 
 
 # ---- Attention -----------------------------------------------------------------------------------
-def eager_attention(q, k, v):
-    T, group = q.size(1), q.size(2) // k.size(2)
-    k, v = (x.repeat_interleave(group, 2) for x in (k, v))
-    s = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.size(3))
-    s = s.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), -math.inf)
-    return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v).flatten(2)
-
-
 def check_attention(B, T, H, Hkv, Dh, kernels=triton_attention):
     projection = randn(B, T, H + 2 * Hkv, Dh, dtype=BF16, seed=T).requires_grad_()
     upstream = randn(B, T, H * Dh, dtype=BF16, seed=1)
@@ -96,12 +89,8 @@ def check_logprob(N, D, V, kernels=triton_head):
                       for n, s in ((N, 1.0), (V, 2 / math.sqrt(D))))
     target = torch.randint(V, (N,), generator=torch.Generator().manual_seed(0)).to(hidden.device)
     g, h = randn(N, seed=1), randn(N, seed=2)
-
-    def eager(hidden, weight):
-        log_p = (hidden @ weight.T).float().log_softmax(-1)
-        return log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     logp, entropy = kernels.linear_logprob(hidden[:, None], weight, target[:, None], 1.0)
-    outs = [(logp[:, 0], entropy[:, 0]), eager(hidden, weight),
+    outs = [(logp[:, 0], entropy[:, 0]), eager_logprob(hidden, weight, target),
             logprob64(hidden, weight, target, 1.0)]
     grads = [torch.autograd.grad((a * g + b * h).sum(), (hidden, weight)) for a, b in outs]
     for each in (*zip(*outs), *zip(*grads)):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.kernels import eager_attention, eager_logprob
 from kernels import (
     attention,
     decode_attention,
@@ -280,14 +281,10 @@ def test_gradients_are_as_exact_as_eager_where_logits_are_large(dtype, D, scale)
                       for i, s in enumerate((1.0, scale / math.sqrt(D))))
     target = torch.randint(130, (130,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     g, h = randn(130, seed=2), randn(130, seed=3)
-
-    def eager(hidden, weight):
-        log_p = (hidden @ weight.T).float().log_softmax(-1)
-        return log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     config = triton_head.config(D, torch.float16 if INTERPRETED else dtype)  # as in check_attention
     with patch.object(triton_head, "config", lambda *_: dict(config)):
         ours = triton_head.linear_logprob(hidden, weight, target, 1.0)
-        outs = [ours, eager(hidden, weight), logprob64(hidden, weight, target, 1.0)]
+        outs = [ours, eager_logprob(hidden, weight, target), logprob64(hidden, weight, target, 1.0)]
         for of_logp, of_entropy in ((g, 0), (0, h), (g, h)):
             grads = [torch.autograd.grad((a * of_logp + b * of_entropy).sum(), (hidden, weight),
                                          retain_graph=True) for a, b in outs]
@@ -665,13 +662,8 @@ def test_attention_is_as_exact_as_eager_in_the_same_dtype(T, Dh, H, Hkv, dtype):
     inputs = [randn(4, T, n, Dh, dtype=dtype, seed=i).requires_grad_()
               for i, n in enumerate((H, Hkv, Hkv))]
     upstream = randn(4, T, H * Dh, dtype=dtype, seed=9)
-
-    def eager(q, k, v):
-        k, v = (x.repeat_interleave(H // Hkv, 2) for x in (k, v))
-        s = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(Dh)
-        s = s.masked_fill(torch.ones(T, T, dtype=torch.bool, device=DEVICE).triu(1), -math.inf)
-        return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v).flatten(2)
-    outs = [f(*inputs) for f in (lambda *x: attention(*x, backend="triton"), eager, attention64)]
+    outs = [f(*inputs) for f in (lambda *x: attention(*x, backend="triton"), eager_attention,
+                                 attention64)]
     grads = [torch.autograd.grad(o, inputs, upstream.to(o.dtype)) for o in outs]
     assert error(outs[0], outs[2]) <= 2 * error(outs[1], outs[2]) + 1e-5
     for ours, theirs, exact in zip(*grads):
@@ -713,11 +705,8 @@ def test_logprob_is_as_exact_as_eager_in_the_same_dtype(D, V, dtype):
                       for n, s in ((1000, 1.0), (V, 2 / math.sqrt(D))))
     target = torch.randint(V, (1000,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     g, h = randn(1000, seed=1), randn(1000, seed=2)
-
-    def eager(hidden, weight):
-        log_p = (hidden @ weight.T).float().log_softmax(-1)
-        return log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    outs = [linear_logprob(hidden, weight, target, backend="triton"), eager(hidden, weight),
+    outs = [linear_logprob(hidden, weight, target, backend="triton"),
+            eager_logprob(hidden, weight, target),
             logprob64(hidden, weight, target, 1.0)]
     grads = [torch.autograd.grad((a * g + b * h).sum(), (hidden, weight)) for a, b in outs]
     for ours, theirs, exact in zip(*outs):
