@@ -14,6 +14,7 @@ Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 03 lea
 Writes  out/policy-happy.safetensors: the last policy that measured at most 10 nats
         out/checkpoints/happy-kl-*.safetensors: one whenever sqrt KL has grown by 0.25
         out/04-happy.jsonl: one row per iteration
+        A new run renames the checkpoints and the log of the run before to *.old.
 
 Decisions a reader may question:
 1. No learned baseline (value function, GAE) and no KL penalty (--kl-coef adds one, to compare). The
