@@ -50,17 +50,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from experiments.shared.results import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    panels,
-    save_results,
-)
+from experiments.shared.results import ink, panels, save_results
 from experiments.shared.runs import Config
 from model import start
 
@@ -80,7 +70,8 @@ ARMS = {"amplified": Arm(), "amplified, no curriculum": Arm(unlock=0),
         "true answers (ceiling)": Arm("truth"), "its own answers (control)": Arm("X"),
         "amplified, 10 % at random": Arm(noise=0.1), "amplified, 2 elements wrong": Arm(wrong=2),
         "small X, amplified": Arm(hidden=12), "small X, true answers": Arm("truth", hidden=12)}
-COLOURS = dict(zip(ARMS, (GREEN, SKY, BLACK, ORANGE, BLUE, RED, PINK, "grey")))
+COLOURS = dict(zip(ARMS, (ink.green, ink.sky, ink.black, ink.orange, ink.blue, ink.red, ink.pink,
+                          "grey")))
 
 
 def powers(s: torch.Tensor) -> torch.Tensor:

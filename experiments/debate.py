@@ -74,16 +74,7 @@ from torch import nn
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from experiments.shared.results import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    RED,
-    over_seeds,
-    panels,
-    save_results,
-)
+from experiments.shared.results import ink, over_seeds, panels, save_results
 from experiments.shared.runs import Config, labelled
 from model import start, words
 
@@ -92,7 +83,7 @@ LYING = ("good", "love", "like", "well", "great", "fair", "true", "sweet")
 JUDGES = {"logistic": range(1, 7), "lexicon": range(1, 7), "misled": range(1, 7),
           "pairs": range(1, 5), "three answers": range(1, 5)}  # the values of k
 ARMS = {"H alone": "HHHHHH", "L alone": "LLLLLL", "H first": "HLHLHL", "L first": "LHLHLH"}
-COLOURS = dict(zip(("random words", *ARMS), (BLACK, GREEN, RED, BLUE, ORANGE)))
+COLOURS = dict(zip(("random words", *ARMS), (ink.black, ink.green, ink.red, ink.blue, ink.orange)))
 ANY = ", any lie"  # L need not name his lie beforehand
 
 

@@ -62,17 +62,17 @@ from scipy.stats import sem
 from tqdm import tqdm
 
 from experiments.shared.ppo import part_way
-from experiments.shared.results import BLACK, BLUE, GREEN, RED, lines, panels, save_results
+from experiments.shared.results import ink, lines, panels, save_results
 from experiments.shared.reweighting import INVERSE_BETAS, at, tilt
 from experiments.shared.runs import Config, load_run
 from model import chunked, start
 
 ev = importlib.import_module("05_eval")
 FILTERS, PARTS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98), (0.02, 0.05, 0.1, 0.2)
-STYLES = {"frontier": ("-", BLACK, "best possible for this reward"),
-          "AFINN's frontier": (":", BLACK, "best possible for AFINN"),
-          "best_of_n": ("s--", BLUE, "best of n"), "filtering": ("^-.", GREEN, "filtering"),
-          "ppo": ("o-", RED, "PPO")}
+STYLES = {"frontier": ("-", ink.black, "best possible for this reward"),
+          "AFINN's frontier": (":", ink.black, "best possible for AFINN"),
+          "best_of_n": ("s--", ink.blue, "best of n"), "filtering": ("^-.", ink.green, "filtering"),
+          "ppo": ("o-", ink.red, "PPO")}
 
 
 @dataclass
@@ -165,7 +165,7 @@ def draw(seeds: list[dict]):
     lines(axes[1, 0], seeds, STYLES, "kl", "gap", ylabel="KL(policy || posterior), nats",
           title="Away from the posterior (dotted: as far as the base is)", yscale="log")
     lines(axes[1, 1], seeds, STYLES, "reward", "distinct_2", title="Distinct-2 by the mean reward")
-    axes[1, 0].axhline(seeds[0]["ppo"][0]["gap"], ls=":", color=RED)
+    axes[1, 0].axhline(seeds[0]["ppo"][0]["gap"], ls=":", color=ink.red)
     axes[0, 1].legend(fontsize=8)
     return fig
 

@@ -58,15 +58,15 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from experiments.shared.results import BLACK, BLUE, RED, lines, over_seeds, panels, save_results
+from experiments.shared.results import ink, lines, over_seeds, panels, save_results
 from experiments.shared.reweighting import INVERSE_BETAS, at, tilt
 from experiments.shared.runs import Config, load_run
 from experiments.shared.simulated_people import FLIPPED, others, person, retrained, rm, targets
 from model import chunked, load, start
 
 ev = importlib.import_module("05_eval")
-STYLES = {"tilted": ("-", BLACK, "best possible"), "best of n": ("s--", BLUE, "best of n"),
-          "PPO": ("o-", RED, "PPO")}
+STYLES = {"tilted": ("-", ink.black, "best possible"), "best of n": ("s--", ink.blue, "best of n"),
+          "PPO": ("o-", ink.red, "PPO")}
 
 
 @dataclass
@@ -155,7 +155,7 @@ def draw(seeds: list[dict]):
               title=f"what she {who}: sd of the base", xlabel="mean log p(happy)")
     axes[0].legend(fontsize=8)
     arms = list(seeds[0]["repair"])
-    for i, (where, colour) in enumerate((("base", BLACK), ("policy", RED))):
+    for i, (where, colour) in enumerate((("base", ink.black), ("policy", ink.red))):
         mean, half = zip(*[over_seeds(s["repair"][arm][f"AUC, {where}"] for s in seeds)
                            for arm in arms])
         axes[2].errorbar(mean, np.arange(len(arms)) + 0.15 * i, xerr=half, fmt="o", color=colour,

@@ -57,17 +57,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from experiments.shared.results import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    panels,
-    save_results,
-)
+from experiments.shared.results import ink, panels, save_results
 from experiments.shared.runs import Config
 from model import start
 
@@ -86,8 +76,9 @@ ARMS = {
     "shut, sigmoid": SHUT | {"act": torch.sigmoid}, "shut, GELU": SHUT | {"act": F.gelu},
     "saturated sigmoid": SHUT | {"gamma": 1e8, "beta": 0.0, "act": torch.sigmoid},
     "shut, bypass": SHUT | {"bypass": True}}
-SHOWN = {"open (control)": GREEN, "shut": RED, "shut, sigmoid": ORANGE, "shut, GELU": PINK,
-         "shut, L2 .1 on beta alone": BLUE, "saturated sigmoid": BLACK, "shut, bypass": SKY}
+SHOWN = {"open (control)": ink.green, "shut": ink.red, "shut, sigmoid": ink.orange,
+         "shut, GELU": ink.pink, "shut, L2 .1 on beta alone": ink.blue,
+         "saturated sigmoid": ink.black, "shut, bypass": ink.sky}
 
 
 def parameters(arm: dict, seeds: int) -> dict[str, torch.Tensor]:

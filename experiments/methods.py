@@ -75,19 +75,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from experiments.shared.ppo import part_way, ppo, stage
-from experiments.shared.results import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    YELLOW,
-    lines,
-    panels,
-    save_results,
-)
+from experiments.shared.results import ink, lines, panels, save_results
 from experiments.shared.reweighting import INVERSE_BETAS, at, tilt
 from experiments.shared.runs import Config, load_run
 from model import chunked, load, start
@@ -96,12 +84,13 @@ ev = importlib.import_module("05_eval")
 
 JUDGES = ("vader", "afinn", "pattern")
 COLUMNS = ("kl", "reward", *JUDGES, "distinct_2", "entropy", "samples", "seconds")
-STYLES = {"best possible": ("-", BLACK, "best possible"),
-          "best-of-n": (":", BLACK, "best-of-n, untrained"), "PPO": ("o-", RED, "PPO (04)"),
-          "batch mean": ("s-", PINK, "batch mean"), "penalty": ("D", GREEN, "KL penalty"),
-          "between": ("*--", YELLOW, "weights between"), "best of 16": ("^--", BLUE, "best of 16"),
-          "filtered": ("v--", SKY, "filtered"), "weighted": ("<--", ORANGE, "weighted"),
-          "DPO": ("x-.", BLACK, "DPO")}
+STYLES = {"best possible": ("-", ink.black, "best possible"),
+          "best-of-n": (":", ink.black, "best-of-n, untrained"), "PPO": ("o-", ink.red, "PPO (04)"),
+          "batch mean": ("s-", ink.pink, "batch mean"), "penalty": ("D", ink.green, "KL penalty"),
+          "between": ("*--", ink.yellow, "weights between"),
+          "best of 16": ("^--", ink.blue, "best of 16"),
+          "filtered": ("v--", ink.sky, "filtered"), "weighted": ("<--", ink.orange, "weighted"),
+          "DPO": ("x-.", ink.black, "DPO")}
 
 
 # ---- Training without RL -------------------------------------------------------------------------

@@ -77,19 +77,7 @@ import numpy as np
 import torch
 
 from experiments.shared.ppo import ppo, stage
-from experiments.shared.results import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    lines,
-    over_seeds,
-    panels,
-    save_results,
-)
+from experiments.shared.results import ink, lines, over_seeds, panels, save_results
 from experiments.shared.runs import Config, load_run
 from experiments.shared.simulated_people import targets
 from model import chunked, start
@@ -101,10 +89,10 @@ FORMS = {"d (a - b d)": lambda d: d, "d (a - b log d)": np.log}  # Gao et al. 20
 FACTS = ("at the end", "added by the upper half", *(f"the end less {form}" for form in FORMS))
 RULES = {"mean": lambda z: z.mean(0), "minimum": lambda z: z.amin(0),  # z (members, B) -> (B,)
          "less variance": lambda z: z.mean(0) - 0.5 * z.var(0, correction=0)}
-COLOURS = {"100": PINK, "300": RED, "1000": ORANGE, "3000": GREEN, "20000": BLUE, "VADER": BLACK,
-           "shuffled": SKY}
-REMEDIES = {"": RED, ", mean": ORANGE, ", minimum": BLUE, ", less variance": GREEN,
-            ", all five": BLACK}
+COLOURS = {"100": ink.pink, "300": ink.red, "1000": ink.orange, "3000": ink.green,
+           "20000": ink.blue, "VADER": ink.black, "shuffled": ink.sky}
+REMEDIES = {"": ink.red, ", mean": ink.orange, ", minimum": ink.blue, ", less variance": ink.green,
+            ", all five": ink.black}
 
 
 # ---- Reward models -------------------------------------------------------------------------------

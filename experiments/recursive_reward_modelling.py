@@ -81,18 +81,7 @@ from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from experiments.shared.ppo import ppo, stage
-from experiments.shared.results import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    over_seeds,
-    panels,
-    save_results,
-)
+from experiments.shared.results import ink, over_seeds, panels, save_results
 from experiments.shared.reweighting import at
 from experiments.shared.runs import Config, labelled, load_run
 from experiments.shared.simulated_people import rm, targets
@@ -109,8 +98,9 @@ FIXED = {"first 4": ("first", K), "first 8": ("first", 8), "first 16": ("first",
 AIDED = {"critique": "critique", "from nothing": "critique", "flattery": "flattery",
          "yes-man": "yes-man", "liar": "liar"}
 LEARNED = {name: FIXED[name] for name in ("first 4", "all words")} | {"critique": ("critique", K)}
-COLOURS = {"critique": BLUE, "from nothing": SKY, "flattery": ORANGE, "yes-man": PINK, "liar": RED,
-           "first 4": BLACK, "first 16": "grey", "all words": GREEN}
+COLOURS = {"critique": ink.blue, "from nothing": ink.sky, "flattery": ink.orange,
+           "yes-man": ink.pink, "liar": ink.red, "first 4": ink.black, "first 16": "grey",
+           "all words": ink.green}
 
 
 def compound(text: list[str]) -> float:

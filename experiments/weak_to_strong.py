@@ -73,15 +73,15 @@ import torch
 from scipy.stats import sem
 from tqdm import tqdm
 
-from experiments.shared.results import BLUE, GREEN, ORANGE, RED, over_seeds, panels, save_results
+from experiments.shared.results import ink, over_seeds, panels, save_results
 from experiments.shared.runs import Config, labelled, load_run
 from model import GPT, chunked, require, start
 
 rm = importlib.import_module("03_reward_model")
 STOPPED = ", stopped by truth"
 SMALL = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "d_model": 48}
-TEACHERS = {"weak transformer": RED, "bag of words": BLUE}
-COURSES = {"naive": GREEN, "confidence": ORANGE, "no pretraining": BLUE}
+TEACHERS = {"weak transformer": ink.red, "bag of words": ink.blue}
+COURSES = {"naive": ink.green, "confidence": ink.orange, "no pretraining": ink.blue}
 ARMS = ("naive", "naive" + STOPPED, "confidence", "confidence" + STOPPED, "bootstrapped",
         "no pretraining", "no pretraining, confidence", "no stronger")
 

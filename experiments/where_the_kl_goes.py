@@ -74,18 +74,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from experiments.shared.ppo import ppo, stage
-from experiments.shared.results import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    lines,
-    panels,
-    save_results,
-)
+from experiments.shared.results import ink, lines, panels, save_results
 from experiments.shared.reweighting import at
 from experiments.shared.runs import Config, load_run
 from model import GPT, chunked, kl_nats, start
@@ -94,11 +83,14 @@ ev = importlib.import_module("05_eval")
 
 BLOCK = 8  # tokens
 EDGES = (0, 0.25, 0.5, 0.75, 0.9, 1.001)  # edges of the bins of V
-STYLES = {"PPO": ("o-", RED, "PPO, before 6 nats"), "PPO, 1 nat": ("o:", PINK, "PPO, beyond 1 nat"),
-          "one rate": ("x--", SKY, "PPO, one rate for all layers"),
-          "scaled": ("v--", ORANGE, "first update, scaled"), "vector": ("s--", BLUE, "one vector"),
-          "penalty": ("d-", GREEN, "PPO, penalty .1"), "posterior": ("-", BLACK, "posterior"),
-          "sharper": ("--", BLACK, "posterior, beta 1/8")}
+STYLES = {"PPO": ("o-", ink.red, "PPO, before 6 nats"),
+          "PPO, 1 nat": ("o:", ink.pink, "PPO, beyond 1 nat"),
+          "one rate": ("x--", ink.sky, "PPO, one rate for all layers"),
+          "scaled": ("v--", ink.orange, "first update, scaled"),
+          "vector": ("s--", ink.blue, "one vector"),
+          "penalty": ("d-", ink.green, "PPO, penalty .1"),
+          "posterior": ("-", ink.black, "posterior"),
+          "sharper": ("--", ink.black, "posterior, beta 1/8")}
 
 
 # ---- V and the KL of a block ---------------------------------------------------------------------

@@ -278,15 +278,17 @@ def test_labels_replaced_or_deleted_while_a_person_labels(out):
     os.set_blocking(ours, False)
 
     def press(keys, n):
-        for key in keys:
-            os.write(ours, key.encode())
-            deadline = time.time() + 20
-            while time.time() < deadline and (not path.exists() or len(rows(path)) < n):
+        """Each key until it is in the file: the terminal drops keys that nobody waits for yet."""
+        for n, key in enumerate(keys, n):
+            deadline, again = time.time() + 60, 0
+            while not path.exists() or len(rows(path)) < n:
+                assert time.time() < deadline, key
+                if time.time() > again:
+                    os.write(ours, key.encode())
+                    again = time.time() + 5
                 with suppress(BlockingIOError):
                     os.read(ours, 10_000)
                 time.sleep(0.02)
-            n += 1
-    time.sleep(3)  # its start
     press("pp", 1)
     copy = path.read_bytes()
     path.unlink()

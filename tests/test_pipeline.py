@@ -401,9 +401,10 @@ def type_keys(argv, keys):
     process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=subprocess.STDOUT,
                                close_fds=True)
     os.close(theirs)
-    shown, keys, prompts, deadline = "", list(keys), 0, time.time() + 100
+    shown, keys, key, prompts, deadline = "", list(keys), b"", 0, time.time() + 100
     while time.time() < deadline:
-        if not select.select([ours], [], [], 1)[0]:
+        if not select.select([ours], [], [], 5)[0]:
+            os.write(ours, key)  # again: the terminal drops keys that nobody waits for yet
             continue
         try:
             part = os.read(ours, 65536)
@@ -415,7 +416,8 @@ def type_keys(argv, keys):
         if shown.count("q quit") + shown.count("Any key returns") > prompts and keys:
             prompts += 1
             time.sleep(0.05)
-            os.write(ours, keys.pop(0).encode())
+            key = keys.pop(0).encode()
+            os.write(ours, key)
     process.wait(timeout=20)
     os.close(ours)
     return process.returncode, shown

@@ -55,7 +55,7 @@ def test_attention_of_odd_shapes(B, T, H, Hkv, Dh):
 
 
 def check_decode(H, Hkv, Dh, kernels=triton_attention):
-    """Position by position, with and without the rotation inside; the last slots hold NaN."""
+    """At some positions, with and without the rotation inside. Slots not yet filled hold NaN."""
     B, T = 2, 66
     q, k, v = (randn(B, T, n, Dh, dtype=BF16, seed=n + i) for i, n in enumerate((H, Hkv, Hkv)))
     angle = randn(T, 1, Dh // 2, seed=9)
@@ -68,8 +68,12 @@ def check_decode(H, Hkv, Dh, kernels=triton_attention):
         caches[-1][:, :, :T] = x.transpose(1, 2)
     for t in (0, 1, 63, 64, T - 1):
         pos = torch.tensor(t, device=q.device)
-        rest = (v[:, t], *(cache.clone() for cache in caches), pos)
+        to_come = torch.arange(t, T, device=q.device)
+        empty = [cache.index_fill(2, to_come, math.nan) for cache in caches]
+        rest = (v[:, t], *empty, pos)
         plain = kernels.decode_attention(turned[0][:, t], turned[1][:, t], *rest, None)
+        assert torch.equal(empty[0][:, :, t], caches[0][:, :, t])
+        assert empty[0][:, :, t + 1:].isnan().all()
         fused = kernels.decode_attention(q[:, t], k[:, t], *rest, angles)
         eager = decode_attention(turned[0][:, t], turned[1][:, t], v[:, t],
                                  *(cache[:, :, :T].clone() for cache in caches), t,

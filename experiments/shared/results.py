@@ -2,6 +2,7 @@
 import io
 import math
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,8 +11,9 @@ from scipy.stats import sem, t
 
 from model import as_json, write
 
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (  # Okabe and Ito 2008: for the colour-blind
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+ink = SimpleNamespace(  # Okabe and Ito 2008: for the colour-blind
+    black="#000000", orange="#E69F00", sky="#56B4E9", green="#009E73", yellow="#F0E442",
+    blue="#0072B2", red="#D55E00", pink="#CC79A7")
 
 
 def over_seeds(values: Iterable[float]) -> tuple[float, float]:
