@@ -7,9 +7,9 @@
 `python -m people` has more for people: pages to mail to friends, and what comes back.
 
 Reads   out/base.safetensors; out/corpus.txt for --prompts and --corpus-fraction
-Writes  out/samples.jsonl (id, source, text, tokens), out/labels-NAME.jsonl (the same and a label),
-        out/labels-vader-pieces.jsonl; with --compare out/pairs.jsonl and out/comparisons-*.jsonl;
-        with --prompts out/prompts.json; out/02.json (settings, seconds)
+Writes  out/samples.jsonl (id, source, text, tokens), out/labels-NAME.jsonl (the same and a label;
+        the machine's with the labels of its spans); with --compare out/pairs.jsonl and
+        out/comparisons-NAME.jsonl; with --prompts out/prompts.json; out/02.json (settings, seconds)
 
 Decisions a reader may question:
 1. Samples are unconditional, 64 tokens, temperature 1, without top-k or top-p. PPO starts from this
@@ -17,9 +17,9 @@ Decisions a reader may question:
 2. The default labeller is VADER, a sentiment lexicon, so that the whole pipeline runs by itself. It
    stands in for a person, no more.
 3. A person never sees where an item comes from. Items come in a random order.
-4. The machine also labels four pieces of every sample. One label for 64 tokens hardly shows which
-   word it is due to; one for 16 tokens does, and the machine's labels are free. 03 trains on the
-   pieces first. People are never asked to label pieces.
+4. The machine also labels many parts of each sample, its spans (see `spans_of`). One label for 64
+   tokens hardly shows which word it is due to; labels of growing prefixes do, and the machine's are
+   free. People label whole samples only.
 5. We store the tokens, not only the text: a sampled text may encode to other tokens.
 6. With --prompts the prompt is context: only the completion is labelled, rewarded and counted in
    the KL. Two samples share a prompt, so that --compare compares completions of one prompt.
@@ -79,7 +79,6 @@ class Config:
     compare: bool = False         # label pairs: which of the two is happier?
     prompts: bool = False         # each sample continues a speaker's first line in the corpus
     corpus_fraction: float = 0.0  # fraction of items that are snippets of the corpus
-    pieces: int = 4               # pieces of each sample that the machine labels too; 0: none
     out: Path = Path("out")       # where all stages write
     seed: int = 0
 
@@ -91,7 +90,6 @@ def check(cfg: Config) -> None:
     require(cfg.n >= 1 and cfg.length >= 1, "--n and --length must be positive")
     require(cfg.n >= 2 or not cfg.compare, "--compare needs --n 2 or more")
     require(0 <= cfg.corpus_fraction <= 1, "--corpus-fraction must be in [0, 1]")
-    require(0 <= cfg.pieces <= cfg.length, "--pieces must be in [0, --length]")
     require(not (cfg.prompts and cfg.corpus_fraction),
             "--prompts needs --corpus-fraction 0: a snippet has no prompt, so one would know it")
     if cfg.labeller != "vader":
@@ -187,18 +185,19 @@ def happier(left: float, right: float) -> str:
     return "left" if left > right else "right" if right > left else "tie"
 
 
-def cut_up(items: list[dict], pieces: int, tokenizer: Tokenizer) -> list[dict]:
-    """Each item, or both sides of a pair, in `pieces` equal parts, with the ids ID#0, ID#1, ..."""
-    parts = []
-    for item in items:
-        tokens = np.array(item["tokens"])                             # (length,), or (2, length)
-        for k in range(pieces):
-            size = tokens.shape[-1] // pieces
-            part = tokens[..., k * size:(k + 1) * size].tolist()
-            text = tokenizer.decode_batch(part) if tokens.ndim == 2 else tokenizer.decode(part)
-            parts.append({"id": f"{item['id']}#{k}", "source": "piece", "text": text,
-                          "tokens": part})
-    return parts
+def spans_of(length: int) -> list[tuple[int, int]]:
+    """The parts of a sample that the machine labels besides the whole, as (start, end) in tokens:
+    the prefixes of the sample and those of each of its quarters, 4 tokens apart.
+
+        0               16              32              48              64
+        |---+---+---+---+---+---+---+---+---+---+---+---+---+---+---+---|   16 prefixes of a sample
+        |---+---+---+---|---+---+---+---|---+---+---+---|---+---+---+---|   4 of each quarter
+    """
+    quarter = max(length // 4, 1)
+    of_sample = {(0, end) for end in range(length - 4, 0, -4)}
+    of_quarters = {(start, end) for start in range(0, length - quarter + 1, quarter)
+                   for end in range(start + quarter, start, -4)}
+    return sorted(of_sample | of_quarters)
 
 
 def english(items: list[dict]) -> float:
@@ -208,23 +207,29 @@ def english(items: list[dict]) -> float:
     return sum(word in COMMON for word in spoken) / max(len(spoken), 1)
 
 
-def label_by_vader(items: list[dict], path: Path) -> list[str]:
-    """VADER (Hutto & Gilbert 2014) labels the items, which are written to `path`."""
-    vader, labels = SentimentIntensityAnalyzer(), []
-    for item in tqdm(items, desc="label", mininterval=1):
-        texts = [item["text"]] if isinstance(item["text"], str) else item["text"]
+def label_by_vader(items: list[dict], path: Path, tokenizer: Tokenizer) -> list[str]:
+    """VADER (Hutto & Gilbert 2014) labels the items and their spans, which are written to `path`.
+    -> the labels of the items."""
+    vader, rows = SentimentIntensityAnalyzer(), []
+
+    def label(texts) -> str:  # of one text, or of the two of a pair
         scores = [vader.polarity_scores(text)["compound"] for text in texts]
-        labels.append(feeling(*scores) if len(scores) == 1 else happier(*scores))
-    write(path, jsonl(item | {"label": label, "labeller": "vader"}
-                      for item, label in zip(items, labels)))
-    return labels
+        return feeling(*scores) if len(scores) == 1 else happier(*scores)
+    for item in tqdm(items, desc="label", mininterval=1):
+        sides = np.atleast_2d(item["tokens"]).tolist()                # one list of tokens, or two
+        spans = spans_of(len(sides[0]))
+        texts = zip(*(tokenizer.decode_batch([side[i:j] for i, j in spans]) for side in sides))
+        rows.append(item | {"label": label(np.atleast_1d(item["text"]).tolist()),
+                            "labeller": "vader",
+                            "spans": [[i, j, label(t)] for (i, j), t in zip(spans, texts)]})
+    write(path, jsonl(rows))
+    return [row["label"] for row in rows]
 
 
 # ---- Labelling by a person: one key per item, each answer on disk before the next question -------
 def is_name(name: str) -> bool:
     """Whether a labeller's name can stand in a file name, beside the machine's."""
-    taken = ("vader", "vader-pieces", "majority")
-    return name.replace("-", "").isalnum() and name.lower() not in taken
+    return name.replace("-", "").isalnum() and name.lower() not in ("vader", "majority")
 
 
 def need_person(name: str) -> None:
@@ -386,9 +391,7 @@ if __name__ == "__main__":
         write(cfg.out / "pairs.jsonl", jsonl(items))
 
     if cfg.labeller == "vader":
-        pieces = cut_up(items, cfg.pieces, tokenizer)
-        label_by_vader(pieces, cfg.out / f"{kind}-vader-pieces.jsonl")
-        labels = Counter(label_by_vader(items, path)).most_common()
+        labels = Counter(label_by_vader(items, path, tokenizer)).most_common()
         print(f"{path}: {len(items)} {kind},", ", ".join(f"{k} {v}" for k, v in labels))
         if (share := english(items[:1000])) < 0.1:
             print(f"warning: VADER reads English, but only {share:.1%} of the words of these texts "

@@ -11,18 +11,31 @@ Decisions a reader may question:
 1. Sentiment is the next token: after the last token of a sample the model predicts <|happy|> or
    <|sad|>, with logits for these two only. Only that position has a loss. A neutral label is the
    soft target (0.5, 0.5), whose cross-entropy is at least ln 2.
-2. With only a few hundred labels, a small reward model barely beats chance. So a person's labels
-   fine-tune a model that has first learned from the machine's (VADER's): from pieces of 16 tokens,
-   which show what words mean, then from samples. (--no-machine-first: all samples at once.)
-3. The embedding learns a hundred times faster than the matrices: sentiment is a property of words,
-   and the embedding's rows are large. (VADER is itself a sum over words. A bag of words fitted to
-   its labels in seconds ranks better than this model; the last lines of output compare them.)
-4. Training and test parts are split by text: no sample has a duplicate on the other side, and its
-   pieces stay with it. A person's labels are too few to spare a tenth, so they are cross-validated;
-   then all of them train the model.
-5. Accuracy and AUC leave out neutral items, which have no right answer. AUC is the chance that a
+2. A prefix of a sample is a sample too, and its last token is the last. A causal model reads all
+   prefixes of a sample in one pass, so it learns from 16 labels at the price of one. Each sign is
+   the label of the text up to there (seed 0):
+
+       an old Jack, 0  bounteous father; 0  which is dead, -  wherefore -  I a great power -
+       service, sack -  and good Master +  flame, by +  cunning and no quarrel +
+       to make me fight -  :now it -  stands upon thy kn -  ot! -  First Lord: -
+       Excellent! you +  shall find of Sir +
+
+   Where the label changes, the words since the label before must be the reason. Quarters of
+   samples come first, because a label of 4 to 16 tokens shows that best. (--no-spans: the exercise
+   to the letter, the last token of whole samples alone.)
+3. With only a few hundred labels, a small reward model barely beats chance. So a person's labels
+   fine-tune a model that has first learned from the machine's. (--no-machine-first: all at once.)
+4. The embedding learns 300 times faster than the matrices: sentiment is a property of words, and
+   the embedding's rows are large.
+5. The last lines of output compare the model with a bag of words. VADER is nearly a sum over words,
+   so a bag of words is the right family for its labels, and hard to beat. A person's labels are no
+   such sum; but do not conclude that this small model understands what it reads.
+6. Training and test parts are split by text: no sample has a duplicate on the other side. A
+   person's labels are too few to spare a tenth, so they are cross-validated; then all of them train
+   the model.
+7. Accuracy and AUC leave out neutral items, which have no right answer. AUC is the chance that a
    positive item scores above a negative one. NLL, Brier score and calibration count neutral as 0.5.
-6. A sample that continues a prompt is read with it, as people read it. Its pieces are not.
+8. A sample that continues a prompt is read with it, as people read it. Its quarters are not.
 """
 import copy
 import hashlib
@@ -72,26 +85,28 @@ class Config:
     labels: tuple[Path, ...] = ()  # label files; empty: every labels- or comparisons-*.jsonl
     comparisons: bool = False      # learn from pairs instead: every comparisons-*.jsonl
     machine_first: bool = True     # train on machine labels, then on people's; else on all at once
+    spans: bool = True             # learn from the machine's labels of parts of samples, too
     machine_weight: float = 0.2    # of a machine's label; a person's has 1
     out: Path = Path("out")        # where all stages write
     seed: int = 0
     batch_tokens: int = 1024       # tokens of an optimizer step
-    piece_epochs: float = 1.0      # over the machine's labels of pieces
-    epochs: float = 1.0            # over the machine's labels of samples
+    quarter_epochs: float = 0.5    # over the quarters of samples that the machine labelled
+    epochs: float = 1.0            # over these samples
     person_epochs: float = 12.0    # over people's labels, which are few
-    person_rate: float = 0.03      # times lr and head_lr then: few labels mostly move the embedding
-    lr: float = 1e-3               # of the matrices
+    person_rate: float = 0.1       # times lr and head_lr then: few labels mostly move the embedding
+    lr: float = 3e-4               # of the matrices
     embed_lr: float = 0.1          # large, because the embedding's rows are
     head_lr: float = 0.01
     warmup: int = 50               # steps
     test_share: float = 0.1        # held out for the reported figures, if no person labelled
 
 
-ON_GPU = dict(batch_tokens=4096, lr=1.5e-3, embed_lr=0.15, head_lr=0.015)
+ON_GPU = dict(batch_tokens=4096, lr=4.5e-4, embed_lr=0.15, head_lr=0.015)
 
 
 def check(cfg: Config) -> None:
-    for knob in ("batch_tokens", "piece_epochs", "epochs", "person_epochs", "warmup", "test_share"):
+    for knob in ("batch_tokens", "quarter_epochs", "epochs", "person_epochs", "warmup",
+                 "test_share"):
         require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
     for knob in ("lr", "embed_lr", "head_lr", "machine_weight", "person_rate"):
         require(getattr(cfg, knob) >= 0, f"--{knob.replace('_', '-')} must not be negative")
@@ -115,6 +130,10 @@ def right(row: dict) -> bool:
     if row["label"] not in (*known, "skip", "undo"):
         raise ValueError(f"label {row['label']!r} is not one of {', '.join(known)}, skip, undo")
     row.pop("prompt_tokens", None)
+    for first, end, label in row.get("spans", ()):
+        if label not in known or not (type(first) is type(end) is int
+                                      and 0 <= first < end <= len(tokens[0])):
+            raise ValueError(f"span {[first, end, label]}")
     return (len(texts) == len(tokens) == (1 if isinstance(row["text"], str) else 2)
             and all(isinstance(name, str) for name in names)
             and all(side and all(type(t) is int and t >= 0 for t in side) for side in tokens))
@@ -153,9 +172,9 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
     given = latest(rows)
     if len(given) < len(rows):
         print(f"{len(rows) - len(given)} labels are in another file too: the later one counts")
-    rows = [row for row in given if row["label"] in TARGET]
-    require(any(row["source"] != "piece" for row in rows),
-            f"there are no labels in {cfg.out}/{kind}-*.jsonl: run "
+    rows = [row for row in given if row["label"] in TARGET
+            and row["source"] != "piece"]  # which an earlier version wrote
+    require(rows, f"there are no labels in {cfg.out}/{kind}-*.jsonl: run "
             f"{command('02_sample_label.py' + ' --compare' * cfg.comparisons)} first")
     return rows
 
@@ -176,38 +195,54 @@ def pool(rows: list[dict], machine_weight: float) -> list[dict]:
 
 def split(items: list[dict], seed: int, test: float) -> list[str]:
     """"train" or "test" for each item, by a seeded shuffle of the distinct texts. Texts that people
-    labelled are shuffled apart from the rest, so both parts get both kinds. A piece goes where its
-    sample goes. If a person labelled a text, the machine's labels of it are "unused"."""
-    text_of = {item["id"]: str(item["text"]) for item in items if item["source"] != "piece"}
+    labelled are shuffled apart from the rest, so both parts get both kinds. If a person labelled a
+    text, the machine's labels of it are "unused"."""
     of_people = {str(item["text"]) for item in items if item["person"]}
-    of_machine = {*text_of.values()} - of_people
+    of_machine = {str(item["text"]) for item in items} - of_people
     g = torch.Generator().manual_seed(seed)
     part = {}
     for texts in (sorted(of_people), sorted(of_machine)):
         order = torch.randperm(len(texts), generator=g).tolist()
         n_test = math.ceil(test * len(texts))
         part |= {texts[i]: "test" if k < n_test else "train" for k, i in enumerate(order)}
-    parts = []
-    for item in items:
-        text = text_of.get(item["id"].split("#")[0])
-        unused = not item["person"] and text in of_people
-        parts.append("unused" if unused else part.get(text, "train"))
-    return parts
+    return ["unused" if not item["person"] and str(item["text"]) in of_people
+            else part[str(item["text"])] for item in items]
 
 
 def prepare(rows: list[dict], cfg: Config, tokenizer) -> list[dict]:
-    """Rows of all label files -> items, each with its "part" and, after a prompt, "prompt_tokens".
-    Raises UserError if only some have prompts."""
+    """Rows of all label files -> items, each with its "part", its "quarters" (none if a person
+    labelled it) and, after a prompt, "prompt_tokens". Raises UserError if only some have prompts.
+    """
     items = pool(rows, cfg.machine_weight)
     for item, part in zip(items, split(items, cfg.seed, cfg.test_share)):
         item["part"] = part
-    whole = [item for item in items if item["source"] != "piece"]
-    prompted = [item for item in whole if "prompt" in item]
-    require(len(prompted) in (0, len(whole)),
+        item["spans"] = item.get("spans", ()) if cfg.spans and not item["person"] else ()
+        item["quarters"] = quarters(item, tokenizer)
+    prompted = [item for item in items if "prompt" in item]
+    require(len(prompted) in (0, len(items)),
             f"{cfg.out}: samples with and without prompts: move the labels of one kind away")
     for item in prompted:
         item["prompt_tokens"] = tokenizer.encode(item["prompt"]).ids
     return items
+
+
+def quarters(item: dict, tokenizer) -> list[dict]:
+    """The quarters of a sample, each an item of its own with the spans that start where it does."""
+    spans, found = item.get("spans", ()), []
+    starts = sorted({first for first, _, _ in spans})
+    for first in starts if len(starts) > 1 else ():
+        last = first + starts[1]
+        inside = [(0, end - first, label) for begin, end, label in spans
+                  if begin == first and end <= last]
+        if not inside:
+            continue
+        tokens = [side[first:last] for side in sides([item], "tokens")]
+        texts = tokenizer.decode_batch(tokens)
+        if len(texts) == 1:  # no pair
+            (tokens,), (texts,) = tokens, texts
+        found.append({"id": item["id"], "text": texts, "tokens": tokens, "spans": inside,
+                      "target": TARGET[max(inside)[2]], "weight": item["weight"], "person": False})
+    return found
 
 
 @dataclass
@@ -222,22 +257,21 @@ class Phase:
 
 
 def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
-    """Items with their "part" -> the machine's pieces, its samples, then all that people labelled;
-    or one phase of all samples. When there are labels of people, all of the machine's can be used
-    for training. The rates stay up at the end of the pieces, because the samples follow.
-    Raises UserError if labels are too few, all the same, or of several lengths."""
-    whole = [item for item in items if item["source"] != "piece"]
-    person = [item for item in whole if item["person"]]
+    """Items with their "part" -> the quarters of the samples that the machine labelled, these
+    samples, then all that people labelled; or one phase of all samples. When there are labels of
+    people, all of the machine's can be used for training. The rates stay up at the end of the
+    quarters, because the samples follow. Raises UserError if labels are too few, all the same, or
+    of several lengths."""
+    person = [item for item in items if item["person"]]
     parts = ("train", "test") if person and cfg.machine_first else ("train",)
     train = [item for item in items if item["part"] in parts]
-    pieces = [item for item in train if item["source"] == "piece"]
-    samples = [item for item in train if item["source"] != "piece"]
-    machine = [item for item in samples if not item["person"]]
-    phases = [Phase("pieces", pieces, cfg.piece_epochs, cooldown=False),
-              Phase("machine", machine, cfg.epochs),
-              Phase("people", person, cfg.person_epochs, cfg.person_rate, cross_validated=True)]
-    if not cfg.machine_first:
-        phases = [Phase("all", samples, cfg.epochs)]
+    machine = [item for item in train if not item["person"]]
+    phases = [Phase("all", train, cfg.epochs)]
+    if cfg.machine_first:
+        parts = [quarter for item in machine for quarter in item.get("quarters", ())]
+        phases = [Phase("quarters", parts, cfg.quarter_epochs, cooldown=False),
+                  Phase("samples", machine, cfg.epochs),
+                  Phase("people", person, cfg.person_epochs, cfg.person_rate, cross_validated=True)]
     phases = [phase for phase in phases if phase.items]
     require(len(phases) > 0, "no label is left to train on: label more, for example with "
             f"{command('-m people label NAME')}")
@@ -311,7 +345,7 @@ def measures(log_p: np.ndarray, target: np.ndarray) -> dict:
 
 def bag_of_words(train: list[dict], test: list[dict]) -> np.ndarray:
     """The baseline to beat: logistic regression on word counts (of a pair, left minus right), with
-    a normal prior of variance 1/3 on each word. -> log-odds of the first answer, (N,)."""
+    a standard normal prior on each word. -> log-odds of the first answer, (N,)."""
     if not any(map(words, sides(train, "text"))):
         return np.full(len(test), math.nan)  # no letters, no bag of words
     counter = CountVectorizer(analyzer=words).fit(sides(train, "text"))
@@ -322,7 +356,7 @@ def bag_of_words(train: list[dict], test: list[dict]) -> np.ndarray:
     target, weight = np.array([[item["target"], item["weight"]] for item in train]).T
     weight = np.concatenate((weight * target, weight * (1 - target))) / weight.mean()
     x, answer = sparse.vstack([counts(train)] * 2), np.repeat((1, 0), len(train))
-    fit = LogisticRegression(C=1 / 3, max_iter=1000).fit(x, answer, weight)
+    fit = LogisticRegression(max_iter=1000).fit(x, answer, weight)
     return fit.decision_function(counts(test))
 
 
@@ -338,19 +372,23 @@ def cross_validate(fit: Callable, items: list[dict], seed: int) -> np.ndarray:
 
 # ---- Training ------------------------------------------------------------------------------------
 def sentiment_loss(log_p: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted mean cross-entropy, nats. log_p (B, 2) of two answers, target (B,) = p(first)."""
-    nll = -(target * log_p[:, 0] + (1 - target) * log_p[:, 1])
+    """Weighted mean cross-entropy, nats. log_p (..., 2) of two answers; target (...) = p(first),
+    weight (...)."""
+    nll = -(target * log_p[..., 0] + (1 - target) * log_p[..., 1])
     return (weight * nll).sum() / weight.sum()
 
 
-def log_probs(model: GPT, tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+def log_probs(model: GPT, tokens: torch.Tensor, prompt: torch.Tensor,
+              each: bool = False) -> torch.Tensor:
     """tokens (N, T) after prompt (N, P) -> (N, 2): log p(happy), log p(sad). Pairs (N, 2, T), both
     after one prompt -> (N, 2): log p(left is happier), log p(right is happier), by Bradley & Terry
-    1952: the logit is the difference of their scores log p(happy) - log p(sad)."""
+    1952: the logit is the difference of their scores log p(happy) - log p(sad). each: of every
+    prefix, (N, T, 2)."""
     if tokens.dim() == 2:
-        return model.sentiment(tokens, prompt)
-    happy, sad = model.sentiment(tokens.flatten(0, 1), prompt.repeat_interleave(2, 0)).unbind(-1)
-    left, right = (happy - sad).view(-1, 2).unbind(-1)                             # (N,) each
+        return model.sentiment(tokens, prompt, each)
+    log_p = model.sentiment(tokens.flatten(0, 1), prompt.repeat_interleave(2, 0), each)
+    happy, sad = log_p.unbind(-1)
+    left, right = (happy - sad).unflatten(0, (-1, 2)).unbind(1)                    # (N,) or (N, T)
     return F.logsigmoid(torch.stack((left - right, right - left), -1))
 
 
@@ -362,16 +400,28 @@ def predict(model: GPT, items: list[dict]) -> np.ndarray:
 
 
 def tensors(items: list[dict], device) -> tuple[torch.Tensor, ...]:
-    """-> tokens (N, T), or (N, 2, T) of pairs; prompt (N, P), P may be 0; target, weight (N,)."""
-    return (torch.tensor(np.array([item["tokens"] for item in items]), device=device),
-            pad([item.get("prompt_tokens", []) for item in items]).to(device),
-            torch.tensor([item["target"] for item in items], device=device),
-            torch.tensor([item["weight"] for item in items], device=device))
+    """-> tokens (N, T), or (N, 2, T) of pairs; prompt (N, P), P may be 0; target and weight (N, T)
+    of the label of each prefix. The weight is 0 where there is no label: this is the exercise's
+    mask. The labels of an item share its weight."""
+    tokens = np.array([item["tokens"] for item in items])
+    target, weight = np.zeros((2, len(items), tokens.shape[-1]), dtype=np.float32)
+    for i, item in enumerate(items):
+        for first, end, label in item.get("spans", ()):
+            if first == 0:
+                target[i, end - 1], weight[i, end - 1] = TARGET[label], 1
+        target[i, -1], weight[i, -1] = item["target"], 1
+        weight[i] *= item["weight"] / weight[i].sum()
+    prompt = pad([item.get("prompt_tokens", []) for item in items])
+    return tuple(x.to(device) for x in (torch.from_numpy(tokens), prompt,
+                                        torch.from_numpy(target), torch.from_numpy(weight)))
 
 
 def train(model: GPT, phase: Phase, cfg: Config, log: Log | None = None) -> None:
     """Fine-tune model, in place."""
     tokens, prompt, target, weight = tensors(phase.items, model.head.device)
+    each = bool(weight[:, :-1].any())
+    if not each:  # only whole samples have labels
+        target, weight = target[:, -1], weight[:, -1]
     batch = max(1, cfg.batch_tokens // tokens[0].numel())
     per_epoch = math.ceil(len(tokens) / batch)
     steps = math.ceil(phase.epochs * per_epoch)
@@ -385,7 +435,8 @@ def train(model: GPT, phase: Phase, cfg: Config, log: Log | None = None) -> None
         g = torch.Generator().manual_seed(cfg.seed * 1000 + epoch)
         order = torch.randperm(len(tokens), generator=g)
         b = order[i * batch:(i + 1) * batch].to(tokens.device)
-        loss = sentiment_loss(log_probs(model, tokens[b], prompt[b]), target[b], weight[b])
+        log_p = log_probs(model, tokens[b], prompt[b], each)        # (B, T, 2), or (B, 2)
+        loss = sentiment_loss(log_p, target[b], weight[b])
         loss.backward()
         scale = min(1.0, (step + 1) / cfg.warmup)
         if phase.cooldown:
@@ -414,7 +465,6 @@ if __name__ == "__main__":
         labels = Counter(row["label"] for row in rows if row["labeller"] == labeller)
         print(f"{labeller}: {n} labels,", ", ".join(f"{k} {v}" for k, v in labels.items()))
     items = prepare(rows, cfg, tokenizer)
-    whole = [item for item in items if item["source"] != "piece"]
 
     # -- training, phase after phase; and predictions of what was not trained on
     *before, last = phases_of(items, cfg)
@@ -437,7 +487,7 @@ if __name__ == "__main__":
         bag = cross_validate(baseline, test, cfg.seed)                             # (N,)
         train(model, last, cfg, log)
     else:
-        test = [item for item in whole if item["part"] == "test"]
+        test = [item for item in items if item["part"] == "test"]
         train(model, last, cfg, log)
         log_p, bag = predict(model, test), baseline(last.items, test)
 
@@ -466,7 +516,7 @@ if __name__ == "__main__":
     labelled = [(item["id"], item["target"], item["weight"]) for item in items]
     labels = hashlib.sha256(json.dumps(labelled).encode()).hexdigest()
     save(cfg.out / "reward.safetensors", model, tokenizer, step=len(log.rows),
-         kind="comparisons" if cfg.comparisons else "labels", prompted="prompt" in whole[0],
+         kind="comparisons" if cfg.comparisons else "labels", prompted="prompt" in items[0],
          length=np.shape(test[0]["tokens"])[-1], metrics=metrics, calibration=table,
          inputs={"base": base, "labels": labels}, **provenance(cfg))
     finish("python 04_ppo.py")

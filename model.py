@@ -176,17 +176,21 @@ class GPT(nn.Module):
         logp, _ = linear_logprob(self.hidden_before(y, prompt), self.unembed(), y, entropy=False)
         return logp
 
-    def sentiment(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
+    def sentiment(self, y: torch.Tensor, prompt: torch.Tensor | None = None,
+                  each: bool = False) -> torch.Tensor:
         """Completions y (B, T) after prompt (B, P) -> (B, 2): log p(happy), log p(sad) as the next
-        token after y, with the soft-max over these two only. Meaningful for a reward model, which
-        has learned to predict them."""
+        token after y, with the soft-max over these two only. each: after every token of y,
+        (B, T, 2). Meaningful for a reward model, which has learned to predict them."""
         x, places = lay_out(y, prompt, self.bos)
-        if x.size(1) == 1 + y.size(1):                               # no prompts
-            last = self(x, last_only=True)[:, 0]                     # (B, D)
+        if each:
+            places = (places + 1)[..., None].expand(-1, -1, self.config.d_model)
+            hidden = self(x).gather(1, places)                       # (B, T, D)
+        elif x.size(1) == 1 + y.size(1):                             # no prompts
+            hidden = self(x, last_only=True)[:, 0]                   # (B, D)
         else:
-            last = self(x)[torch.arange(len(y)), places[:, -1] + 1]  # (B, D)
+            hidden = self(x)[torch.arange(len(y)), places[:, -1] + 1]
         head = self.head[[self.happy, self.sad]].to(self.dtype)      # (2, D), rounded as on disk
-        return (last.float() @ head.float().T).log_softmax(-1)
+        return (hidden.float() @ head.float().T).log_softmax(-1)
 
     # ---- Sampling --------------------------------------------------------------------------------
     @torch.no_grad()

@@ -2,10 +2,12 @@
 
     python -m benchmarks.seeds             # about three times `make`; writes out-0, out-1, out-2
     python -m benchmarks.seeds --collect   # only the table, from runs that are there
+    python -m benchmarks.seeds --seeds 0 1 2 3 4 5   # a column for each three seeds
 
 Writes benchmarks/results/seeds.json and prints the tables in Markdown. The speeds are those of the
 first seed. The other seeds may be run side by side (one thread each), then collected.
 """
+import importlib
 import json
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from scipy.stats import linregress
 from model import as_json, load, write
 from report.made import processor
 
+rm = importlib.import_module("03_reward_model")
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("01_pretrain.py", "02_sample_label.py", "03_reward_model.py", "04_ppo.py", "05_eval.py")
 MADE = {"01": "base.safetensors", "03": "reward.safetensors", "04": "policy-happy.safetensors"}
@@ -44,7 +47,8 @@ def figures(out: Path) -> dict[str, float]:
     best = {row["n"]: row for row in report["best_of_n"]}
     metrics = report["base_metrics"]
     reward = report["reward_model"].get("model", report["reward_model"]["all"])
-    clipped = [row["clip_fraction"] for row in ppo if "clip_fraction" in row]
+    clipped = [row["clip_fraction"] for row in ppo if row.get("lr") == ppo[-2]["lr"]]
+    fair, lead = fair_bag_of_words(out)
     found = {
         "base: held-out bits per byte": metrics["bits_per_byte"],
         "base: held-out nats per token": metrics["nats_per_token"],
@@ -52,10 +56,12 @@ def figures(out: Path) -> dict[str, float]:
             100 * metrics["real_word_share"],
         "reward model: AUC on held-out model samples": reward["auc"],
         "reward model: accuracy on held-out model samples, %": 100 * reward["accuracy"],
-        "bag of words: AUC on the same": reward["bag_of_words_auc"],
-        "AUC less that of the bag of words, low end of its 95 % interval":
-            reward["auc_lead_interval"][0],
-        "the same, high end": reward["auc_lead_interval"][1],
+        "reward model: Brier score": reward["brier"],
+        "reward model: nats per label": reward["nll"],
+        "bag of words, learned from samples and quarters: AUC": reward["bag_of_words_auc"],
+        "bag of words, learned from the very same spans: AUC": fair,
+        "AUC less that of the latter, low end of its 95% interval": lead[0],
+        "the same, high end": lead[1],
         "base: VADER positive, %": 100 * base["positive"],
         "final policy: VADER positive, %": 100 * final["positive"],
         "final policy: KL, nats per completion": final["kl"],
@@ -72,7 +78,7 @@ def figures(out: Path) -> dict[str, float]:
         "KL at which 04's score, mean log p(happy), reaches -.10": kl_at(ppo, -0.10),
         "samples drawn by PPO": sum(row["batch"] for row in ppo),
         "checkpoints kept": sum("checkpoint" in row for row in ppo),
-        "clip fraction, mean over iterations, %": 100 * float(np.mean(clipped))}
+        "clip fraction, mean after warm-up, %": 100 * float(np.mean(clipped))}
     policies = {"best of 4": best[4], "best of 64": best[64], "preferred policy": preferred,
                 "final policy": final}
     judges = {"proxy": "reward", "vader": "VADER", "afinn": "AFINN", "pattern": "Pattern"}
@@ -82,6 +88,25 @@ def figures(out: Path) -> dict[str, float]:
         "best of 64: distinct-2 / base": best[64]["distinct_2"] / base["distinct_2"],
         "preferred policy: distinct-2 / base": preferred["distinct_2"] / base["distinct_2"],
         "preferred policy: KL, nats per completion": preferred["kl"]}
+
+
+def fair_bag_of_words(out: Path) -> tuple[float, tuple[float, float]]:
+    """A bag of words that learns from all that the reward model learns from -> its AUC on the same
+    held-out samples, and the 95% interval of the reward model's lead (paired bootstrap)."""
+    model, tokenizer, header = load(out / MADE["03"], "03_reward_model.py")
+    cfg = rm.Config(out=out, seed=header["settings"]["seed"])
+    items = rm.prepare(rm.read_all_labels(cfg, model, tokenizer), cfg, tokenizer)
+    learned = [(item["tokens"][first:end], rm.TARGET[label])
+               for item in items if item["part"] == "train"
+               for first, end, label in (*item["spans"], (0, None, item["label"]))]
+    texts = tokenizer.decode_batch([tokens for tokens, _ in learned])
+    train = [{"text": text, "target": target, "weight": 1.0}
+             for text, (_, target) in zip(texts, learned)]
+    test = [item for item in items if item["part"] == "test"]
+    target = np.array([item["target"] for item in test])
+    ours, bag = rm.predict(model, test)[:, 0], rm.bag_of_words(train, test)
+    return rm.auc(bag, target), rm.interval(
+        lambda i: rm.auc(ours[i], target[i]) - rm.auc(bag[i], target[i]), len(test))
 
 
 def kl_at(ppo: list[dict], score: float) -> float:
@@ -155,12 +180,17 @@ if __name__ == "__main__":
         {"torch": torch.__version__, "cpu": processor(), "threads": torch.get_num_threads(),
          "seeds": cfg.seeds, "settings": {stage: settings_of(outs[0], stage) for stage in MADE},
          "runs": runs, "speeds of the first seed": fast}, indent=1))
-    print(f"| figure | mean ± sd of seeds {', '.join(map(str, cfg.seeds))} |\n|---|---|")
+    threes = [runs[i:i + 3] for i in range(0, len(runs), 3)]
+    names = [", ".join(map(str, cfg.seeds[i:i + 3])) for i in range(0, len(runs), 3)]
+    print(f"| mean ± sd of seeds | {' | '.join(names)} |\n|{'---|' * (1 + len(threes))}")
     for name in runs[0]:
-        x = np.array([r[name] for r in runs], dtype=float)
-        digits = 0 if x.mean() >= 1000 else 1 if x.mean() >= 20 else 2 if x.mean() >= 2 else 3
-        sd = x.std(ddof=1) if len(x) > 1 else 0
-        print(f"| {name} | {x.mean():,.{digits}f} ± {sd:,.{digits}f} |")
+        cells = []
+        for three in threes:
+            x = np.array([run[name] for run in three], dtype=float)
+            digits = 0 if x.mean() >= 1000 else 1 if x.mean() >= 20 else 2 if x.mean() >= 2 else 3
+            sd = x.std(ddof=1) if len(x) > 1 else 0
+            cells.append(f"{x.mean():,.{digits}f} ± {sd:,.{digits}f}")
+        print(f"| {name} | {' | '.join(cells)} |")
     print(f"\n| speed, seed {cfg.seeds[0]} | |\n|---|---|")
     for name, x in fast.items():
         print(f"| {name} | {x:,.{1 if x < 100 else 0}f} |")

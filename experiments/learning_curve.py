@@ -53,7 +53,6 @@ if __name__ == "__main__":
     items = rm.prepare(rm.read_all_labels(cfg, base, tokenizer), cfg, tokenizer)
     phases = rm.phases_of(items, cfg)
     people = phases[-1].cross_validated
-    test = [item for item in items if item["part"] == "test" and item["source"] != "piece"]
-    test = [item for item in test if item["person"] or not people]
+    test = [item for item in items if item["part"] == "test" and (item["person"] or not people)]
     write(cfg.out / "curve.json", as_json(learning_curve(base, phases, test, cfg)))
     finish("python -m report")

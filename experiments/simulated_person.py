@@ -56,7 +56,7 @@ if __name__ == "__main__":
     vader, hers = person(()), person(FLIPPED)
     work = cfg.out / "simulated-person"
     work.mkdir(exist_ok=True)
-    for name in ("base.safetensors", "labels-vader.jsonl", "labels-vader-pieces.jsonl"):
+    for name in ("base.safetensors", "labels-vader.jsonl"):
         shutil.copy(cfg.out / name, work)
     items = read_items(cfg.out, "labels", cfg.seed)[: cfg.n]
     write(work / "labels-simulated.jsonl", jsonl(labelled(items, hers, 0, cfg.seed)))

@@ -86,15 +86,16 @@ ARMS = ("naive", "naive" + STOPPED, "confidence", "confidence" + STOPPED, "boots
         "no pretraining", "no pretraining, confidence", "no stronger")
 
 
-def read(run: Path, part: int, parts: int, n: int) -> list[dict]:
-    """Read the first n pieces of one part of a run, happy and sad in turn."""
-    rows = labelled(run, "labels-vader-pieces.jsonl")
-    size = len(rows) // parts
-    rows = [row | {"target": rm.TARGET[row["label"]], "weight": 1.0}
-            for row in rows[part * size:(part + 1) * size]]
+def read(run: Path, tokenizer, part: int, parts: int, n: int) -> list[dict]:
+    """Read the first n quarters of samples of one part of a run, happy and sad in turn."""
+    samples = labelled(run, spans=True)
+    size = len(samples) // parts
+    rows = [quarter for row in samples[part * size:(part + 1) * size]
+            for quarter in rm.quarters(row | {"weight": 1.0}, tokenizer)]
+    rows = [row | {"spans": ()} for row in rows]
     happy, sad = ([row for row in rows if row["target"] == target] for target in (1.0, 0.0))
     items = [item for pair in zip(happy, sad) for item in pair]
-    require(len(items) >= n, f"{run} has {len(items)} happy and sad pieces a seed, not {n}: "
+    require(len(items) >= n, f"{run} has {len(items)} happy and sad quarters a seed, not {n}: "
                              "use fewer --seeds, --texts or --labels")
     return items[:n]
 
@@ -203,7 +204,7 @@ def figures(right: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
 # ---- The experiment ------------------------------------------------------------------------------
 @dataclass
 class Settings(Config):
-    seeds: int = 5           # disjoint parts of the pieces of all runs
+    seeds: int = 5           # disjoint parts of the samples of all runs
     labels: int = 4000       # true labels for the weak transformer
     labels_of_bag: int = 1000
     texts: int = 6000        # texts that the teachers label
@@ -215,8 +216,9 @@ class Settings(Config):
 def measure(cfg: Settings, seed: int, device, dtype) -> dict[str, dict[str, np.ndarray]]:
     """Run one seed -> teacher -> arm -> which test texts are right at each moment, (moments, n)."""
     run, part = cfg.runs[seed % len(cfg.runs)], seed // len(cfg.runs)
-    base, *_ = load_run(run, device, dtype)
-    items = read(run, part, math.ceil(cfg.seeds / len(cfg.runs)), cfg.labels + cfg.texts + cfg.test)
+    base, _, _, tokenizer, _ = load_run(run, device, dtype)
+    parts, n = math.ceil(cfg.seeds / len(cfg.runs)), cfg.labels + cfg.texts + cfg.test
+    items = read(run, tokenizer, part, parts, n)
     y = torch.tensor([item["tokens"] for item in items], device=device)
     truth = torch.tensor([item["target"] for item in items], device=device)
     texts, test, rest = y[cfg.labels:-cfg.test], y[-cfg.test:], slice(cfg.labels, -cfg.test)

@@ -49,17 +49,22 @@ def store_rows(ptr, rows, stride, end, tile, Dh: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
-def scores2(q, k, rows, cols, SCALE: tl.constexpr, ACC: tl.constexpr):
-    """c q k^T, -inf where column > row. This also hides columns beyond T from all stored rows."""
-    s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * (SCALE * LOG2E)
-    return tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
+def scores2(a, b, seen, SCALE: tl.constexpr, ACC: tl.constexpr):
+    """c a b^T where `seen`, else -inf. `seen` also hides columns beyond T from all stored rows."""
+    s = tl.dot(a, tl.trans(b), out_dtype=ACC, input_precision=PRECISION) * (SCALE * LOG2E)
+    return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
-def scores2_t(q, k, rows, cols, SCALE: tl.constexpr, ACC: tl.constexpr):
-    """The same tile transposed, (cols, rows)."""
-    s = tl.dot(k, tl.trans(q), out_dtype=ACC, input_precision=PRECISION) * (SCALE * LOG2E)
-    return tl.where(rows[None, :] >= cols[:, None], s, float("-inf"))
+def absorb(m, l, acc, s, v, ACC: tl.constexpr):
+    """One step of the online soft-max (Milakov & Gimelshein 2018, arXiv:1805.02867) over a tile of
+    scores s with the values v. m is the largest score so far, l = sum 2^(s_j - m), acc = sum
+    2^(s_j - m) v_j. If m rises, the sums so far are rescaled by 2^(m_old - m_new)."""
+    m_new = tl.maximum(m, tl.max(s, 1))  # finite: every row sees a column before any that is hidden
+    rescale = tl.exp2(m - m_new)
+    p = tl.exp2(s - m_new[:, None])
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], out_dtype=ACC, input_precision=PRECISION)
+    return m_new, l * rescale + tl.sum(p, 1), acc
 
 
 # ---- Forward -------------------------------------------------------------------------------------
@@ -68,11 +73,7 @@ def attention_forward(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, q_b, q_t, q_h, k_b
                       v_b, v_t, v_h, T, H, group, SCALE: tl.constexpr, Dh: tl.constexpr,
                       BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
     """BLOCK rows of one head. q (B, T, H, Dh), k and v (B, T, H / group, Dh) by strides (b, t, h);
-    out (B, T, H, Dh), lse2 (B, H, T) contiguous.
-
-    Online soft-max: m is the largest score so far, l = sum 2^(s_j - m), acc = sum 2^(s_j - m) v_j.
-    When a block raises m, the sums so far are rescaled by 2^(m_old - m_new).
-    """
+    out (B, T, H, Dh), lse2 (B, H, T) contiguous."""
     blocks = tl.cdiv(T, BLOCK)
     head, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks  # neighbours share k, v in L2
     b, h = (head // H).to(tl.int64), head % H
@@ -88,14 +89,8 @@ def attention_forward(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, q_b, q_t, q_h, k_b
         cols = start + tl.arange(0, BLOCK)
         k = load_rows(k_ptr, cols, k_t, T, Dh, BLOCK_D)
         v = load_rows(v_ptr, cols, v_t, T, Dh, BLOCK_D)
-        s = scores2(q, k, rows, cols, SCALE, ACC)
-        m_new = tl.maximum(m, tl.max(s, 1))  # finite: every row sees column 0
-        rescale = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
-        l = l * rescale + tl.sum(p, 1)
-        acc = acc * rescale[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, out_dtype=ACC, input_precision=PRECISION)
-        m = m_new
+        s = scores2(q, k, rows[:, None] >= cols[None, :], SCALE, ACC)
+        m, l, acc = absorb(m, l, acc, s, v, ACC)
     store_rows(out_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, acc / l[:, None], Dh, BLOCK_D)
     tl.store(lse2_ptr + head.to(tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
 
@@ -134,7 +129,8 @@ def attention_backward(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, dq_ptr, dk_
             cols = start + tl.arange(0, BLOCK)
             k = load_rows(k_ptr, cols, k_t, T, Dh, BLOCK_D)
             v = load_rows(v_ptr, cols, v_t, T, Dh, BLOCK_D)
-            p = tl.exp2(scores2(q, k, own, cols, SCALE, ACC) - lse2[:, None])
+            s = scores2(q, k, own[:, None] >= cols[None, :], SCALE, ACC)
+            p = tl.exp2(s - lse2[:, None])
             dp = tl.dot(do, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
             ds = (p * (dp - delta[:, None]) * SCALE).to(q.dtype)
             dq = tl.dot(ds, k, dq, out_dtype=ACC, input_precision=PRECISION)
@@ -149,7 +145,8 @@ def attention_backward(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, dq_ptr, dk_
             rows = start + tl.arange(0, BLOCK)
             lse2 = tl.load(lse2_ptr + (b * H + h) * T + rows, mask=rows < T, other=float("inf"))
             q = load_rows(q_ptr + b * q_b + h * q_h, rows, q_t, T, Dh, BLOCK_D)
-            p_t = tl.exp2(scores2_t(q, k, rows, own, SCALE, ACC) - lse2[None, :])
+            s_t = scores2(k, q, rows[None, :] >= own[:, None], SCALE, ACC)
+            p_t = tl.exp2(s_t - lse2[None, :])
             do = load_rows(do_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, Dh, BLOCK_D)
             dv = tl.dot(p_t.to(do.dtype), do, dv, out_dtype=ACC, input_precision=PRECISION)
             o = load_rows(o_ptr + (b * T * H + h) * Dh, rows, H * Dh, T, Dh, BLOCK_D)
@@ -216,15 +213,8 @@ def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, cos_p
         slots = start + tl.arange(0, BLOCK_T)
         k = load_rows(k_cache_ptr, slots, Dh, pos, Dh, BLOCK_D)
         v = load_rows(v_cache_ptr, slots, Dh, pos, Dh, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * (SCALE * LOG2E)
-        s = tl.where((slots < pos)[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        rescale = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
-        l = l * rescale + tl.sum(p, 1)
-        acc = acc * rescale[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, out_dtype=ACC, input_precision=PRECISION)
-        m = m_new
+        s = scores2(q, k, (slots < pos)[None, :], SCALE, ACC)
+        m, l, acc = absorb(m, l, acc, s, v, ACC)
     out_ptr += (b * kv_heads + kv) * group * Dh
     store_rows(out_ptr, heads, Dh, group, acc / l[:, None], Dh, BLOCK_D)
 

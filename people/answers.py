@@ -29,8 +29,7 @@ def answers_in(out: Path, kind: str) -> dict[str, dict[str, str]]:
     rows = []
     for path in files_of(out, kind):
         name = path.stem.removeprefix(f"{kind}-")
-        if name != "vader-pieces":
-            rows += [{"labeller": name} | row for row in stage.read_answers(path, kind)]
+        rows += [{"labeller": name} | row for row in stage.read_answers(path, kind)]
     people: dict[str, list[dict]] = {}
     for row in latest(rows):
         people.setdefault(str(row["labeller"]), []).append(row)

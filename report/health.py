@@ -25,13 +25,14 @@ def distance(run: list[dict]) -> dict:
 
 def clipping(updates: list[dict]) -> dict:
     """updates: the rows of 04's log with the figures of an update."""
-    shares = [100 * row["clip_fraction"] for row in updates]
-    middle, most = float(np.median(shares)), max(shares)
-    return mark("clip", "About a per cent of the tokens leaves the clip range: the steps are large "
-                "enough to lead somewhere, and small enough to be trusted; where fewer do, the "
-                "batch is doubled. Binding: where the clip sets the gradient to 0. Broken: 1 and "
-                "20%.", "the highest of the iterations 1 to 20%",
-                f"median {middle:.1f}%, highest {most:.1f}%", 1 <= most <= 20)
+    full = max(row["lr"] for row in updates)
+    shares = [100 * row["clip_fraction"] for row in updates if row["lr"] == full]
+    mean = sum(shares) / len(shares)
+    return mark("clip", "A few per cent of the ratios leave the clip range: the steps are large "
+                "enough to lead somewhere, and small enough to be trusted. If fewer do, the batch "
+                "doubles. Binding: where the clip sets the gradient to 0. Broken: 1 and 20%.",
+                "the mean after warm-up is 1 to 20%",
+                f"mean {mean:.1f}%, from {min(shares):.1f}% to {max(shares):.1f}%", 1 <= mean <= 20)
 
 
 def advantage(updates: list[dict]) -> dict:

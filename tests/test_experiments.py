@@ -210,7 +210,7 @@ def test_the_compact_loop_gives_the_numbers_of_04(pipeline):
 def test_the_batch_is_not_doubled_while_the_rates_rise():
     """A rate of 0 clips nothing. At two steps an iteration, the third ends a warm-up of six."""
     base = tiny(vocab=9)
-    cfg = ppo.stage.Config(lr=0, head_lr=0, warmup=6, batch=8, max_batch=16, minibatch=4,
+    cfg = ppo.stage.Config(lr=0, warmup=6, batch=8, max_batch=16, minibatch=4,
                            kl_samples=8, reward_samples=64, max_iterations=7)
     rows = ppo.ppo(copy.deepcopy(base), base, lambda y, prompt: -y[:, 0].float(), 3, cfg)
     assert [row["batch"] for row in rows] == [8, 8, 8, 8, 8, 16, 16]
@@ -707,11 +707,12 @@ def test_stopping_by_truth_sees_only_the_other_half():
 def test_weak_to_strong_at_toy_size(pipeline):
     """Parts are disjoint and balanced. A student that repeats a fraction e of its teacher's errors,
     and errs on a fraction f of the rest, is right on 1 - (1 - a) e - a f. PGR fits the counts."""
-    parts = [w2s.read(pipeline[0], part, 2, 700) for part in (0, 1)]
+    tokenizer = load(pipeline[0] / "base.safetensors", "")[1]
+    parts = [w2s.read(pipeline[0], tokenizer, part, 2, 700) for part in (0, 1)]
     assert not {item["id"] for item in parts[0]} & {item["id"] for item in parts[1]}
     assert [item["target"] for item in parts[0]] == [1.0, 0.0] * 350
     with pytest.raises(UserError, match="not 99999"):
-        w2s.read(pipeline[0], 0, 2, 99999)
+        w2s.read(pipeline[0], tokenizer, 0, 2, 99999)
     cfg = w2s.Settings(runs=(pipeline[0],), seeds=2, labels=200, labels_of_bag=100, texts=256,
                        test=128, moments=2)
     right = [w2s.measure(cfg, seed, *CPU) for seed in range(2)]

@@ -32,17 +32,65 @@ def test_vader_thresholds():
 
 def test_vader_labels_texts_and_pairs(tmp_path):
     """Each item gets its own label, in order. For a pair, it is the happier side."""
-    texts = ["I love thee", "hate and death", "the table"]
+    texts = ["I love thee", "hate, death", "in a table "]                         # 11 letters each
     one = SentimentIntensityAnalyzer()
     scores = [one.polarity_scores(text)["compound"] for text in texts]
-    items = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
-    pairs = [{"id": str(i), "text": [a, b]} for i, (a, b) in enumerate(zip(texts, reversed(texts)))]
-    assert label.label_by_vader(items, tmp_path / "a") == ["positive", "negative", "neutral"]
-    assert label.label_by_vader(pairs, tmp_path / "b") == [
+    items = [{"id": text[0], "text": text, "tokens": list(text.encode())} for text in texts]
+    pairs = [{"id": a[0], "text": [a, b], "tokens": [list(a.encode()), list(b.encode())]}
+             for a, b in zip(texts, reversed(texts))]
+    assert label.label_by_vader(items, tmp_path / "a", Letters()) == [
+        "positive", "negative", "neutral"]
+    assert label.label_by_vader(pairs, tmp_path / "b", Letters()) == [
         label.happier(a, b) for a, b in zip(scores, scores[::-1])]
-    rows = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
-    assert rows == [item | {"label": name, "labeller": "vader"}
-                    for item, name in zip(items, ("positive", "negative", "neutral"))]
+    for name, before in (("a", items), ("b", pairs)):
+        for item, row in zip(before, map(json.loads, (tmp_path / name).read_text().splitlines())):
+            spans = row.pop("spans")
+            assert row == item | {"label": row["label"], "labeller": "vader"}
+            assert [(i, j) for i, j, _ in spans] == label.spans_of(11)
+            for i, j, found in spans:
+                said = [one.polarity_scores(text[i:j])["compound"]
+                        for text in ([item["text"]] if name == "a" else item["text"])]
+                assert found == (label.feeling if name == "a" else label.happier)(*said)
+
+
+class Letters:
+    """A tokenizer for which a token is a letter."""
+    def decode_batch(self, tokens):
+        return ["".join(map(chr, x)) for x in tokens]
+
+
+def test_spans():
+    """16 prefixes of a sample (the last is the sample itself) and 4 of each quarter. The first
+    quarter's are prefixes of the sample, too."""
+    spans = label.spans_of(64)
+    assert len(spans) == len(set(spans)) == 15 + 12 and (0, 64) not in spans
+    assert [end for first, end in spans if first == 48] == [52, 56, 60, 64]
+    assert [end for first, end in spans if first == 0] == [*range(4, 64, 4)]
+    for length in (1, 2, 3, 5, 24):
+        assert all(0 <= i < j <= length for i, j in label.spans_of(length))
+
+
+def test_quarters_and_the_labels_of_prefixes():
+    """A quarter is an item of its own, whose spans start at 0. The weight of an item is shared by
+    its labels, and is 0 elsewhere. Of a person's item, only the last token has a label."""
+    item = {"id": "a", "text": "abcdefgh", "tokens": list(b"abcdefgh"), "target": 0.5,
+            "weight": 0.3, "spans": [[0, 2, "negative"], [0, 4, "positive"], [2, 4, "neutral"],
+                                     [4, 6, "negative"], [6, 7, "positive"], [6, 8, "negative"]]}
+    found = rm.quarters(item, Letters())
+    assert [q["text"] for q in found] == ["ab", "cd", "ef", "gh"]
+    assert [q["target"] for q in found] == [0, 0.5, 0, 0]
+    assert found[3]["spans"] == [(0, 1, "positive"), (0, 2, "negative")]
+    person = item | {"spans": ()}
+    assert rm.quarters(person, Letters()) == []
+    _, _, target, weight = rm.tensors([item, person], "cpu")
+    torch.testing.assert_close(weight, torch.tensor([[0, .1, 0, .1, 0, 0, 0, .1], [0] * 7 + [.3]]))
+    assert target[0, [1, 3, 7]].tolist() == [0, 1, 0.5] and target[1, 7] == 0.5
+    pair = {"id": "b c", "text": ["abcd", "efgh"], "weight": 1.0,
+            "tokens": [list(b"abcd"), list(b"efgh")],
+            "spans": [[0, 1, "left"], [1, 2, "tie"], [2, 3, "right"], [3, 4, "left"]]}
+    found = rm.quarters(pair, Letters())
+    assert [(q["text"], q["target"]) for q in found] == [
+        (["a", "e"], 1), (["b", "f"], 0.5), (["c", "g"], 0), (["d", "h"], 1)]
 
 
 def test_vader_compares():
@@ -50,14 +98,8 @@ def test_vader_compares():
         "left", "right", "tie"]
 
 
-def test_pairs_and_their_pieces():
-    """Each item is in at most one pair, on a random side. Piece k of a pair has piece k of both."""
-    class Letters:
-        def decode(self, tokens):
-            return "".join(chr(97 + t) for t in tokens)
-
-        def decode_batch(self, tokens):
-            return [self.decode(x) for x in tokens]
+def test_pairs():
+    """Each item is in at most one pair, on a random side."""
     items = [{"id": f"i{n}", "source": "model", "text": "abcd", "tokens": [n % 20, 1, 2, 3]}
              for n in range(401)]
     pairs = label.pair_up(items, seed=0)
@@ -65,17 +107,12 @@ def test_pairs_and_their_pieces():
     assert (len(pairs) == 200 and len(set(ids)) == 400
             and pairs == label.pair_up(items, seed=0) != label.pair_up(items, seed=1))
     assert 60 < sum(int(a[1:]) < int(b[1:]) for a, b in zip(ids[::2], ids[1::2])) < 140
-    piece = label.cut_up(pairs[:1], 2, Letters())[1]
-    assert (piece["id"] == pairs[0]["id"] + "#1" and piece["tokens"] == [[2, 3], [2, 3]]
-            and piece["text"] == ["cd", "cd"])
-    assert label.cut_up(items[:1], 2, Letters())[0] == {
-        "id": "i0#0", "source": "piece", "text": "ab", "tokens": [0, 1]}
 
 
 def test_bradley_terry_by_hand():
     """p(left) = sigmoid(left - right). Swapping sides swaps answers. A tie wants equal scores."""
     class Stub:
-        def sentiment(self, y, prompt):
+        def sentiment(self, y, prompt, each):
             return torch.stack((y[:, 0] / 10.0, -y[:, 0] / 10.0), -1)  # score = y / 5
     pairs = torch.tensor([[[10, 0], [5, 0]], [[5, 0], [10, 0]], [[7, 0], [7, 0]]])
     log_p = rm.log_probs(Stub(), pairs, pairs[:, 0, :0])
@@ -110,7 +147,9 @@ def test_the_last_line_about_an_item_counts(tmp_path):
     *((json.dumps(row(2, "positive") | change), "line 2 is broken") for change in (
         {"tokens": []}, {"tokens": [1, -1]}, {"tokens": [1.5]}, {"tokens": ["1"]},
         {"tokens": [[1], [2]]}, {"tokens": 1}, {"text": ["a", "b"]}, {"text": None}, {"id": 5},
-        {"labeller": []}, {"prompt": 5}, {"text": ["a"], "tokens": [[1]]})),
+        {"labeller": []}, {"prompt": 5}, {"text": ["a"], "tokens": [[1]]}, {"spans": 5},
+        {"spans": [[0, 3, "positive"]]}, {"spans": [[1, 1, "positive"]]},
+        {"spans": [[0, 1, "left"]]}, {"spans": [[0, 1.5, "positive"]]}, {"spans": [[0, 1]]})),
     (json.dumps(row(2, "joyful")), "line 2 is broken .*label 'joyful' is not one of")])
 def test_a_bad_line_is_named(tmp_path, bad, why):
     path = tmp_path / "labels-anna.jsonl"
@@ -166,12 +205,7 @@ def test_a_duplicate_never_crosses_the_split():
     by_text = {}
     for item, part in zip(items, parts):
         assert by_text.setdefault(item["text"], part) == part
-    pieces = [row(f"{i}#1", "positive", text="x") | {"source": "piece", "person": False}
-              for i in range(200)]
-    with_pieces = rm.split(items + pieces, 0, 0.2)
-    assert with_pieces[:200] == parts == rm.split(items, 0, 0.2) != rm.split(items, 1, 0.2)
-    for item, part, its in zip(items, parts, with_pieces[200:]):  # a piece follows its sample
-        assert its == ("unused" if item["person"] else part)
+    assert parts == rm.split(items, 0, 0.2) != rm.split(items, 1, 0.2)
     again = [item | {"id": f"{item['id']}-again", "person": False}
              for item in items if item["person"]]
     assert set(rm.split(items + again, 0, 0.2)[200:]) == {"unused"}  # a person labelled the text
@@ -235,19 +269,28 @@ def test_calibration_bins():
         (2, 0.06, 0.5), (2, 0.975, 0.75)]
 
 
-def test_the_loss_reads_the_last_position_alone():
-    """Guards against a loss averaged over positions, and against a shortcut that computes something
-    else. The sentiment equals the last row of the full forward pass, in value and gradient."""
+@pytest.mark.parametrize("prompt", [False, True])
+def test_the_loss_reads_the_last_position_of_each_prefix(prompt):
+    """Guards against labels one position off, and against a shortcut that computes something else.
+    What is said after a prefix equals what is said of the prefix alone, in value and gradient; it
+    and the sample's last row equal those of the full forward pass."""
     from tests.test_model import tiny
     gpt, y = tiny(), torch.randint(17, (4, 8))
+    prompt = torch.tensor([[4, 5], [7, -1], [-1, -1], [3, 3]]) if prompt else y[:, :0]
+    log_p = rm.log_probs(gpt, y, prompt, each=True)                                # (4, 8, 2)
+    for end in (1, 5, 8):
+        torch.testing.assert_close(log_p[:, end - 1], gpt.sentiment(y[:, :end], prompt))
     full = gpt(torch.cat((torch.full((4, 1), gpt.bos), y), dim=1))[:, -1]
-    expected = (full @ gpt.head[[gpt.happy, gpt.sad]].T).log_softmax(-1)
-    gradients = []
-    for log_p in (gpt.sentiment(y), expected):
+    if not prompt.numel():
+        torch.testing.assert_close(
+            gpt.sentiment(y), (full @ gpt.head[[gpt.happy, gpt.sad]].T).log_softmax(-1))
+    gradients, weight = [], torch.zeros(4, 8)
+    weight[:, 4] = 1
+    for log_p, w in ((rm.log_probs(gpt, y, prompt, each=True), weight),
+                     (gpt.sentiment(y[:, :5], prompt), torch.ones(4))):
         gpt.zero_grad()
-        rm.sentiment_loss(log_p, torch.ones(4), torch.ones(4)).backward()
+        rm.sentiment_loss(log_p, torch.ones_like(w), w).backward()
         gradients.append([p.grad.clone() for p in gpt.parameters()])
-    torch.testing.assert_close(gpt.sentiment(y), expected)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
     assert gpt.head.grad.abs().sum(1).nonzero()[:, 0].tolist() == [gpt.happy, gpt.sad]
 
@@ -290,14 +333,10 @@ def test_a_sample_is_read_with_its_prompt():
 
 def test_a_text_may_end_in_a_zero_byte(tmp_path):
     """Guards against string arrays, which strip it: a good file would seem another tokenizer's."""
-    class Tokenizer:
-        def decode_batch(self, tokens):
-            return ["".join(map(chr, x)) for x in tokens]
-
     class Base:
         n_text = 200
     rows = [row(i, "positive", text=t) | {"tokens": [ord(c) for c in t]}
             for i, t in enumerate(["joy\x00", "a\x00\x00"])]
     write_rows(tmp_path / "labels-anna.jsonl", rows)
-    assert [r["text"] for r in rm.read_all_labels(rm.Config(out=tmp_path), Base, Tokenizer())] == [
+    assert [r["text"] for r in rm.read_all_labels(rm.Config(out=tmp_path), Base, Letters())] == [
         "joy\x00", "a\x00\x00"]

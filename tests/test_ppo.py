@@ -109,29 +109,14 @@ def test_batch_rule():
             and rule([0.0] * 3, 6000, 8192)[0] == 8192)
 
 
-def test_the_head_has_a_rate_of_its_own():
-    from tests.test_model import tiny
-    policy = tiny(vocab=9)
-    groups = ppo.parameter_groups(policy, ppo.Config(lr=0.5, head_lr=0.25))
-    assert all(group["lr"] == group["peak_lr"] for group in groups)
-    optimizer = torch.optim.SGD(groups)
-    before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
-    for weight in policy.parameters():
-        weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    for name, weight in policy.named_parameters():
-        torch.testing.assert_close(before[name] - weight,
-                                   torch.full_like(weight, 0.25 if name == "head" else 0.5))
-
-
 def test_the_constants_are_those_of_the_reward_on_the_base_model(capsys):
     """They are the mean and the sample standard deviation of the reward function, whatever it is.
-    The zero is `recenter` deviations above the mean."""
+    """
     from tests.test_model import tiny
-    base, cfg = tiny(vocab=9), ppo.Config(reward_samples=300, seed=2, recenter=0.25)
-    zero, std = ppo.reward_constants(lambda y, prompt: y[:, 0].float(), base, None, 3, cfg)
+    base, cfg = tiny(vocab=9), ppo.Config(reward_samples=300, seed=2)
+    mean, std = ppo.reward_constants(lambda y, prompt: y[:, 0].float(), base, None, 3, cfg)
     first = base.generate(300, 3, seed=2 << 32 | 3 << 24)[0][:, 0].double()
     assert math.isclose(std, first.std()) and 0.5 < std < 3
-    assert math.isclose(zero, first.mean() + std / 4)
+    assert math.isclose(mean, first.mean())
     with pytest.raises(UserError, match="all samples .* get the same reward"):
         ppo.reward_constants(lambda y, prompt: torch.zeros(len(y)), base, None, 3, cfg)

@@ -51,15 +51,15 @@ def test_pieces_join_to_the_text_though_a_character_has_several_tokens(pipeline)
 
 
 LOG = [{"updates": 8 * k, "kl": (0.25 * k)**2, "kl_k1": (0.25 * k)**2, "kl_se": 0.1,
-        "kl_k1_se": 0.1, "entropy": 3.5 - 0.05 * k, "clip_fraction": 0.03, "adv_mean": 0.1 * k,
-        "adv_std": 1 - 0.05 * k} for k in range(12)]
+        "kl_k1_se": 0.1, "entropy": 3.5 - 0.05 * k, "clip_fraction": 0.03, "lr": 1e-4,
+        "adv_mean": 0.1 * k, "adv_std": 1 - 0.05 * k} for k in range(12)]
 
 
 @pytest.mark.parametrize("mark, change", [
     ("distance", lambda log: log[6].update(kl_k1=9)),  # the two estimators disagree
     ("distance", lambda log: [row.update(kl=0.1, kl_k1=0.1) for row in log[1:11]]),  # a late jump
     ("clip", lambda log: [row.update(clip_fraction=0.005) for row in log]),
-    ("clip", lambda log: log[3].update(clip_fraction=0.25)),
+    ("clip", lambda log: [row.update(clip_fraction=0.25) for row in log]),
     ("advantage", lambda log: log[-1].update(adv_mean=-0.1)),
     ("advantage", lambda log: log[-1].update(adv_std=1.1)),
     ("entropy", lambda log: [row.update(entropy=2.5) for row in log[5:]]),  # a sudden fall

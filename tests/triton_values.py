@@ -579,8 +579,9 @@ def broken(module, old, new, tmp_path):
 
 @pytest.mark.parametrize("old, new, T", [
     ("rows[:, None] >= cols[None, :]", "rows[:, None] > cols[None, :] - 2", 17),   # mask off by one
-    ("rows[None, :] >= cols[:, None]", "rows[None, :] > cols[:, None] - 2", 17),   # its transpose
-    ("acc = acc * rescale[:, None]\n", "acc = acc\n", 130),                        # missing rescale
+    ("own[:, None] >= cols[None, :]", "own[:, None] > cols[None, :] - 2", 17),     # in backward
+    ("rows[None, :] >= own[:, None]", "rows[None, :] > own[:, None] - 2", 17),     # its transpose
+    ("acc * rescale[:, None], out", "acc, out", 130),                              # missing rescale
     ("+ h // group * k_h", "+ h * k_h * 0", 17),                                   # wrong head
     ("q_t, T, Dh, BLOCK_D)\n    m = ", "q_t + 1, T, Dh, BLOCK_D)\n    m = ", 17),  # wrong stride
     ("(dp - delta[:, None])", "(dp - tl.sum(p * dp, 1)[:, None])", 130),           # delta of a tile
@@ -598,7 +599,7 @@ def test_a_broken_attention_is_caught(old, new, T, tmp_path, check_fences):
 
 @pytest.mark.parametrize("old, new", [
     ("m = tl.sum(q.to(ACC) * k_new", "m = 0 * tl.sum(q.to(ACC) * k_new"),             # no own score
-    ("tl.where((slots < pos)[None, :], s,", "tl.where((slots <= pos)[None, :], s,"),  # counts twice
+    ("k, (slots < pos)[None, :],", "k, (slots <= pos)[None, :],"),                    # counts twice
     ("store_rows(k_cache_ptr, pos + one", "store_rows(k_cache_ptr, pos + 1 + one"),   # wrong slot
     ("cos_ptr += pos * Dh", "cos_ptr += pos"),                                        # wrong angle
     ("d + Dh // 2, d - Dh // 2)", "d + Dh // 2, d)"),                                 # wrong pair

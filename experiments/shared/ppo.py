@@ -18,8 +18,9 @@ def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False
     Before each update it yields what 04 logs of a policy, on samples that the policy has just
     drawn. batch_mean: the baseline is the mean of the batch, not a constant. That is RLOO (whose
     baseline is the mean of the other n - 1 samples) up to a factor n / (n - 1)."""
-    zero, std = stage.reward_constants(reward_fn, reference, None, length, cfg)
-    optimizer = torch.optim.SGD(stage.parameter_groups(policy, cfg), momentum=cfg.momentum)
+    mean, std = stage.reward_constants(reward_fn, reference, None, length, cfg)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], cfg.lr,
+                                  (0.9, 0.95), weight_decay=0, fused=True)
     batch, clip_fractions, updates, n = cfg.batch, [], 0, cfg.kl_samples
     for step in range(cfg.max_iterations):
         # Rollout and score.
@@ -40,8 +41,8 @@ def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False
         if cfg.kl_coef:
             logp_ref = chunked(reference.logprob, cfg.minibatch, y, prompt)
         if batch_mean:
-            zero = score.mean()
-        adv = stage.advantage((score - zero) / std, logp_old, logp_ref, cfg.kl_coef, std)
+            mean = score.mean()
+        adv = stage.advantage((score - mean) / std, logp_old, logp_ref, cfg.kl_coef, std)
         clipped = []
         for b in stage.minibatches(batch, cfg.minibatch, cfg.epochs, cfg.seed * 1000 + step,
                                    y.device):
@@ -50,7 +51,7 @@ def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False
             loss.backward()
             updates += 1
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * min(1.0, updates / cfg.warmup)
+                group["lr"] = cfg.lr * min(1.0, updates / cfg.warmup)
             optimizer.step()
             clipped.append(stats["clip_fraction"])
         if updates >= cfg.warmup:

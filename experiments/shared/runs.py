@@ -31,8 +31,11 @@ def load_run(run: Path, device, dtype) -> tuple:
     return reference, reward_fn, reward_model, tokenizer, report
 
 
-def labelled(run: Path, name: str = "labels-vader.jsonl") -> list[dict]:
-    """The texts of a run that VADER labelled. Raises UserError if the file is missing."""
-    require((run / name).exists(), f"{run / name} is missing: make seeds first, or name finished "
-            "runs with --runs")
-    return read_rows(run / name, "02_sample_label.py")
+def labelled(run: Path, spans: bool = False) -> list[dict]:
+    """The texts of a run that VADER labelled; with spans, also the labels of their parts. Raises
+    UserError if the file is missing."""
+    path = run / "labels-vader.jsonl"
+    require(path.exists(), f"{path} is missing: make seeds first, or name finished runs with "
+            "--runs")
+    rows = read_rows(path, "02_sample_label.py")
+    return [row | {"spans": row.get("spans", ()) if spans else ()} for row in rows]
