@@ -1,6 +1,6 @@
 """Stage 2: draw samples from the base model and label them positive, negative or neutral.
 
-    python 02_sample_label.py                       # 40 s: 59.4% of the samples are positive
+    python 02_sample_label.py                       # 77 s: 59.4% of the samples are positive
     python 02_sample_label.py --labeller anna       # by you: one key per sample, in the terminal
     python 02_sample_label.py --compare             # pairs instead: which of the two is happier?
 

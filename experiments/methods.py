@@ -130,7 +130,7 @@ def imitate(policy, y, weights: np.ndarray, steps: int, cfg, times: int = 3, lr:
     """Maximise the likelihood of texts drawn from y (N, T) by weights (N,). cfg: 04's Config."""
     g = torch.Generator().manual_seed(cfg.seed)
     drawn = torch.multinomial(torch.tensor(weights), steps * cfg.minibatch, True, generator=g)
-    optimizer = torch.optim.SGD(policy.parameters(), lr, cfg.momentum)
+    optimizer = torch.optim.SGD(policy.parameters(), lr, momentum=0.9)
     yield from descend(optimizer, lambda b: -policy.logprob(y[b]).mean(),
                        drawn.to(y.device).split(cfg.minibatch), times)
 

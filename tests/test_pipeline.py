@@ -112,7 +112,7 @@ def test_constants_never_change_and_checkpoints_know_their_kl(pipeline):
     mean, std = map(float, re.search(r"reward of the base model: mean (\S+), deviation (\S+)",
                                      printed["04_ppo.py"]).groups())
     for r in rows(out / "04-happy.jsonl"):
-        assert abs((r["score"] - mean) / std - 0.35 - r["reward"]) < 5e-3  # printed to three digits
+        assert abs((r["score"] - mean) / std - r["reward"]) < 5e-3  # printed to three digits
     log, last = rows(out / "04-happy.jsonl"), 0.0
     for r in log:
         due = r["kl"]**0.5 >= last**0.5 + 0.25 and r["kl"] <= 3  # --kl-stop

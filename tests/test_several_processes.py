@@ -56,7 +56,7 @@ def test_two_processes_do_what_one_does(script, inputs, log, keys, limit, pipeli
     rank alone, and ranks that disagree when to stop. In float32, and two processes replay the
     tokens of one: sums in another order round differently, so that some token would differ."""
     extra = {"01_pretrain.py": ["--corpus", str(corpus)], "04_ppo.py": [
-        "--kl-stop", "1", "--lr", "0.002", "--warmup", "4"]}[script]
+        "--kl-stop", "1", "--lr", "0.0005", "--warmup", "4"]}[script]
     logs, headers = [], []
     for processes in (1, 2):
         out, wrapper = tmp_path / str(processes), tmp_path / str(processes) / script
