@@ -76,6 +76,7 @@ def test_two_processes_do_what_one_does(script, inputs, log, keys, limit, pipeli
     assert len(logs[0]) == len(logs[1]) and headers[0] == headers[1]
     if script == "04_ppo.py":
         assert logs[0][-1]["batch"] == 512 and headers[0]
+        assert "fewer than 1% of ratios were clipped: the batch doubles to 512" in done.stdout
     for i, (one, two) in enumerate(zip(*logs)):
         for key in (k for k in keys if k in one):
             assert two[key] == pytest.approx(one[key], rel=limit, abs=limit), (i, key)
