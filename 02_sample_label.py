@@ -211,17 +211,17 @@ def label_by_vader(items: list[dict], path: Path, tokenizer: Tokenizer) -> list[
     """VADER (Hutto & Gilbert 2014) labels the items and their spans, which are written to `path`.
     -> the labels of the items."""
     vader, rows = SentimentIntensityAnalyzer(), []
+    spans = spans_of(np.shape(items[0]["tokens"])[-1])
 
     def label(texts) -> str:  # of one text, or of the two of a pair
         scores = [vader.polarity_scores(text)["compound"] for text in texts]
         return feeling(*scores) if len(scores) == 1 else happier(*scores)
     for item in tqdm(items, desc="label", mininterval=1):
         sides = np.atleast_2d(item["tokens"]).tolist()                # one list of tokens, or two
-        spans = spans_of(len(sides[0]))
-        texts = zip(*(tokenizer.decode_batch([side[i:j] for i, j in spans]) for side in sides))
-        rows.append(item | {"label": label(np.atleast_1d(item["text"]).tolist()),
-                            "labeller": "vader",
-                            "spans": [[i, j, label(t)] for (i, j), t in zip(spans, texts)]})
+        parts = zip(*(tokenizer.decode_batch([side[i:j] for i, j in spans]) for side in sides))
+        texts = [item["text"]] if isinstance(item["text"], str) else item["text"]
+        rows.append(item | {"label": label(texts), "labeller": "vader",
+                            "spans": [[i, j, label(t)] for (i, j), t in zip(spans, parts)]})
     write(path, jsonl(rows))
     return [row["label"] for row in rows]
 

@@ -268,8 +268,8 @@ def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
     machine = [item for item in train if not item["person"]]
     phases = [Phase("all", train, cfg.epochs)]
     if cfg.machine_first:
-        parts = [quarter for item in machine for quarter in item.get("quarters", ())]
-        phases = [Phase("quarters", parts, cfg.quarter_epochs, cooldown=False),
+        short = [quarter for item in machine for quarter in item.get("quarters", ())]
+        phases = [Phase("quarters", short, cfg.quarter_epochs, cooldown=False),
                   Phase("samples", machine, cfg.epochs),
                   Phase("people", person, cfg.person_epochs, cfg.person_rate, cross_validated=True)]
     phases = [phase for phase in phases if phase.items]

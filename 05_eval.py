@@ -253,8 +253,7 @@ def draw_and_judge(model, reward_fn, tokenizer, prompt, length: int, seed: int) 
 def log_odds(reward_model, y, prompt) -> torch.Tensor:
     """log p(happy) - log p(sad) after each prefix of y (n, T), from the empty one on: (n, T + 1).
     Their differences are what each token does to the reward model."""
-    longer = torch.cat((y, y[:, -1:]), 1)  # one more token: the last prefix is all of y
-    hidden = reward_model.hidden_before(longer, prompt)                             # (n, T + 1, D)
+    hidden = reward_model.hidden_after(y, prompt)                                   # (n, T + 1, D)
     head = reward_model.head[[reward_model.happy, reward_model.sad]].to(hidden.dtype).float()
     return hidden.float() @ (head[0] - head[1])
 

@@ -171,6 +171,10 @@ class GPT(nn.Module):
             return hidden
         return hidden.gather(1, places[..., None].expand(-1, -1, hidden.size(-1)))
 
+    def hidden_after(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
+        """The hidden state after each prefix of y (B, T), from the empty one on: (B, T + 1, D)."""
+        return self.hidden_before(torch.cat((y, y[:, -1:]), 1), prompt)  # reads no last token
+
     def logprob(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
         """Completions y (B, T) after prompt (B, P) -> log-prob of each token of y, (B, T), nats."""
         logp, _ = linear_logprob(self.hidden_before(y, prompt), self.unembed(), y, entropy=False)
@@ -183,8 +187,7 @@ class GPT(nn.Module):
         (B, T, 2). Meaningful for a reward model, which has learned to predict them."""
         x, places = lay_out(y, prompt, self.bos)
         if each:
-            places = (places + 1)[..., None].expand(-1, -1, self.config.d_model)
-            hidden = self(x).gather(1, places)                       # (B, T, D)
+            hidden = self.hidden_after(y, prompt)[:, 1:]             # (B, T, D)
         elif x.size(1) == 1 + y.size(1):                             # no prompts
             hidden = self(x, last_only=True)[:, 0]                   # (B, D)
         else:

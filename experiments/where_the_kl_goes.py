@@ -38,7 +38,8 @@ Predicted of 04's present rates (known before: all that, and 04's logs):
 8. The penalty is 0.05 above PPO's front at 2 nats on each seed, and its ratio is above 0.85.
 9. Cosines are above 0.3.
 
-Found (+- half the 95% interval over three seeds):
+Found (+- half the 95% interval over three seeds; of 04 with SGD, when *one rate* for all of its
+layers was an arm here, as it is the default now):
 6. The ratio of PPO is 1.11 +- 0.10 at 1.5 nats and 1.12 +- 0.12 at 5. One rate has 0.96 +- 0.05,
    the vector 1.25 +- 0.08, the posterior -0.07 +- 0.19. The posterior spends ten times its mean
    where V < 0.25.
