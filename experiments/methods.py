@@ -126,17 +126,19 @@ def descend(optimizer, loss_of, batches: list[torch.Tensor], times: int):
             yield
 
 
-def imitate(policy, y, weights: np.ndarray, steps: int, cfg, times: int = 3, lr: float = 0.05):
-    """Maximise the likelihood of texts drawn from y (N, T) by weights (N,). cfg: 04's Config."""
+def imitate(policy, y, weights: np.ndarray, steps: int, cfg, times: int = 3, lr: float = 0.05,
+            texts: int = 256):
+    """Maximise the likelihood of texts drawn from y (N, T) by weights (N,), so many a step."""
     g = torch.Generator().manual_seed(cfg.seed)
-    drawn = torch.multinomial(torch.tensor(weights), steps * cfg.minibatch, True, generator=g)
+    drawn = torch.multinomial(torch.tensor(weights), steps * texts, True, generator=g)
     optimizer = torch.optim.SGD(policy.parameters(), lr, momentum=0.9)
     yield from descend(optimizer, lambda b: -policy.logprob(y[b]).mean(),
-                       drawn.to(y.device).split(cfg.minibatch), times)
+                       drawn.to(y.device).split(texts), times)
 
 
-def dpo(policy, reference, y, score, cfg, beta=0.1, lr=5e-5, epochs=3, times=6):
-    """Learn from the best and the worst, by score (N,), of each eight of y (N, T)."""
+def dpo(policy, reference, y, score, cfg, beta=0.1, lr=5e-5, epochs=3, times=6, size=128):
+    """Learn from the best and the worst, by score (N,), of each eight of y (N, T), `size` pairs a
+    step."""
     eight = score.view(-1, 8)
     rows = torch.arange(0, len(y), 8, device=y.device)
     pairs = y[torch.stack((rows + eight.argmax(1), rows + eight.argmin(1)))]       # (2, N / 8, T)
@@ -145,7 +147,7 @@ def dpo(policy, reference, y, score, cfg, beta=0.1, lr=5e-5, epochs=3, times=6):
     def loss_of(b):
         logp = policy.logprob(pairs[:, b].flatten(0, 1)).sum(1).view(2, -1)        # (2, 128)
         return dpo_loss(logp, logp_ref[:, b], beta).mean()
-    batches = list(stage.minibatches(len(rows), cfg.minibatch // 2, epochs, cfg.seed, y.device))
+    batches = list(stage.minibatches(len(rows), size, epochs, cfg.seed, y.device))
     yield from descend(torch.optim.Adam(policy.parameters(), lr), loss_of, batches, times)
 
 
@@ -224,9 +226,9 @@ def findings(seeds: list[dict], names) -> dict[str, list]:
 class Settings(Config):
     n: int = 8192          # samples of the base model
     n_policy: int = 1024   # samples of each policy
-    batch: int = 2048      # for batch mean and penalty
+    batch: int = 1536      # for batch mean and penalty
     kl_stop: float = 9.5   # nats, for batch mean
-    penalised: int = 8     # iterations with a penalty
+    penalised: int = 16    # iterations with a penalty
     betas: tuple[float, ...] = (0.1, 0.03, 0.3, 1.0)  # the first on all seeds, the rest on seed 0
     steps: int = 36        # for the imitations
 

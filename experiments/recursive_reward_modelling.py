@@ -155,7 +155,7 @@ def known(model: dict[str, float], texts) -> dict:
     return found
 
 
-def optimise(model: dict[str, float], gold: np.ndarray, run, device, dtype, batch: int = 2048,
+def optimise(model: dict[str, float], gold: np.ndarray, run, device, dtype, batch: int = 1536,
              kl_stop: float = 6.0) -> list[dict]:
     """Run PPO against this model's log p(happy) -> before each update KL, reward, and how VADER
     feels about the batch, in standard deviations of gold (N,)."""

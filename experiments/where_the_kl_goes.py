@@ -187,9 +187,9 @@ class Settings(Config):
     n: int = 4096          # samples of the base model
     n_policy: int = 1024   # samples of each policy in (b)
     kl_stop: float = 6.0   # nats
-    iterations: int = 12   # of PPO at most
-    penalised: int = 8     # iterations for (c)
-    batch: int = 4096
+    iterations: int = 24   # of PPO at most
+    penalised: int = 16    # iterations for (c)
+    batch: int = 1536
 
 
 def measure(cfg: Settings, run, device, dtype) -> dict:
@@ -241,7 +241,7 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
         kl = kl_nats(policy, reference, y[:512], y[:512, :0])[0].mean().item()
         fronts["scaled"].append({"kl": kl, "reward": each.mean()})
     for name, policy, changed in (
-            ("vector", OneVector(reference), {"lr": 0.01, "max_batch": cfg.batch}),
+            ("vector", OneVector(reference), {"lr": 0.001, "max_batch": cfg.batch}),
             ("penalty", copy.deepcopy(reference), {
                 "kl_coef": 0.1, "max_iterations": cfg.penalised})):
         train(name, policy, **changed)

@@ -311,8 +311,8 @@ def test_imitation_ends_at_the_tilted_base():
     def distance():
         return (target.exp() * (target - every_text(policy)[1])).sum().item()
     assert distance() > 0.2
-    cfg = ppo.stage.Config(minibatch=1024)
-    assert len(list(imitate(policy, y, target.exp().double().numpy(), 300, cfg))) == 3
+    weights = target.exp().double().numpy()
+    assert len(list(imitate(policy, y, weights, 300, ppo.stage.Config(), texts=1024))) == 3
     assert distance() < 0.01
 
 
@@ -339,7 +339,7 @@ def test_dpo_pairs_the_best_and_the_worst_of_eight():
     y = torch.randint(0, 6, (512, 2), generator=torch.Generator().manual_seed(0))
     score = -(y[:, 0] - 2.0) ** 2 - 0.01 * y[:, 1]  # the best begin with 2
     before = every_text(policy)[1].view(6, 6).exp().sum(1)
-    assert len(list(dpo(policy, base, y, score, ppo.stage.Config(minibatch=32), lr=1e-2))) == 6
+    assert len(list(dpo(policy, base, y, score, ppo.stage.Config(), lr=1e-2, size=16))) == 6
     ratio = every_text(policy)[1].view(6, 6).exp().sum(1) / before
     assert ratio.argmax() == 2 and ratio.argmin() == 5 and ratio[2] > 1.2
     torch.testing.assert_close(every_text(base)[1], every_text(tiny(vocab=9))[1])
