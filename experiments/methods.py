@@ -74,7 +74,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from experiments.shared.ppo import part_way, ppo, stage
+from experiments.shared.ppo import batch_mean, constant, part_way, ppo, stage
 from experiments.shared.results import ink, lines, panels, save_results
 from experiments.shared.reweighting import INVERSE_BETAS, at, tilt
 from experiments.shared.runs import Config, load_run
@@ -247,14 +247,14 @@ def measure(cfg: Settings, run, device, dtype) -> dict:
     # RL
     settings = stage.Config(seed=seed, batch=cfg.batch)
 
-    def reinforced(batch_mean=False, kl_coef=0.0):
+    def reinforced(rewards=constant, kl_coef=0.0):
         policy, samples = copy.deepcopy(reference), settings.reward_samples
         loop = ppo(policy, reference, reward_fn, length, replace(settings, kl_coef=kl_coef),
-                   batch_mean)
+                   rewards)
         for row, seconds in timed(loop):
             yield policy, row["kl"], {"samples": samples, "seconds": seconds}
             samples += row["batch"]
-    for policy, kl, cost in reinforced(batch_mean=True):
+    for policy, kl, cost in reinforced(batch_mean):
         done = kl > cfg.kl_stop
         if done or kl > 1.3 * rows["batch mean"][-1]["kl"]:
             rows["batch mean"].append(measured(policy, **cost))

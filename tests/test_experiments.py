@@ -202,9 +202,10 @@ def test_the_compact_loop_gives_the_numbers_of_04(pipeline):
               for line in (pipeline[0] / "04-happy.jsonl").read_text().splitlines()]
     loop = ppo.ppo(copy.deepcopy(reference), reference, reward_fn, report["length"],
                    ppo.stage.Config(**settings | {"max_iterations": 99}))
-    for line, row in zip(logged, loop):
+    rows = [row for _, row in zip(logged, loop)]  # whole once the loop has gone on
+    for line, row in zip(logged, rows):
         assert row == {k: line[k] for k in row}
-    assert len(logged) > 3 and logged[-1]["kl"] > 1
+    assert "clip_fraction" in rows[-2] and len(logged) > 3 and logged[-1]["kl"] > 1
 
 
 def test_the_batch_is_not_doubled_while_the_rates_rise():
@@ -382,18 +383,18 @@ def test_the_baseline_of_the_batch_mean(pipeline):
     reference, reward_fn, _, _, report = load_run(pipeline[0], *CPU)
     cfg = ppo.stage.Config(batch=256, minibatch=64, reward_samples=256)
 
-    def after_one(batch_mean, more):
+    def after_one(rewards, more):
         policy, calls = copy.deepcopy(reference), []
 
         def shifted(y, prompt):  # the first call measures the base model's constants
             calls.append(len(y))
             return reward_fn(y, prompt) + (more if len(calls) > 1 else 0)
-        loop = ppo.ppo(policy, reference, shifted, report["length"], cfg, batch_mean)
+        loop = ppo.ppo(policy, reference, shifted, report["length"], cfg, rewards)
         next(loop), next(loop)
         return torch.nn.utils.parameters_to_vector(policy.parameters())
-    for batch_mean in (True, False):
-        off = (after_one(batch_mean, 3.0) - after_one(batch_mean, 0.0)).abs().max()
-        assert (off < 1e-5) == batch_mean
+    for rewards in (ppo.batch_mean, ppo.constant):
+        off = (after_one(rewards, 3.0) - after_one(rewards, 0.0)).abs().max()
+        assert (off < 1e-5) == (rewards is ppo.batch_mean)
 
 
 def test_methods_at_toy_size(pipeline):

@@ -12,15 +12,31 @@ from model import GPT, chunked, kl_nats, load
 stage = importlib.import_module("04_ppo")
 
 
-def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False):
+# Rewards of a batch from its scores (B,), and from the mean and deviation of the base model's.
+def constant(score, mean, std):
+    return (score - mean) / std
+
+
+def batch_mean(score, mean, std):
+    """RLOO, whose baseline is the mean of the other n - 1 samples, times (n - 1) / n (Kool et al.
+    2019; Ahmadian et al. 2024, arXiv:2402.14740)."""
+    return (score - score.mean()) / std
+
+
+def adamw(policy, cfg):
+    return torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], cfg.lr,
+                             (0.9, 0.95), weight_decay=0, fused=True)
+
+
+def ppo(policy, reference, reward_fn, length: int, cfg, rewards=constant, optimizer_of=adamw):
     """Train those parameters of `policy` that need a gradient, in place, by cfg (04's Config).
 
     Before each update it yields what 04 logs of a policy, on samples that the policy has just
-    drawn. batch_mean: the baseline is the mean of the batch, not a constant. That is RLOO (whose
-    baseline is the mean of the other n - 1 samples) up to a factor n / (n - 1)."""
+    drawn. After the update it adds the clip fraction to that row. rewards: a function as above.
+    optimizer_of: policy, cfg -> the optimizer, with its full learning rates."""
     mean, std = stage.reward_constants(reward_fn, reference, None, length, cfg)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], cfg.lr,
-                                  (0.9, 0.95), weight_decay=0, fused=True)
+    optimizer = optimizer_of(policy, cfg)
+    full_rates = [group["lr"] for group in optimizer.param_groups]
     batch, clip_fractions, updates, n = cfg.batch, [], 0, cfg.kl_samples
     for step in range(cfg.max_iterations):
         # Rollout and score.
@@ -32,17 +48,16 @@ def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False
         logp = chunked(policy.logprob, cfg.minibatch, y[first], prompt[first])
         if (logp_old[first] - logp).abs().max() > 5e-6:
             logp_old = chunked(policy.logprob, cfg.minibatch, y, prompt)
-        yield {"step": step, "batch": batch, "updates": updates,
+        row = {"step": step, "batch": batch, "updates": updates,
                "kl": kl.mean().item(), "score": score.mean().item(),
                "entropy": entropy.mean().item()}
+        yield row
 
         # Advantage, and PPO epochs.
         logp_ref = logp_old
         if cfg.kl_coef:
             logp_ref = chunked(reference.logprob, cfg.minibatch, y, prompt)
-        if batch_mean:
-            mean = score.mean()
-        adv = stage.advantage((score - mean) / std, logp_old, logp_ref, cfg.kl_coef, std)
+        adv = stage.advantage(rewards(score, mean, std), logp_old, logp_ref, cfg.kl_coef, std)
         clipped = []
         for b in stage.minibatches(batch, cfg.minibatch, cfg.epochs, cfg.seed * 1000 + step,
                                    y.device):
@@ -50,12 +65,13 @@ def ppo(policy, reference, reward_fn, length: int, cfg, batch_mean: bool = False
             optimizer.zero_grad()
             loss.backward()
             updates += 1
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * min(1.0, updates / cfg.warmup)
+            for group, lr in zip(optimizer.param_groups, full_rates):
+                group["lr"] = lr * min(1.0, updates / cfg.warmup)
             optimizer.step()
             clipped.append(stats["clip_fraction"])
+        row["clip_fraction"] = torch.stack(clipped[1:] or clipped).mean().item()
         if updates >= cfg.warmup:
-            clip_fractions.append(torch.stack(clipped[1:] or clipped).mean().item())
+            clip_fractions.append(row["clip_fraction"])
         batch, clip_fractions = stage.next_batch(clip_fractions, batch, cfg.max_batch)
 
 
