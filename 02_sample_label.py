@@ -26,6 +26,7 @@ Decisions a reader may question:
 """
 import os
 import re
+import select
 import shutil
 import sys
 import textwrap
@@ -304,14 +305,18 @@ def as_text(item: dict) -> str:
 
 
 def read_key() -> str:
-    """One key, without Enter. Ctrl-C still interrupts; end of input is "q"."""
+    """One key, without Enter; an arrow is Escape and two letters. Ctrl-C still interrupts; end of
+    input is "q"."""
     import termios  # not on Windows
     import tty
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
     try:
         tty.setcbreak(fd)
-        return os.read(fd, 1).decode("utf-8", "replace").lower() or "q"
+        key = os.read(fd, 1)
+        if key == b"\x1b" and select.select([fd], [], [], 0.01)[0]:
+            key += os.read(fd, 2)
+        return key.decode("utf-8", "replace").lower() or "q"
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 

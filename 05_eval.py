@@ -1,7 +1,7 @@
 """Stage 5: measure every checkpoint on fresh samples. Which one is the best, and where did
 over-optimisation start?
 
-    python 05_eval.py                    # 58 s: VADER calls 56.8% -> 98.1% positive
+    python 05_eval.py                    # 86 s: VADER calls 56.8% -> 97.4% positive
     python -m report                     # then makes a page of it, out/report.html
 
 Reads   out/*.safetensors, out/checkpoints/*.safetensors, out/04-happy.jsonl; out/corpus.txt and

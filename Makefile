@@ -1,4 +1,6 @@
+# make play       base model and policy side by side, in the terminal: nothing is trained
 # make            set up .venv and run the five scripts with their defaults
+# make quick      the same, from the base model that is shipped: half the time
 # make test       set up .venv, check the style, run the tests
 # make seeds      the pipeline on seeds 0, 1, 2 and the table in README
 # make experiments  one question each, after make seeds: docs/experiments.md
@@ -19,13 +21,13 @@ $(if $(shell printf %s '$(OUT)' | LC_ALL=C tr -d 'A-Za-z0-9_./~@+,=\200-\377-'),
 # a label file that is newer than the reward model (a wildcard would split names at blanks)
 LABELLED := $(shell find -L $(OUT) -maxdepth 1 -name 'labels-*.jsonl' -newer $(OUT)/reward.safetensors 2>/dev/null)
 
-.PHONY: all test seeds experiments clean help FORCE
+.PHONY: all play quick test seeds experiments clean help FORCE
 
 all: $(OUT)/report.html
 	@echo "the report: $(OUT)/report.html"
 
 help:
-	@sed -n '/^# /s/^# //p' Makefile
+	@sed -n '/^#/!q; s/^#[ ]*//p' Makefile
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
@@ -50,6 +52,15 @@ $(OUT)/report.json: 05_eval.py $(OUT)/policy-happy.safetensors | $(READY)
 
 $(OUT)/report.html: $(OUT)/report.json $(wildcard report/*.py report/page.* report/plot.css $(OUT)/ratings.json $(OUT)/curve.json) | $(READY)
 	$(RUN) -m report --out $(OUT)
+
+play: | $(READY)
+	@$(RUN) -m report.play --out $(OUT)
+
+# 02 to 05 and the page, from the base model in pretrained/
+quick: | $(READY)
+	@mkdir -p $(OUT)
+	@test -e $(OUT)/base.safetensors || { cp pretrained/base.safetensors $(OUT)/base.tmp && mv $(OUT)/base.tmp $(OUT)/base.safetensors; }
+	@$(MAKE) all
 
 seeds: | $(READY)
 	$(RUN) -m benchmarks.seeds

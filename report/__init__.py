@@ -6,6 +6,8 @@
     made.py       versions, settings, seconds
     plots.py      which figures; svg.py: how they are drawn
     complete.py   completions of a prompt by any checkpoint: `python -m report.complete`
+    play.py       base model and policy side by side in the terminal: `make play`
+    publish.py    a run into pretrained/ and docs/: `python -m report.publish`
     page.html     the page, a Jinja template, with page.css, plot.css and page.js
 """
 import hashlib
@@ -19,7 +21,7 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from model import UserError, command, read_json, write
 from report.health import marks
-from report.made import made_by
+from report.made import is_shipped, made_by
 from report.plots import draw_plots
 from report.story import headline, in_short
 from report.svg import STYLE
@@ -95,6 +97,7 @@ def read_results(out: Path) -> dict:
     for row in rows:
         row |= against_vader(row) | {"shown": shown_samples(row)}
     fingerprints = {row["fingerprint"] for row in rows}
+    results["shipped_base"] = is_shipped(rows[0]["fingerprint"])
     results["ratings"] = read_ratings(out / "ratings.json", fingerprints)
     health = marks(results["ppo"])
     for mark in health.values():

@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import load, read_json
+from model import fingerprint, load, read_json
+
+SHIPPED = Path(__file__).parent.parent / "pretrained"  # a finished run, of seed 0
+MODELS = ("base.safetensors", "reward.safetensors", "policy-happy.safetensors")
 
 
 def commit(root: Path) -> str:
@@ -28,6 +31,12 @@ def processor() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def is_shipped(base: str) -> bool:
+    """Whether a base model, by its fingerprint, is the one in pretrained/."""
+    path = SHIPPED / MODELS[0]
+    return path.exists() and base == fingerprint(load(path, "git checkout pretrained")[0])
 
 
 def made_by(out: Path, report: dict) -> dict:

@@ -14,11 +14,12 @@ def headline(rows: list[dict]) -> str:
             f"{100 * last['positive']:.1f}% after.")
 
 
-def done(rows: list[dict], ppo: list[dict]) -> str:
+def done(rows: list[dict], ppo: list[dict], shipped_base: bool) -> str:
     last = rows[-1]
     updates = [row for row in ppo if "clip_fraction" in row]  # not of a policy that went too far
     times = float(f"{math.exp(last['kl']):.2g}")
-    return ("A language model, pretrained on Shakespeare, wrote samples that were labelled happy "
+    whose = "the base model that the project ships" if shipped_base else "trained by 01_pretrain.py"
+    return (f"A language model of Shakespeare ({whose}) wrote samples that were labelled happy "
             "or sad; a copy of it, the reward model, learned to predict these labels; and PPO "
             f"changed the language model in {updates[-1]['updates']} steps to write what the "
             f"reward model calls happy. The distance from the base model is the KL divergence: "
@@ -84,6 +85,7 @@ def distrust(results: dict) -> str:
 
 def in_short(results: dict) -> dict[str, str]:
     rows = results["happy"]
-    return {"What was done": done(rows, results["ppo"]), "What was gained": gained(rows),
+    return {"What was done": done(rows, results["ppo"], results["shipped_base"]),
+            "What was gained": gained(rows),
             "What it cost": paid(rows, results["best_of_n"], results["risen_words"]),
             "What to distrust": distrust(results)}
