@@ -74,8 +74,8 @@ def figures(out: Path) -> dict[str, float]:
         "final policy: perplexity under the base / base's own":
             final["base_perplexity"] / base["base_perplexity"],
         "sqrt KL against optimizer steps: R^2": report["sqrt_kl_fit"]["r2"],
-        "the same, until the score, mean log p(happy), reaches -.10": straight(ppo, -0.10),
-        "KL at which 04's score, mean log p(happy), reaches -.10": kl_at(ppo, -0.10),
+        "the same, until the score, mean log p(happy), reaches -0.10": straight(ppo, -0.10),
+        "KL at which 04's score, mean log p(happy), reaches -0.10": kl_at(ppo, -0.10),
         "samples drawn by PPO": sum(row["batch"] for row in ppo),
         "checkpoints kept": sum("checkpoint" in row for row in ppo),
         "clip fraction, mean after warm-up, %": 100 * float(np.mean(clipped))}
