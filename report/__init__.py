@@ -6,6 +6,7 @@
     made.py       versions, settings, seconds
     plots.py      which figures; svg.py: how they are drawn
     complete.py   completions of a prompt by any checkpoint: `python -m report.complete`
+    table.py      the same as tables in the terminal: `python -m report --table`
     play.py       base model and policy side by side in the terminal: `make play`
     publish.py    a run into pretrained/ and docs/: `python -m report.publish`
     page.html     the page, a Jinja template, with page.css, plot.css and page.js

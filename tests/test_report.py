@@ -11,7 +11,7 @@ import torch
 
 import report
 from model import GPT, GPTConfig
-from report import health, plots, svg, trust
+from report import health, plots, svg, table, trust
 
 ev = importlib.import_module("05_eval")
 NASTY = ("</script><script>document.title='hacked'</script><img src=x onerror=alert(1)> & \"q\" "
@@ -112,6 +112,26 @@ def page_of(out, text):
     return report.render(results, figures, {
         "versions": {text: text}, "stages": {text: {"seconds": 1.0, "settings": {text: text}}},
         "inputs": {text: text}})
+
+
+def test_the_tables_in_the_terminal(pipeline, capsys):
+    """A row for each policy, n, iteration and word, none wider than a terminal; an absent figure is
+    an empty cell."""
+    results = report.read_results(pipeline[0])
+    del results["best_of_n"][-1]["distinct_2"]
+    table.print_tables(results)
+    shown = capsys.readouterr().out
+    blocks = dict(block.split("\n", 1) for block in shown.strip().split("\n\n"))
+    assert max(map(len, shown.splitlines())) <= 80
+    for title, rows in (("Policies towards happy", results["happy"]),
+                        ("Best of n samples of the base model", results["best_of_n"]),
+                        ("Iterations of PPO", results["ppo"]),
+                        ("Words per 1,000", results["risen_words"])):
+        lines = [blocks[key] for key in blocks if key.strip() == title][0].splitlines()
+        assert len([line for line in lines if line.split()]) - 1 >= len(rows), title
+    last = results["best_of_n"][-1]
+    assert f"{last['n']}        {last['kl']:.2f}" in shown
+    assert f"{results['happy'][-1]['kl']:.2f}" in shown
 
 
 def test_whatever_a_model_says_is_escaped(pipeline):
