@@ -5,21 +5,21 @@
 
 Times and figures here and in 02 to 05: seed 0, two cores of an Intel Xeon with AMX, no GPU.
 
-Reads   data/shakespeare.txt, or ../shared/data/shakespeare.txt, or downloads the complete works, or
-        tinyshakespeare. Without a network it takes the base model that the project ships.
+Reads   data/shakespeare.txt or ../shared/data/shakespeare.txt. Without them, it downloads the
+        complete works, or tinyshakespeare. Without a network, it takes the shipped base model.
 Writes  out/base.safetensors (weights, tokenizer, settings, metrics), out/corpus.txt, out/01.jsonl
 
 Decisions a reader may question:
-1. Byte-level BPE, trained on the training part only. Three ids are reserved (start or end of text,
-   happy, sad); they never occur in the corpus and are never sampled.
+1. The tokenizer is byte-level BPE, trained on the training part only. Three ids are reserved (start
+   or end of text, happy, sad). They never occur in the corpus, and we never sample them.
 2. The held-out text is the last 5%, in one piece: random held-out windows would have their
    neighbours in the training text.
 3. Sequences do not overlap within an epoch. Each epoch cuts the text at another offset, so the
    model never meets the same windows twice.
 4. Each sequence begins with the start token, wherever the text was cut. So an unconditional sample
    is a random window of Shakespeare, not always an opening line.
-5. Muon for the matrices, AdamW for embedding and head: each group has a learning rate of its own.
-6. We report bits per byte, because nats per token cannot be compared between tokenizers.
+5. Muon trains the matrices; AdamW trains embedding and head. Each group has its own learning rate.
+6. We report bits per byte. Nats per token (log 2 nats are one bit) depend on the tokenizer.
 """
 import hashlib
 import http.client
@@ -72,19 +72,19 @@ class Config:
     seed: int = 0
     resume: bool = False     # continue a killed run from its last saved state
     vocab_size: int = 4096   # reserved tokens included
-    context: int = 128       # tokens of a training sequence
+    context: int = 128       # tokens per training sequence
     n_layer: int = 4
     n_head: int = 3
     n_kv_head: int = 1
     d_model: int = 192
-    batch: int = 32          # sequences a step
+    batch: int = 32          # sequences per step
     steps: int = 900
-    muon_lr: float = 0.02    # matrices
-    weight_decay: float = 0.1  # of the matrices, times their rate
-    embed_lr: float = 0.05   # large: its rows have unit variance and are normalised when read
+    muon_lr: float = 0.02    # learning rate of the matrices
+    weight_decay: float = 0.1  # of the matrices, times their learning rate
+    embed_lr: float = 0.05   # large, because rows have unit variance and are normalised when read
     head_lr: float = 8e-3
     warmup: int = 20         # steps of linear warm-up
-    cooldown: float = 0.7    # last fraction of the steps, in which all rates fall linearly to 0
+    cooldown: float = 0.7    # last fraction of the steps, over which all rates fall linearly to 0
     measure_every: int = 225  # steps between held-out measurements
     save_s: float = 30       # seconds between saved states, for --resume
     n_samples: int = 512     # samples drawn at the end to count real words
@@ -108,8 +108,8 @@ def check(cfg: Config) -> None:
 
 # ---- Text into tokens ----------------------------------------------------------------------------
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): any text encodes, and decodes to
-    itself. The reserved tokens get the last ids."""
+    """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2): every text can be encoded, and
+    decodes to itself. The reserved tokens get the last ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -138,8 +138,8 @@ def lr_scale(step: int, steps: int, warmup: int, cooldown: float) -> float:
 
 @torch.no_grad()
 def held_out(model: GPT, ids: torch.Tensor, token_bytes: torch.Tensor) -> tuple[float, float]:
-    """Mean nats per token, and bits per byte, over windows of the model's context that do not
-    overlap. Each is read from the start token, so its first tokens have little to go on."""
+    """Mean nats per token, and bits per byte, over windows that do not overlap. Each fills the
+    model's context and is read after a start token, so its first tokens have little to go on."""
     n = len(ids) // model.config.context
     windows = ids[: n * model.config.context].view(n, -1).to(model.head.device)
     nats = -sum(float(model.logprob(y).sum(dtype=torch.float64)) for y in windows.split(64))
@@ -148,7 +148,7 @@ def held_out(model: GPT, ids: torch.Tensor, token_bytes: torch.Tensor) -> tuple[
 
 def real_word_share(samples: list[str], vocabulary: set[str]) -> float:
     """Fraction of sampled words that are in the vocabulary. The first and last word of a sample do
-    not count: its edge may have cut them."""
+    not count, because the sample may begin or end inside them."""
     sampled = [w for text in samples for w in words(text)[1:-1]]
     return sum(w in vocabulary for w in sampled) / max(len(sampled), 1)
 
@@ -240,7 +240,7 @@ if __name__ == "__main__":
     train_ids = torch.tensor(tokenizer.encode(text[:cut]).ids)                       # (N,)
     test_ids = torch.tensor(tokenizer.encode(text[cut:]).ids)
     vocab_size = tokenizer.get_vocab_size()
-    # a byte-level token is written with one character a byte
+    # a byte-level token is spelled with one character per byte
     token_bytes = torch.tensor([len(tokenizer.id_to_token(i)) for i in range(vocab_size)])
     per_epoch = (len(train_ids) // cfg.context - 1) // cfg.batch  # the offset may cost a window
     require(per_epoch > 0, f"{len(train_ids)} training tokens are too few for one batch of "
@@ -263,7 +263,7 @@ if __name__ == "__main__":
     muon = torch.optim.Muon([matrices], weight_decay=cfg.weight_decay)
     adam = torch.optim.AdamW([embedding, head], betas=(0.9, 0.95), weight_decay=0)
 
-    # -- begin; or, with --resume, go on where a killed run saved its state
+    # -- begin anew, or with --resume where a killed run saved its state
     inputs = {"corpus_sha256": hashlib.sha256(text.encode()).hexdigest()}
     state_path = cfg.out / "01-state.pt"
     run = {"step": 0, "rows": [], "seconds": 0.0, "inputs": inputs}

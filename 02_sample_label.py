@@ -1,28 +1,28 @@
 """Stage 2: draw samples from the base model and label them positive, negative or neutral.
 
     python 02_sample_label.py                       # 77 s: 59.4% of the samples are positive
-    python 02_sample_label.py --labeller anna       # by you: one key per sample, in the terminal
+    python 02_sample_label.py --labeller anna       # you label: one key per sample, in the terminal
     python 02_sample_label.py --compare             # pairs instead: which of the two is happier?
 
-`python -m people` has more for people: pages to mail to friends, and what comes back.
+`python -m people` also makes pages to mail to friends, and collects their answers.
 
 Reads   out/base.safetensors; out/corpus.txt for --prompts and --corpus-fraction
-Writes  out/samples.jsonl (id, source, text, tokens), out/labels-NAME.jsonl (the same and a label;
-        the machine's with the labels of its spans); with --compare out/pairs.jsonl and
-        out/comparisons-NAME.jsonl; with --prompts out/prompts.json; out/02.json (settings, seconds)
+Writes  out/samples.jsonl (id, source, text, tokens), out/02.json (settings, seconds)
+        out/labels-NAME.jsonl (the same and a label; VADER's file also has labels of spans)
+        --compare: out/pairs.jsonl, out/comparisons-NAME.jsonl; --prompts: out/prompts.json
 
 Decisions a reader may question:
-1. Samples are unconditional, 64 tokens, temperature 1, without top-k or top-p. PPO starts from this
-   distribution, and every KL in this project is measured against it.
-2. The default labeller is VADER, a sentiment lexicon, so that the whole pipeline runs by itself. It
-   stands in for a person, no more.
+1. Samples have 64 tokens and no prompt. We draw at temperature 1, without top-k or top-p. PPO
+   starts from this distribution, and every KL in this project measures the distance from it.
+2. The default labeller is VADER, a sentiment lexicon ("the machine" below). So the whole pipeline
+   runs by itself. VADER only stands in for a person.
 3. A person never sees where an item comes from. Items come in a random order.
-4. The machine also labels many parts of each sample, its spans (see `spans_of`). One label for 64
-   tokens hardly shows which word it is due to; labels of growing prefixes do, and the machine's are
-   free. People label whole samples only.
-5. We store the tokens, not only the text: a sampled text may encode to other tokens.
+4. The machine also labels many spans, parts of a sample (see `spans_of`). One label for 64 tokens
+   hardly shows which word caused it. Labels of growing prefixes do, and the machine's are free.
+   People label whole samples only.
+5. We store tokens as well as text, because encoding a sampled text may give other tokens.
 6. With --prompts the prompt is context: only the completion is labelled, rewarded and counted in
-   the KL. Two samples share a prompt, so that --compare compares completions of one prompt.
+   the KL. Two samples share each prompt, so that --compare compares completions of one prompt.
 """
 import os
 import re
@@ -62,7 +62,7 @@ from model import (
     write,
 )
 
-POSITIVE = 0.05  # VADER's own threshold: from here on a text is positive; from -0.05 down, negative
+POSITIVE = 0.05  # VADER's own threshold: positive from here up, negative from -0.05 down
 COMMON = frozenset(words("the and to of a i in that is my you it not with his be for this me your"))
 FEELING = ({"p": "positive", "n": "negative", "0": "neutral", "s": "skip"},
            "Which feeling does the text express? Judge the feeling, not how good it is; "
@@ -76,7 +76,7 @@ ASK = {"labels": FEELING, "ratings": FEELING,  # kind of answers -> labels by ke
 class Config:
     labeller: str = "vader"       # "vader", or your name: then you label in the terminal
     n: int = 24_576               # samples; --compare makes half as many pairs
-    length: int = 64              # tokens of a sample
+    length: int = 64              # tokens per sample
     compare: bool = False         # label pairs: which of the two is happier?
     prompts: bool = False         # each sample continues a speaker's first line in the corpus
     corpus_fraction: float = 0.0  # fraction of items that are snippets of the corpus
@@ -99,7 +99,7 @@ def check(cfg: Config) -> None:
 
 # ---- Items to label ------------------------------------------------------------------------------
 def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[dict]:
-    """n samples of the model; with --prompts, each with its prompt."""
+    """Draw n samples from the model; with --prompts, each continues a prompt."""
     train_prompts = None
     if cfg.prompts:
         train_prompts = read_prompts(cfg.out / "prompts.json", "train", model.n_text)
@@ -132,9 +132,8 @@ def draw_snippets(corpus: Path, tokenizer: Tokenizer, cfg: Config, n: int) -> li
 
 
 def find_prompts(part: str, text: str, tokenizer: Tokenizer, longest: int) -> list[list[int]]:
-    """Every speaker's name ("Romeo:", or "ROMEO." as Project Gutenberg prints it) with the first
-    line of the speech, of at most `longest` tokens, each once. Raises UserError if none is found.
-    """
+    """Every speaker's name ("Romeo:", or "ROMEO." in Project Gutenberg) with the first line of the
+    speech, each once, up to `longest` tokens. Raises UserError if there are none."""
     names = (r"[A-Z][^\n:]{0,30}:", r"[A-Z][A-Z ,'’]{0,30}\.")
     found = [dict.fromkeys(re.findall(rf"^{name}\n[^\n]+\n", text, re.M)) for name in names]
     candidates = list(max(found, key=len))
@@ -145,7 +144,7 @@ def find_prompts(part: str, text: str, tokenizer: Tokenizer, longest: int) -> li
 
 
 def write_prompts(corpus: Path, tokenizer: Tokenizer, longest: int, path: Path) -> None:
-    """From the training text; and, for 05, from the held-out last 5% (as in 01)."""
+    """Find prompts in the training text and, for 05, in the held-out last 5% (as in 01)."""
     text = read_corpus(corpus, "--prompts")
     cut = int(len(text) * 0.95)
     held_out = text[cut:].partition("\n")[2]
@@ -154,8 +153,8 @@ def write_prompts(corpus: Path, tokenizer: Tokenizer, longest: int, path: Path) 
 
 
 def pair_up(items: list[dict], seed: int) -> list[dict]:
-    """Pairs items 0 and 1, 2 and 3, ...; they share a prompt, if there are prompts. A seeded coin
-    puts one on the left. A pair has the id "ID ID", and lists of texts and tokens."""
+    """Pair items 0 and 1, 2 and 3, and so on; if there are prompts, each pair shares one. A seeded
+    coin decides which goes left. A pair has the id "ID ID", and lists of texts and tokens."""
     g = torch.Generator().manual_seed(seed)
     flips = torch.randint(2, (len(items) // 2,), generator=g).tolist()
     pairs = []
@@ -187,8 +186,8 @@ def happier(left: float, right: float) -> str:
 
 
 def spans_of(length: int) -> list[tuple[int, int]]:
-    """The parts of a sample that the machine labels besides the whole, as (start, end) in tokens:
-    the prefixes of the sample and those of each of its quarters, 4 tokens apart.
+    """The parts of a sample that the machine labels besides the whole, as (start, end) in tokens.
+    They are prefixes of the sample and prefixes of each quarter, in steps of 4 tokens.
 
         0               16              32              48              64
         |---+---+---+---+---+---+---+---+---+---+---+---+---+---+---+---|   16 prefixes of a sample
@@ -202,19 +201,18 @@ def spans_of(length: int) -> list[tuple[int, int]]:
 
 
 def english(items: list[dict]) -> float:
-    """The fraction of the words in these texts that are common English ones."""
+    """The fraction of words in these texts that are common English words."""
     texts = [text for item in items for text in np.ravel(item["text"])]
     spoken = [word for text in texts for word in words(str(text))]
     return sum(word in COMMON for word in spoken) / max(len(spoken), 1)
 
 
 def label_by_vader(items: list[dict], path: Path, tokenizer: Tokenizer) -> list[str]:
-    """VADER (Hutto & Gilbert 2014) labels the items and their spans, which are written to `path`.
-    -> the labels of the items."""
+    """Label items and spans with VADER (Hutto & Gilbert 2014); write `path`. -> items' labels."""
     vader, rows = SentimentIntensityAnalyzer(), []
     spans = spans_of(np.shape(items[0]["tokens"])[-1])
 
-    def label(texts) -> str:  # of one text, or of the two of a pair
+    def label(texts) -> str:  # of one text, or of a pair's two
         scores = [vader.polarity_scores(text)["compound"] for text in texts]
         return feeling(*scores) if len(scores) == 1 else happier(*scores)
     for item in tqdm(items, desc="label", mininterval=1):
@@ -229,12 +227,12 @@ def label_by_vader(items: list[dict], path: Path, tokenizer: Tokenizer) -> list[
 
 # ---- Labelling by a person: one key per item, each answer on disk before the next question -------
 def is_name(name: str) -> bool:
-    """Whether a labeller's name can stand in a file name, beside the machine's."""
+    """Whether a labeller's name can be part of a file name and is not the machine's."""
     return name.replace("-", "").isalnum() and name.lower() not in ("vader", "majority")
 
 
 def need_person(name: str) -> None:
-    """Raises UserError if `name` is no labeller's name, or if there is no terminal."""
+    """Raises UserError if `name` is not a labeller's name, or if there is no terminal."""
     require(is_name(name), f"{name!r} is not a labeller: a name has letters and digits, and is not "
                            "the machine's name")
     require(sys.stdin.isatty() and sys.stdout.isatty(),
@@ -242,8 +240,8 @@ def need_person(name: str) -> None:
 
 
 def read_answers(path: Path, kind: str = "labels") -> list[dict]:
-    """The last row about each item, in the order of labelling; it may say "undo". A kill can leave
-    a last line without its end, which is left out. Raises UserError that names a bad line."""
+    """The last row about each item, in the order of labelling; its label may be "undo". Drops a
+    last line that a kill has cut off. Raises UserError if a line is bad, and names the line."""
     if not path.exists() or not path.stat().st_size:
         return []
     known, found = {*ASK[kind][0].values(), "undo"}, {}
@@ -257,15 +255,15 @@ def read_answers(path: Path, kind: str = "labels") -> list[dict]:
 
 
 def is_cut(path: Path) -> bool:
-    """Whether a kill has left the last line of a file without its end."""
+    """Whether a kill has cut off the last line of a file."""
     lines = read_lines(path)
     open_end = path.read_bytes()[-1:] not in (b"\n", b"\r", b"\0")
     return open_end and bool(lines) and not lines[-1][1].rstrip("\0 \t").endswith("}")
 
 
 def own_answers(path: Path, kind: str, labeller: str) -> list[dict]:
-    """read_answers, of a file that only this process writes from now on, and only for this
-    labeller. The file is made plain UTF-8 lines, whatever program has saved it."""
+    """Lock a labeller's file, turn it into plain UTF-8 lines whatever program saved it, and return
+    read_answers. Raises UserError if it holds answers of somebody else."""
     only_writer(path)
     rows = read_answers(path, kind)
     others = {str(row.get("labeller", labeller)) for row in rows}
@@ -285,7 +283,7 @@ def own_answers(path: Path, kind: str, labeller: str) -> list[dict]:
 
 
 def labels_of(rows: list[dict]) -> dict[str, str]:
-    """id -> label, without what was undone."""
+    """id -> label, without undone answers."""
     return {row["id"]: row["label"] for row in rows if row["label"] != "undo"}
 
 
@@ -305,8 +303,8 @@ def as_text(item: dict) -> str:
 
 
 def read_key() -> str:
-    """One key, without Enter; an arrow is Escape and two letters. Ctrl-C still interrupts; end of
-    input is "q"."""
+    """Wait for one key, without Enter. An arrow key gives Escape and two letters. Ctrl-C still
+    interrupts. The end of input gives "q"."""
     import termios  # not on Windows
     import tty
     fd = sys.stdin.fileno()
@@ -322,7 +320,7 @@ def read_key() -> str:
 
 
 def append(path: Path, rows: list[dict], item: dict, label: str, labeller: str) -> None:
-    """Add an answer to `rows`, and to the file, which somebody may have replaced or deleted."""
+    """Add an answer to `rows` and to the file. If somebody deleted the file, write all rows."""
     rows.append(item | {"label": label, "labeller": labeller, "time": round(time.time())})
     if not path.exists():
         return write(path, jsonl(rows))
@@ -333,7 +331,7 @@ def append(path: Path, rows: list[dict], item: dict, label: str, labeller: str) 
 
 
 def ask(items: list[dict], path: Path, labeller: str, kind: str) -> dict[str, str]:
-    """Ask for one key per item and append each answer to `path` at once -> id -> label."""
+    """Ask for one key per item and append each answer to `path` at once. Returns id -> label."""
     need_person(labeller)
     keys, question = ASK[kind]
     choices = "   ".join(f"{key} {label}" for key, label in keys.items())
@@ -379,10 +377,10 @@ if __name__ == "__main__":
     kind = "comparisons" if cfg.compare else "labels"
     path = cfg.out / f"{kind}-{cfg.labeller}.jsonl"
     if cfg.labeller != "vader":
-        own_answers(path, kind, cfg.labeller)  # refused before anything is overwritten
+        own_answers(path, kind, cfg.labeller)  # raises before anything is overwritten
     corpus = cfg.out / "corpus.txt"
     if cfg.prompts:
-        longest = min(24, model.config.context - cfg.length)  # tokens; both fit the context
+        longest = min(24, model.config.context - cfg.length)  # tokens; prompt and sample must fit
         require(longest > 0, f"--length {cfg.length} leaves no room for a prompt: lower it")
         write_prompts(corpus, tokenizer, longest, cfg.out / "prompts.json")
 

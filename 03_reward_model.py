@@ -1,41 +1,40 @@
 """Stage 3: fine-tune a copy of the base model into a reward model for sentiment.
 
     python 03_reward_model.py               # 103 s: AUC 0.947 against VADER, held-out samples
-    python 03_reward_model.py --labels out/labels-vader*.jsonl  # these files, not all labels
+    python 03_reward_model.py --labels out/labels-vader*.jsonl  # only these label files
     python 03_reward_model.py --comparisons # from pairs: which of the two is happier?
 
 Reads   out/base.safetensors, out/labels-*.jsonl (or comparisons-*.jsonl)
 Writes  out/reward.safetensors, out/03.jsonl
 
 Decisions a reader may question:
-1. Sentiment is the next token: after the last token of a sample the model predicts <|happy|> or
-   <|sad|>, with logits for these two only. Only that position has a loss. A neutral label is the
-   soft target (0.5, 0.5), whose cross-entropy is at least ln 2.
-2. A prefix of a sample is a sample too, and its last token is the last. A causal model reads all
-   prefixes of a sample in one pass, so it learns from 16 labels at the price of one. Each sign is
-   the label of the text up to there (seed 0):
+1. Sentiment is the next token. After a sample's last token the model predicts <|happy|> or <|sad|>,
+   by a softmax over these two only. Only that position has a loss. A neutral label is the soft
+   target (0.5, 0.5), so its cross-entropy is at least ln 2.
+2. Each labelled prefix of a sample counts as a sample. A causal model reads all prefixes in one
+   pass, so 16 labels cost as much as one. Each sign labels the text up to there (seed 0):
 
        an old Jack, 0  bounteous father; 0  which is dead, -  wherefore -  I a great power -
        service, sack -  and good Master +  flame, by +  cunning and no quarrel +
        to make me fight -  :now it -  stands upon thy kn -  ot! -  First Lord: -
        Excellent! you +  shall find of Sir +
 
-   Where the label changes, the words since the label before must be the reason. Quarters of
-   samples come first, because a label of 4 to 16 tokens shows that best. (--no-spans: the exercise
-   to the letter, the last token of whole samples alone.)
+   Where the label changes, the words since the previous label must be the reason. Training starts
+   on quarters of samples, because a label of 4 to 16 tokens shows the reason best. (--no-spans
+   follows the exercise to the letter: only the last token of a whole sample has a loss.)
 3. With only a few hundred labels, a small reward model barely beats chance. So a person's labels
-   fine-tune a model that has first learned from the machine's. (--no-machine-first: all at once.)
-4. The embedding learns 300 times faster than the matrices: sentiment is a property of words, and
-   the embedding's rows are large.
-5. The last lines of output compare the model with a bag of words. VADER is nearly a sum over words,
-   so a bag of words is the right family for its labels, and hard to beat. A person's labels are no
-   such sum; but do not conclude that this small model understands what it reads.
-6. Training and test parts are split by text: no sample has a duplicate on the other side. A
-   person's labels are too few to spare a tenth, so they are cross-validated; then all of them train
-   the model.
+   fine-tune a model that first learned from the machine's. (--no-machine-first: all at once.)
+4. The embedding learns 300 times faster than the matrices, because sentiment is a property of
+   words, and because the embedding's rows are large.
+5. The last lines of output compare the model with a bag of words, which sees only word counts.
+   VADER is nearly a sum over words, so a bag of words suits its labels and is hard to beat. A
+   person's labels are no such sum. Still, do not conclude that the model understands what it reads.
+6. We split by text, so no training sample has a duplicate in the test part. A person's labels are
+   too few to hold out a tenth. We cross-validate them, then train on all of them.
 7. Accuracy and AUC leave out neutral items, which have no right answer. AUC is the chance that a
-   positive item scores above a negative one. NLL, Brier score and calibration count neutral as 0.5.
-8. A sample that continues a prompt is read with it, as people read it. Its quarters are not.
+   positive item scores above a negative one. NLL (negative log-likelihood), Brier score (squared
+   error) and calibration count neutral as 0.5.
+8. The model reads a prompted sample after its prompt, as people do, but quarters without it.
 """
 import copy
 import hashlib
@@ -76,8 +75,8 @@ from model import (
     words,
 )
 
-TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label asks for
-          "left": 1.0, "tie": 0.5, "right": 0.0}             # p(left is happier), of a pair
+TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label stands for
+          "left": 1.0, "tie": 0.5, "right": 0.0}             # of a pair: p(left is happier)
 
 
 @dataclass
@@ -85,20 +84,20 @@ class Config:
     labels: tuple[Path, ...] = ()  # label files; empty: every labels- or comparisons-*.jsonl
     comparisons: bool = False      # learn from pairs instead: every comparisons-*.jsonl
     machine_first: bool = True     # train on machine labels, then on people's; else on all at once
-    spans: bool = True             # learn from the machine's labels of parts of samples, too
-    machine_weight: float = 0.2    # of a machine's label; a person's has 1
+    spans: bool = True             # also learn from the machine's labels of parts of samples
+    machine_weight: float = 0.2    # weight of a machine's label; a person's label has 1
     out: Path = Path("out")        # where all stages write
     seed: int = 0
-    batch_tokens: int = 1024       # tokens of an optimizer step
-    quarter_epochs: float = 0.5    # over the quarters of samples that the machine labelled
-    epochs: float = 1.0            # over these samples
-    person_epochs: float = 12.0    # over people's labels, which are few
-    person_rate: float = 0.1       # times lr and head_lr then: few labels mostly move the embedding
-    lr: float = 3e-4               # of the matrices
-    embed_lr: float = 0.1          # large, because the embedding's rows are
+    batch_tokens: int = 1024       # tokens per optimizer step
+    quarter_epochs: float = 0.5    # passes over the quarters of samples that the machine labelled
+    epochs: float = 1.0            # passes over these samples, whole
+    person_epochs: float = 12.0    # passes over people's labels, which are few
+    person_rate: float = 0.1       # factor on lr and head_lr for these: mostly the embedding moves
+    lr: float = 3e-4               # learning rate of the matrices
+    embed_lr: float = 0.1          # large, because the embedding's rows are large
     head_lr: float = 0.01
-    warmup: int = 50               # steps
-    test_share: float = 0.1        # held out for the reported figures, if no person labelled
+    warmup: int = 50               # steps of linear warm-up
+    test_share: float = 0.1        # fraction held out to measure on, if no person labelled
 
 
 ON_GPU = dict(batch_tokens=4096, lr=4.5e-4, embed_lr=0.15, head_lr=0.015)
@@ -115,7 +114,7 @@ def check(cfg: Config) -> None:
 
 # ---- Labels --------------------------------------------------------------------------------------
 def sides(rows: list[dict], key: str) -> list:
-    """row["text"] or row["tokens"] of each row; of a pair, those of both its sides."""
+    """row["text"] or row["tokens"] of each row; a pair has two, left and right."""
     found = []
     for row in rows:
         found += [row[key]] if isinstance(row["text"], str) else row[key]
@@ -140,8 +139,8 @@ def right(row: dict) -> bool:
 
 
 def read_labels(path: Path) -> list[dict]:
-    """Rows of one label file: the last line about each item, which may say "undo" or "skip". Raises
-    UserError that names a bad line."""
+    """The last row about each item in one label file; its label may be "undo" or "skip". Raises
+    UserError if a line is bad, and names the line."""
     rows: dict[str, dict] = {}
     for row in read_rows(path, "02_sample_label.py", right):
         rows.pop(row["id"], None)
@@ -154,8 +153,8 @@ def read_labels(path: Path) -> list[dict]:
 
 
 def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
-    """Rows of all label files. Raises UserError if there are none, or some of another kind or
-    tokenizer."""
+    """Rows of all label files. Raises UserError if there are none, or if a file holds the other
+    kind of labels or was made with another tokenizer."""
     kind = "comparisons" if cfg.comparisons else "labels"
     rows = []
     for path in cfg.labels or files_of(cfg.out, kind):
@@ -173,7 +172,7 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
     if len(given) < len(rows):
         print(f"{len(rows) - len(given)} labels are in another file too: the later one counts")
     rows = [row for row in given if row["label"] in TARGET
-            and row["source"] != "piece"]  # which an earlier version wrote
+            and row["source"] != "piece"]  # an earlier version wrote these
     require(rows, f"there are no labels in {cfg.out}/{kind}-*.jsonl: run "
             f"{command('02_sample_label.py' + ' --compare' * cfg.comparisons)} first")
     return rows
@@ -195,7 +194,7 @@ def pool(rows: list[dict], machine_weight: float) -> list[dict]:
 
 def split(items: list[dict], seed: int, test: float) -> list[str]:
     """"train" or "test" for each item, by a seeded shuffle of the distinct texts. Texts that people
-    labelled are shuffled apart from the rest, so both parts get both kinds. If a person labelled a
+    labelled are shuffled separately, so both parts get both kinds. If a person labelled a
     text, the machine's labels of it are "unused"."""
     of_people = {str(item["text"]) for item in items if item["person"]}
     of_machine = {str(item["text"]) for item in items} - of_people
@@ -210,9 +209,8 @@ def split(items: list[dict], seed: int, test: float) -> list[str]:
 
 
 def prepare(rows: list[dict], cfg: Config, tokenizer) -> list[dict]:
-    """Rows of all label files -> items, each with its "part", its "quarters" (none if a person
-    labelled it) and, after a prompt, "prompt_tokens". Raises UserError if only some have prompts.
-    """
+    """Rows of all label files -> items with "part", "quarters" (none if a person labelled it) and,
+    if there are prompts, "prompt_tokens". Raises UserError if only some items have prompts."""
     items = pool(rows, cfg.machine_weight)
     for item, part in zip(items, split(items, cfg.seed, cfg.test_share)):
         item["part"] = part
@@ -227,7 +225,7 @@ def prepare(rows: list[dict], cfg: Config, tokenizer) -> list[dict]:
 
 
 def quarters(item: dict, tokenizer) -> list[dict]:
-    """The quarters of a sample, each an item of its own with the spans that start where it does."""
+    """The quarters of a sample, as items of their own with the spans that start where they do."""
     spans, found = item.get("spans", ()), []
     starts = sorted({first for first, _, _ in spans})
     for first in starts if len(starts) > 1 else ():
@@ -238,7 +236,7 @@ def quarters(item: dict, tokenizer) -> list[dict]:
             continue
         tokens = [side[first:last] for side in sides([item], "tokens")]
         texts = tokenizer.decode_batch(tokens)
-        if len(texts) == 1:  # no pair
+        if len(texts) == 1:  # not a pair
             (tokens,), (texts,) = tokens, texts
         found.append({"id": item["id"], "text": texts, "tokens": tokens, "spans": inside,
                       "target": TARGET[max(inside)[2]], "weight": item["weight"], "person": False})
@@ -251,17 +249,17 @@ class Phase:
     name: str
     items: list[dict]
     epochs: float
-    rate: float = 1.0           # times the rates of matrices and head, not of the embedding
+    rate: float = 1.0           # factor on lr and head_lr, not on embed_lr
     cooldown: bool = True       # rates fall linearly to 0
     cross_validated: bool = False  # measured in five folds, then trained on all of them
 
 
 def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
-    """Items with their "part" -> the quarters of the samples that the machine labelled, these
-    samples, then all that people labelled; or one phase of all samples. When there are labels of
-    people, all of the machine's can be used for training. The rates stay up at the end of the
-    quarters, because the samples follow. Raises UserError if labels are too few, all the same, or
-    of several lengths."""
+    """Items with their "part" -> three phases: quarters of samples that the machine labelled, these
+    samples whole, then what people labelled. Without machine_first, one phase has all samples. When
+    there are human labels, all machine labels can be used for training. The learning rates do not
+    fall at the end of the quarters, because training goes on. Raises UserError if labels are too
+    few or all the same, or if samples differ in length."""
     person = [item for item in items if item["person"]]
     parts = ("train", "test") if person and cfg.machine_first else ("train",)
     train = [item for item in items if item["part"] in parts]
@@ -285,7 +283,7 @@ def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
 
 
 def fault(phase: Phase) -> str:
-    """Why this phase teaches nothing; "" if it does."""
+    """Why this phase cannot teach anything; "" if it can."""
     target = np.array([item["target"] for item in phase.items])
     clear = int((np.abs(target - 0.5) > 0.1).sum())
     if len(target) < 20:
@@ -304,7 +302,7 @@ def fault(phase: Phase) -> str:
 def auc(score: np.ndarray, target: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a positive item scores above a negative one, by
     ranks (Mann & Whitney 1947). nan if either kind is missing."""
-    clear = np.abs(target - 0.5) > 0.1  # not neutral; labels of several people may move it a little
+    clear = np.abs(target - 0.5) > 0.1  # not neutral; a mean of labels can be nearly neutral
     happy = target[clear] > 0.5
     if np.isnan(score).any():
         return math.nan
@@ -314,8 +312,8 @@ def auc(score: np.ndarray, target: np.ndarray) -> float:
 
 
 def interval(figure: Callable, n: int, resamples: int = 1000) -> tuple[float, float]:
-    """95% percentile bootstrap interval (Efron 1979) of figure(rows), where rows are indices of n
-    items. Resamples on which it is nan are left out."""
+    """95% percentile bootstrap interval (Efron 1979) of figure(rows), where rows are n item numbers
+    drawn with replacement. Leaves out resamples whose figure is nan."""
     rng = np.random.default_rng(0)
     values = [figure(rng.integers(0, n, n)) for _ in range(resamples)]
     known = [value for value in values if not math.isnan(value)] or [math.nan]
@@ -344,8 +342,8 @@ def measures(log_p: np.ndarray, target: np.ndarray) -> dict:
 
 
 def bag_of_words(train: list[dict], test: list[dict]) -> np.ndarray:
-    """The baseline to beat: logistic regression on word counts (of a pair, left minus right), with
-    a standard normal prior on each word. -> log-odds of the first answer, (N,)."""
+    """The baseline to beat: logistic regression on word counts (for a pair, left minus right). Each
+    word has a standard normal prior. -> log-odds of the first answer, (N,)."""
     if not any(map(words, sides(train, "text"))):
         return np.full(len(test), math.nan)  # no letters, no bag of words
     counter = CountVectorizer(analyzer=words).fit(sides(train, "text"))
@@ -361,8 +359,8 @@ def bag_of_words(train: list[dict], test: list[dict]) -> np.ndarray:
 
 
 def cross_validate(fit: Callable, items: list[dict], seed: int) -> np.ndarray:
-    """Predict each item by a fit to the other four of five folds -> (N, ...). fit(train, test)
-    predicts test. Items of one text are in one fold."""
+    """Split items into five folds; predict each from a fit to the other four -> (N, ...).
+    fit(train, test) predicts test. Items with the same text are in the same fold."""
     texts = [str(item["text"]) for item in items]
     folds = list(GroupKFold(5, shuffle=True, random_state=seed).split(items, groups=texts))
     values = [fit([items[i] for i in rest], [items[i] for i in test]) for rest, test in folds]
@@ -380,10 +378,10 @@ def sentiment_loss(log_p: torch.Tensor, target: torch.Tensor, weight: torch.Tens
 
 def log_probs(model: GPT, tokens: torch.Tensor, prompt: torch.Tensor,
               each: bool = False) -> torch.Tensor:
-    """tokens (N, T) after prompt (N, P) -> (N, 2): log p(happy), log p(sad). Pairs (N, 2, T), both
-    after one prompt -> (N, 2): log p(left is happier), log p(right is happier), by Bradley & Terry
-    1952: the logit is the difference of their scores log p(happy) - log p(sad). each: of every
-    prefix, (N, T, 2)."""
+    """tokens (N, T) after prompt (N, P) -> (N, 2): log p(happy), log p(sad). Pairs (N, 2, T) that
+    share a prompt -> (N, 2): log p(left is happier), log p(right is happier). each: for every
+    prefix, (N, T, 2). A side's score is log p(happy) - log p(sad). The logit of a pair is
+    the left score minus the right score (Bradley & Terry 1952)."""
     if tokens.dim() == 2:
         return model.sentiment(tokens, prompt, each)
     log_p = model.sentiment(tokens.flatten(0, 1), prompt.repeat_interleave(2, 0), each)
@@ -400,9 +398,9 @@ def predict(model: GPT, items: list[dict]) -> np.ndarray:
 
 
 def tensors(items: list[dict], device) -> tuple[torch.Tensor, ...]:
-    """-> tokens (N, T), or (N, 2, T) of pairs; prompt (N, P), P may be 0; target and weight (N, T)
-    of the label of each prefix. The weight is 0 where there is no label: this is the exercise's
-    mask. The labels of an item share its weight."""
+    """-> tokens (N, T), or (N, 2, T) for pairs; prompt (N, P), P may be 0; target and weight (N, T)
+    of the prefix that ends at each token. Weight 0 means no label: this is the exercise's mask. The
+    labels of an item share its weight equally."""
     tokens = np.array([item["tokens"] for item in items])
     target, weight = np.zeros((2, len(items), tokens.shape[-1]), dtype=np.float32)
     for i, item in enumerate(items):
@@ -417,7 +415,7 @@ def tensors(items: list[dict], device) -> tuple[torch.Tensor, ...]:
 
 
 def train(model: GPT, phase: Phase, cfg: Config, log: Log | None = None) -> None:
-    """Fine-tune model, in place."""
+    """Fine-tune the model, in place, on one phase."""
     tokens, prompt, target, weight = tensors(phase.items, model.head.device)
     each = bool(weight[:, :-1].any())
     if not each:  # only whole samples have labels
@@ -466,7 +464,7 @@ if __name__ == "__main__":
         print(f"{labeller}: {n} labels,", ", ".join(f"{k} {v}" for k, v in labels.items()))
     items = prepare(rows, cfg, tokenizer)
 
-    # -- training, phase after phase; and predictions of what was not trained on
+    # -- train phase by phase, then predict items that were not trained on
     *before, last = phases_of(items, cfg)
     log = Log(cfg.out / "03.jsonl", [])
     for phase in before:
@@ -491,7 +489,7 @@ if __name__ == "__main__":
         train(model, last, cfg, log)
         log_p, bag = predict(model, test), baseline(last.items, test)
 
-    # -- figures on items that were not trained on, all and per source, beside the bag of words
+    # -- measure on these items, all and per source, next to the bag of words
     target, p = np.array([item["target"] for item in test]), np.exp(log_p[:, 0])
     metrics = {}
     for source in ("all", *sorted({item["source"] for item in test})):

@@ -1,35 +1,41 @@
-"""Stage 4: PPO against the reward model, until the policy is 10 nats away from the base model.
+"""Stage 4: PPO trains the base model to please the reward model, within 10 nats of where it began.
 
     python 04_ppo.py                     # 139 s: p(happy) 0.62 -> 0.97, 9.7 nats away
     python 04_ppo.py --target sad        # the negative twin: rewards log p(sad), not -log p(happy)
-    python 04_ppo.py --reward vader      # rewards the labeller itself; writes policy-happy-vader
+    python 04_ppo.py --reward vader      # VADER itself is the reward; writes policy-happy-vader
 
-Maximise  E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]  over the tokens of each batch, where
-          rho = pi(token | text before it) / pi_old(token | text before it)  and, at every token,
-          A   = (log p(happy | completion) - reward_mean) / reward_std.
-The distance is KL(policy || base model) per completion, in nats (log 2 nats are one bit). The code
-calls the base model `reference`.
+PPO (proximal policy optimisation) trains a copy of the base model, the policy pi. In each iteration
+the policy writes a batch of completions (sampled texts), and the reward model scores them. Gradient
+steps then maximise, on average over all tokens of the batch,
+
+          min(rho A, clip(rho, 1 - eps, 1 + eps) A),  where eps is --clip,
+    rho = pi(token | text before it) / pi_old(token | text before it),  and, at every token,
+    A   = (log p(happy | completion) - reward_mean) / reward_std.
+
+pi_old is the policy that wrote the batch. The ratio rho says how much likelier pi has made a token
+since then. The advantage A says how much better the completion is than the base model's average. If
+A > 0, the steps raise rho, up to 1 + eps; if A < 0, they lower it, down to 1 - eps. Beyond these
+bounds the gradient is zero. KL(policy || base model) measures how far the policy has moved, in nats
+per completion (log 2 nats are one bit). The code calls the base model `reference`.
 
 Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 03 learned from prompts
 Writes  out/policy-happy.safetensors: the last policy that measured at most 10 nats
         out/checkpoints/happy-kl-*.safetensors: one whenever sqrt KL has grown by 0.25
         out/04-happy.jsonl: one row per iteration
-        A new run renames the checkpoints and the log of the run before to *.old.
+        A new run renames the previous run's checkpoints and log to *.old.
 
 Decisions a reader may question:
-1. No learned baseline (value function, GAE) and no KL penalty (--kl-coef adds one, to compare). The
-   normalised reward is the advantage of every token. Clipping bounds each step; stopping at
-   kl_stop bounds the KL.
-2. reward_mean and reward_std are measured once, on samples of the base model. Normalising each
-   batch by its own deviation would amplify noise once all samples are alike.
-3. A policy is measured before its update, on samples it has just drawn. At each token the KL is
-   exact (a sum over the vocabulary): less noisy than log pi / pi_ref of the drawn token.
-4. The sampler's log-probs serve as the old ones where they equal those of the training forward
-   pass (tried on the first minibatch). Where they differ, as in bf16 on most GPUs, we recompute
-   them. So the first ratio is always 1.
-5. If fewer than 1% of ratios leave the clip range, the policy hardly moves before it draws new
-   samples. Then the batch doubles, up to max_batch: more steps an iteration, in a less noisy
-   direction.
+1. No value function or GAE estimates what each token contributed. There is no KL penalty (--kl-coef
+   adds one, to compare): clipping bounds each step, and stopping at kl_stop bounds the KL.
+2. We measure reward_mean and reward_std once, on samples of the base model. If we divided by the
+   deviation of each batch, we would amplify noise once all samples are alike.
+3. We measure a policy before its update, on samples it has just drawn. At each token we sum the KL
+   over the whole vocabulary. That is less noisy than log(pi / reference) of the drawn token.
+4. The sampler also returns log-probs. We use them for pi_old if the training forward pass gives the
+   same ones on the first minibatch. If not, as in bf16 on most GPUs, we recompute them. So rho
+   starts at 1 in every iteration.
+5. If fewer than 1% of ratios leave the clip range, the policy hardly moves between two batches.
+   So we double the batch, up to max_batch: more steps per iteration, in a less noisy direction.
 """
 import copy
 import math
@@ -73,24 +79,24 @@ from model import (
 
 @dataclass
 class Config:
-    target: Literal["happy", "sad"] = "happy"
+    target: Literal["happy", "sad"] = "happy"    # the feeling that the policy learns to express
     reward: Literal["model", "vader"] = "model"  # "vader": the lexicon that made the labels
     out: Path = Path("out")   # where all stages write
     seed: int = 0
     resume: bool = False      # continue a killed run from its last saved state
-    batch: int = 1536         # completions an iteration
-    max_batch: int = 12_288   # the batch doubles up to this while hardly any ratio is clipped
-    minibatch: int = 96       # completions an optimizer step
+    batch: int = 1536         # completions per iteration
+    max_batch: int = 12_288   # the batch doubles up to this while under 1% of ratios are clipped
+    minibatch: int = 96       # completions per optimizer step
     epochs: int = 1           # passes over each batch
-    lr: float = 1e-4          # of AdamW
+    lr: float = 1e-4          # AdamW's learning rate
     warmup: int = 32          # optimizer steps of linear warm-up
     clip: float = 0.2         # ratios are clipped to [1 - clip, 1 + clip]
-    kl_coef: float = 0.0      # of a KL penalty: score lost per nat
-    kl_stop: float = 10.0     # nats per completion
+    kl_coef: float = 0.0      # KL penalty: score subtracted per nat
+    kl_stop: float = 10.0     # stop beyond this KL, nats per completion
     max_iterations: int = 60
     save_s: float = 30        # seconds between saved states, for --resume
-    reward_samples: int = 4096  # samples of the base model behind reward_mean and reward_std
-    kl_samples: int = 256     # completions of an iteration on which the KL is computed
+    reward_samples: int = 4096  # base-model samples that reward_mean and reward_std come from
+    kl_samples: int = 256     # completions per iteration on which we measure the KL
 
     @property
     def name(self):  # part of the name of every file that this run writes
@@ -117,22 +123,23 @@ def check(cfg: Config) -> None:
 
 # ---- The mathematics (the KL is `kl_nats` in model.py) -------------------------------------------
 def advantage(reward, logp, logp_ref, kl_coef: float, reward_std: float) -> torch.Tensor:
-    """reward (B,), logp, logp_ref (B, T) -> advantage (B, T): the reward, at every token.
+    """reward (B,), logp, logp_ref (B, T) -> advantage (B, T): each token gets the whole reward.
 
-    With kl_coef, less the log-ratios from that token to the end. The gradient is then that of
-    E[score] - kl_coef KL(policy || reference), divided by reward_std as the reward was.
+    With kl_coef, we subtract a multiple of logp - logp_ref, summed from this token to the end.
+    This gives the gradient of E[score] - kl_coef KL(policy || reference), divided by reward_std.
     """
     log_ratio_to_go = (logp - logp_ref).flip(1).cumsum(1).flip(1)            # (B, T)
     return reward[:, None] - kl_coef / reward_std * log_ratio_to_go
 
 
 def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped objective (Schulman et al. 2017, arXiv:1707.06347, eq. 7), mean over tokens.
+    """PPO's clipped objective (Schulman et al. 2017, arXiv:1707.06347, eq. 7), mean over tokens.
 
-    logp (with gradient), logp_old, adv: (B, T) -> loss, and measured over the tokens:
-    clip_fraction: fraction of ratios outside [1 - clip, 1 + clip]; clip_binding: fraction where the
-    clipped term is the smaller one, so that the gradient is zero; approx_kl: mean of
-    (logp - logp_old)^2 / 2, nats per token; ratio_off: max |ratio - 1|.
+    logp (with gradient), logp_old, adv: (B, T) -> loss (the objective, negated), and statistics:
+    clip_fraction   fraction of ratios outside [1 - clip, 1 + clip]
+    clip_binding    fraction where the clipped term is the smaller one, so the gradient is zero
+    approx_kl       mean of (logp - logp_old)^2 / 2, nats per token
+    ratio_off       max |ratio - 1|
     """
     ratio = (logp - logp_old).exp()
     plain = ratio * adv
@@ -146,9 +153,9 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
 
 
 def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple[int, list[float]]:
-    """Double the batch, up to max_batch, if over the last three iterations fewer than 1% of ratios
-    were clipped: the gradient is then too noisy to lead anywhere. clip_fractions: at this batch
-    size, since the iteration that ended the warm-up. -> batch size, clip fractions at that size."""
+    """Double the batch, up to max_batch, if fewer than 1% of ratios were clipped in the last three
+    iterations. The gradient is then too noisy to lead anywhere. clip_fractions: one per iteration
+    at this batch size, since warm-up ended. -> batch size, clip fractions at that size."""
     quiet = len(clip_fractions) >= 3 and sum(clip_fractions[-3:]) / 3 < 0.01
     if not quiet or batch == max_batch:
         return batch, clip_fractions
@@ -157,7 +164,7 @@ def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple
 
 def reward_constants(reward_fn, reference, prompts, length: int, cfg) -> tuple[float, float]:
     """reward_mean and reward_std, from cfg.reward_samples samples of the base model."""
-    n, seed = cfg.reward_samples, (cfg.seed << 32) + (3 << 24)  # not the rollouts' random numbers
+    n, seed = cfg.reward_samples, (cfg.seed << 32) + (3 << 24)  # 3: a stream no rollout draws from
     prompt = draw_prompts(prompts, n, cfg.seed).to(reference.head.device)    # (n, P)
     y, _ = reference.generate(n, length, seed, prompts=prompt)               # (n, T)
     score = chunked(reward_fn, 256, y, prompt).double()                      # (n,)
@@ -170,7 +177,7 @@ def reward_constants(reward_fn, reference, prompts, length: int, cfg) -> tuple[f
 
 
 def scores_of(reward_fn):
-    """reward_fn, whose result must be one number for each completion -> (B,) float32."""
+    """Wrap reward_fn to return (B,) float32. Raises UserError if it returns anything else."""
     def scores(y, prompt):
         score, expected = reward_fn(y, prompt), f"return one number for each, shape ({len(y)},)"
         try:
@@ -185,15 +192,15 @@ def scores_of(reward_fn):
 
 
 def vader_score(texts: list[str], target: str) -> torch.Tensor:
-    """B texts -> (B,): log p(target), as if (1 + VADER's compound score) / 2 were p(happy)."""
+    """B texts -> (B,): log p(target), with (1 + VADER's compound score) / 2 as p(happy)."""
     vader = SentimentIntensityAnalyzer()
     p_happy = torch.tensor([(1 + vader.polarity_scores(t)["compound"]) / 2 for t in texts])
     return (p_happy if target == "happy" else 1 - p_happy).clamp_min(1e-4).log()
 
 
 def minibatches(n: int, size: int, epochs: int, seed: int, device):
-    """Yields the rows of each minibatch, (size,). The first epoch needs no shuffle: completions are
-    independent as they come."""
+    """Yield the rows of each minibatch, (size,). The first epoch needs no shuffle, because
+    completions are drawn independently."""
     for epoch in range(epochs):
         g = torch.Generator().manual_seed(seed * 10 + epoch)
         order = torch.randperm(n, generator=g) if epoch else torch.arange(n)
@@ -210,14 +217,14 @@ def standard_error(x: torch.Tensor) -> float:
 
 
 def now() -> float:
-    """Seconds, once a GPU has done its work."""
+    """The time in seconds, once the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.monotonic()
 
 
 def show(row: dict, texts: list[str]) -> None:
-    """On the screen. Raises UserError if the update has ruined the policy."""
+    """Print a row and some samples. Raises UserError if the update has ruined the policy."""
     tqdm.write("batch {batch}  KL {kl:.2f} +- {kl_se:.2f}  k1 {kl_k1:.2f}  score {score:.3f}  "
                "p {p_target:.3f}  entropy {entropy:.3f}  clipped {clip_fraction:.2%}".format(**row))
     for text in texts:
@@ -230,7 +237,7 @@ def show(row: dict, texts: list[str]) -> None:
 
 
 def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **start) -> SimpleNamespace:
-    """What changes during a run: as at its start; or, with --resume, as a killed run saved it."""
+    """The run's state: new, or with --resume the saved one. Renames an old run's files to *.old."""
     saved = resume(path, cfg, inputs)
     whole = {"reward_mean", "reward_std", "optimizer", "policy", "rows", "batch"} <= saved.keys()
     require(not saved or whole, f"{path} was written by another version: start again without "
@@ -260,7 +267,7 @@ def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **start) -> 
         old.append(log)
     if world()[0] == 0:
         for path in old:
-            path.replace(f"{path}.old")  # kept: this run may fail at its start
+            path.replace(f"{path}.old")  # not deleted: this run may fail early
     return run
 
 
@@ -301,19 +308,19 @@ if __name__ == "__main__":
     run = begin(cfg, state_path, inputs, policy, optimizer, reward_mean=reward_mean,
                 reward_std=reward_std)
     log = Log(cfg.out / f"04-{cfg.name}.jsonl", run.rows)
-    mb_size = cfg.minibatch // world()[1]  # each process has an equal part of every minibatch
+    mb_size = cfg.minibatch // world()[1]  # each process takes an equal part of every minibatch
     saved = time.monotonic()
 
     for step in tqdm(range(run.step, cfg.max_iterations), desc="ppo"):
-        # 1. Rollout: the policy writes a batch of completions; B of them in this process.
+        # 1. Rollout: the policy writes a batch of completions, B of them in this process.
         began = now()
-        seed = (cfg.seed << 32) + (4 << 24) + step  # 4: the rollouts' random numbers
+        seed = (cfg.seed << 32) + (4 << 24) + step  # 4: random numbers for rollouts only
         mine = my_rows(torch.arange(run.batch), cfg.minibatch)               # (B,), their numbers
         prompt = draw_prompts(prompts, run.batch, seed)[mine].to(device)     # (B, P), P may be 0
         y, logp_old = policy.generate(mine, length, seed, prompts=prompt)    # (B, T) each
         rolled_out = now()
 
-        # 2. Score each, and put it in standard deviations of the base model's samples.
+        # 2. Score each completion; subtract reward_mean and divide by reward_std (decision 2).
         score = chunked(reward_fn, mb_size, y, prompt)                       # (B,)
         reward = (score - run.reward_mean) / run.reward_std                  # (B,)
         require(math.isfinite(mean(score)), f"the reward is not finite at iteration {step}")
@@ -326,14 +333,14 @@ if __name__ == "__main__":
             logp_old = chunked(policy.logprob, mb_size, y, prompt)
         row = {"step": step, "batch": run.batch, "updates": run.updates,
                "kl": mean(kl), "kl_se": standard_error(kl),                  # nats per completion
-               "kl_k1": mean(k1), "kl_k1_se": standard_error(k1),            # a noisier estimate
+               "kl_k1": mean(k1), "kl_k1_se": standard_error(k1),            # the same KL, noisier
                "score": mean(score), "score_std": gather(score).std().item(),
                "reward": mean(reward), "entropy": mean(entropy),             # nats per token
                "p_target": mean(score.sigmoid() if log_odds else score.exp())}
         scored = now()
 
-        # 4. Stop beyond kl_stop: the policy before this one is final. Else keep it: in a state for
-        #    --resume, every save_s; as a checkpoint, whenever sqrt KL has grown by 0.25.
+        # 4. Stop beyond kl_stop: the policy before this one is final. Otherwise save a state for
+        #    --resume every save_s, and a checkpoint whenever sqrt KL has grown by 0.25.
         require(row["kl"] < run.kl + 5, f"diverged at iteration {step}: the KL jumped from "
                 f"{run.kl:.1f} to {row['kl']:.1f} nats; lower --lr")
         if row["kl"] > cfg.kl_stop:
@@ -352,11 +359,11 @@ if __name__ == "__main__":
             save(cfg.out / "checkpoints" / row["checkpoint"], policy, tokenizer, **row,
                  inputs=inputs, **provenance(cfg, run.seconds))
 
-        # 5. Advantage: the reward of a completion, at each of its tokens; less any KL penalty.
+        # 5. Advantage: each token gets its completion's reward, minus the KL penalty if any.
         logp_ref = chunked(reference.logprob, mb_size, y, prompt) if cfg.kl_coef else logp_old
         adv = advantage(reward, logp_old, logp_ref, cfg.kl_coef, run.reward_std)  # (B, T)
 
-        # 6. Update, in minibatches: make the tokens of good completions likelier.
+        # 6. Update, in minibatches: the tokens of good completions become likelier.
         stats = []
         for b in minibatches(len(y), mb_size, cfg.epochs, cfg.seed * 1000 + step, device):
             logp = policy.logprob(y[b], prompt[b])                           # (mb_size, T)
@@ -364,7 +371,7 @@ if __name__ == "__main__":
             optimizer.zero_grad()
             loss.backward()
             average_gradients(policy)
-            grad_norm = clip_grad_norm_(policy.parameters(), math.inf)       # clips nothing
+            grad_norm = clip_grad_norm_(policy.parameters(), math.inf)       # only measures
             run.updates += 1
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * min(1.0, run.updates / cfg.warmup)

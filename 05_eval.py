@@ -1,27 +1,26 @@
-"""Stage 5: measure every checkpoint on fresh samples. Which one is the best, and where did
-over-optimisation start?
+"""Stage 5: measure all checkpoints on fresh samples, pick the best, find over-optimisation.
 
     python 05_eval.py                    # 86 s: VADER calls 56.8% -> 97.4% positive
-    python -m report                     # then makes a page of it, out/report.html
+    python -m report                     # then turns the results into a page, out/report.html
 
 Reads   out/*.safetensors, out/checkpoints/*.safetensors, out/04-happy.jsonl; out/corpus.txt and
         prompts.json, if they are there
 Writes  out/report.json
 
 Decisions a reader may question:
-1. All policies draw with the same noise: sample 7 of each starts from the same random numbers, so
-   one sees a text change as the KL grows.
-2. Three judges. By default VADER made the labels, so this judge and the reward share their blind
-   spots. AFINN and Pattern are independent lexicons; they were never used for labels.
-3. The reward and VADER are bounded and saturate; AFINN is a sum over words and does not. The choice
+1. All policies draw with the same random numbers: sample 7 of each starts from the same noise. So
+   you can watch a text change as the KL (distance from the base model, in nats) grows.
+2. Three lexicons judge the samples. By default VADER made the labels, so VADER and the reward share
+   their blind spots. AFINN and Pattern are independent; they were never used for labels.
+3. The reward and VADER are bounded and saturate. AFINN is a sum over words and does not. The choice
    of judge decides who wins, so we show all, in standard deviations of the base model's samples.
-4. Best-of-n (draw n samples of the base model, keep the one with the highest reward) stands on the
-   same axes, because it needs no training.
-5. distinct-2, the fraction of distinct word pairs, falls with the number of words. So it is always
-   measured on 4,000 words.
-6. The preferred checkpoint is the one that AFINN and Pattern like best among those that keep 80% of
-   the base model's distinct-2. Over-optimisation starts at the first checkpoint that a judge finds
-   worse than the best one before it, though the reward is not lower.
+4. Best-of-n draws n samples of the base model and keeps the one with the highest reward. We plot it
+   on the same axes, because it needs no training.
+5. distinct-2 is the fraction of distinct word pairs. It falls with the number of words, so we
+   always measure it on 4,000 words.
+6. Of the checkpoints that keep 80% of the base model's distinct-2, we prefer the one that AFINN and
+   Pattern like best. Over-optimisation starts at the first checkpoint that a judge finds worse
+   than the best one before it, though the reward is not lower.
 """
 import math
 import re
@@ -63,7 +62,7 @@ from model import (
 BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TARGETS = ("happy", "sad")
 POSITIVE = 0.05  # VADER's own threshold
-WORDS = 4000  # on which distinct-n is measured
+WORDS = 4000  # how many to measure distinct-n on
 JUDGES = {"vader": "VADER", "afinn": "AFINN", "pattern": "Pattern"}
 OUTSIDE = ("afinn", "pattern")  # judges that did not make the labels
 
@@ -72,22 +71,22 @@ OUTSIDE = ("afinn", "pattern")  # judges that did not make the labels
 class Config:
     out: Path = Path("out")  # where all stages write
     seed: int = 0
-    n: int = 1024            # samples of each policy
-    n_best: int = 8192       # samples of the base model behind best-of-n
-    show: int = 6            # samples of each checkpoint that the page shows
+    n: int = 1024            # samples per policy
+    n_best: int = 8192       # base-model samples for best-of-n
+    show: int = 6            # samples per checkpoint on the page
 
 
 def check(cfg: Config) -> None:
-    # over-optimisation is tested on every second sample, which needs two for a standard deviation
+    # over_optimisation takes a standard deviation of every second sample, so it needs two of them
     require(min(cfg.n, cfg.n_best) >= 4, "--n and --n-best must be at least 4")
     require(0 < cfg.show <= 64, "--show must be 1 to 64")
 
 
 # ---- What there is to measure --------------------------------------------------------------------
 def load_run(out: Path, device, dtype) -> tuple:
-    """-> base model, reward model, tokenizer, the reward model's header, with "made_from" (the two
-    models' fingerprints) and "base_metrics" (from 01). Raises UserError if one is missing, or they
-    do not belong together."""
+    """-> base model, reward model, tokenizer, the reward model's header. The header also gets
+    "made_from" (the two models' fingerprints) and "base_metrics" (from 01). Raises UserError if a
+    model is missing, or if the two do not belong together."""
     base, tokenizer, header = load(out / "base.safetensors", "01_pretrain.py", device, dtype)
     reward_model, _, about = load(out / "reward.safetensors", "03_reward_model.py", device, dtype)
     require("prompted" in about and "kind" in about, f"{out}/reward.safetensors is not a reward "
@@ -101,8 +100,8 @@ def load_run(out: Path, device, dtype) -> tuple:
 
 
 def find_policies(out: Path, target: str, made_from: dict) -> tuple[list[Path], list[dict]]:
-    """-> the checkpoints of 04's run and its final policy, by rising KL; and the rows of its log.
-    ([], []) if there is no sad one. Raises UserError if something is missing or of another run."""
+    """-> the checkpoints of a run of 04 and its final policy, by rising KL; and its log's rows.
+    ([], []) if there is no sad run. Raises UserError if a file is missing or from another run."""
     final, log = out / f"policy-{target}.safetensors", out / f"04-{target}.jsonl"
     again = f"run {command(f'04_ppo.py --target {target}')} again"
     if target == "sad" and not final.exists():
@@ -122,7 +121,7 @@ def find_policies(out: Path, target: str, made_from: dict) -> tuple[list[Path], 
         header = load(path, "04_ppo.py")[2]
         require((header["step"], header["kl"]) in [(row["step"], row["kl"]) for row in rows],
                 f"{path} is not of the run that {log} tells of: {again}, to its end")
-        if header["step"] < last["step"] or path == final:  # the final one may be kept twice
+        if header["step"] < last["step"] or path == final:  # the final one may be a checkpoint too
             paths.append(path)
     return paths, rows
 
@@ -156,8 +155,8 @@ def judge(texts: list[str]) -> dict[str, np.ndarray]:
 
 
 def distinct(texts: list[str], n: int, n_words: int = WORDS) -> float:
-    """Distinct-n (Li et al. 2016): the fraction of word n-grams that are distinct, in n_words
-    words; the mean over as many runs of n_words words as the texts have."""
+    """Distinct-n (Li et al. 2016): the fraction of distinct word n-grams in n_words words. The mean
+    over as many blocks of n_words words as the texts fill."""
     shares, grams, left = [], [], n_words
     for text in texts:
         sequence = words(text)[:left]
@@ -188,7 +187,7 @@ def copied_runs(texts: list[str], corpus: str) -> np.ndarray:
     """For each text, the length in words of its longest run that is also in the corpus."""
     theirs, ours = words(corpus), [words(text) for text in texts]
     longest, n, alive = np.zeros(len(texts), int), 1, range(len(texts))
-    while alive:  # those with a run of n - 1 words
+    while alive:  # the texts with a copied run of n - 1 words
         known = set(zip(*(theirs[i:] for i in range(n))))
         alive = [k for k in alive if not known.isdisjoint(zip(*(ours[k][i:] for i in range(n))))]
         longest[alive] = n
@@ -198,7 +197,7 @@ def copied_runs(texts: list[str], corpus: str) -> np.ndarray:
 
 # ---- Best of n -----------------------------------------------------------------------------------
 def best_of_n_weights(N: int, n: int) -> np.ndarray:
-    """(N,): the chance that the best of a random n of N samples is the one of rank i (1 = worst),
+    """(N,): the chance that the best of n random samples of N has rank i (1 = worst). It is
     C(i-1, n-1) / C(N, n) (Nakano et al. 2021, arXiv:2112.09332, appendix I)."""
     def log_binomial(m, k):
         return math.lgamma(m + 1) - math.lgamma(k + 1) - math.lgamma(m - k + 1)
@@ -214,8 +213,8 @@ def best_of_n_kl(n: int) -> float:
 
 
 def best_of_n(proxy: np.ndarray, figures: dict[str, np.ndarray], texts: list[str]) -> list[dict]:
-    """For each n: the mean of every figure (N,) over the best of n by proxy (N,), unbiased, with a
-    95% bootstrap interval; and the variety of the best of disjoint groups of n."""
+    """For each n, keep the best of n samples by proxy, the reward (N,). Every figure (N,) gets an
+    unbiased mean and a 95% bootstrap interval. Variety comes from disjoint groups of n."""
     sizes = [n for n in BEST_OF if n <= len(proxy)]
     weights = np.stack([best_of_n_weights(len(proxy), n) for n in sizes])              # (sizes, N)
     values = np.stack(list(figures.values()), 1).astype(float)                         # (N, F)
@@ -252,15 +251,15 @@ def draw_and_judge(model, reward_fn, tokenizer, prompt, length: int, seed: int) 
 @torch.no_grad()
 def log_odds(reward_model, y, prompt) -> torch.Tensor:
     """log p(happy) - log p(sad) after each prefix of y (n, T), from the empty one on: (n, T + 1).
-    Their differences are what each token does to the reward model."""
+    The change from one prefix to the next is what that token does to the reward model."""
     hidden = reward_model.hidden_after(y, prompt)                                   # (n, T + 1, D)
     head = reward_model.head[[reward_model.happy, reward_model.sad]].to(hidden.dtype).float()
     return hidden.float() @ (head[0] - head[1])
 
 
 def pieces(tokenizer, tokens: list[int]) -> list[str]:
-    """The text of each token, such that they join to the whole. If several tokens make one
-    character, the last of them has it."""
+    """The text of each token; joined, they give the whole text. If several tokens form one
+    character, the last of them gets it."""
     text = tokenizer.decode(tokens)
     ends = [len(tokenizer.decode(tokens[:t]).rstrip("\ufffd")) for t in range(len(tokens))]
     return [text[a:b] for a, b in zip(ends, ends[1:] + [len(text)])]
@@ -269,8 +268,8 @@ def pieces(tokenizer, tokens: list[int]) -> list[str]:
 @torch.no_grad()
 def measure(policy, reference, reward_model, reward_fn, tokenizer, prompt, length: int, seed: int,
             show: int) -> dict:
-    """All figures of one policy on fresh samples, one for each row of prompt (n, P); of the first
-    `show` also what each token does to the reward model. NAME_se: standard error of NAME."""
+    """All figures of one policy on fresh samples, one per row of prompt (n, P). For the first
+    `show`, also what each token does to the reward model. NAME_se: standard error of NAME."""
     n = len(prompt)
     y, texts, judged = draw_and_judge(policy, reward_fn, tokenizer, prompt, length, seed)
     kl, k1, logp, entropy = kl_nats(policy, reference, y, prompt)
@@ -296,9 +295,9 @@ def measure(policy, reference, reward_model, reward_fn, tokenizer, prompt, lengt
 
 # ---- Which is the best, and where did over-optimisation start? -----------------------------------
 def standardise(rows: list[dict], base: dict) -> None:
-    """Adds NAME_sd to each row: how far the mean of each judge, and of the reward ("proxy"), has
-    moved from the base model's, in standard deviations of the base model's samples; and the error
-    or interval of that mean in the same unit."""
+    """Add NAME_sd to each row, for each judge and the reward ("proxy"): how far its mean has moved
+    from the base model's mean. The unit is the standard deviation of the base model's samples. Also
+    add the standard error or interval of the mean, in the same unit."""
     for name in ("proxy", *JUDGES):
         mean, std = base[name], max(base[f"{name}_se"] * math.sqrt(base["n"]), 1e-12)
         for row in rows:
@@ -310,9 +309,9 @@ def standardise(rows: list[dict], base: dict) -> None:
 
 
 def preferred(rows: list[dict], sign: int = 1, keep: float = 0.8) -> tuple[dict, str]:
-    """rows by rising KL, the base model first -> the preferred one, and why: among those that keep
-    the fraction `keep` of the base model's distinct-2, the one that the outside judges like best,
-    in standard deviations, on average. sign: -1 towards sad."""
+    """rows by rising KL, the base model first -> the preferred one, and why. Among rows that keep
+    the fraction `keep` of the base model's distinct-2, it is the one that the outside judges like
+    best on average, in standard deviations. sign: -1 towards sad."""
     def liked(row):
         return sign * sum(row[f"{judge}_sd"] for judge in OUTSIDE) / len(OUTSIDE)
 
@@ -330,8 +329,8 @@ def preferred(rows: list[dict], sign: int = 1, keep: float = 0.8) -> tuple[dict,
 
 def holm(p_values, level: float = 0.05) -> list[bool]:
     """Which hypotheses to reject so that the chance of any false rejection is at most `level` (Holm
-    1979): the smallest of m p-values is held against level / m, the next against level / (m - 1),
-    ..., up to the first that fails."""
+    1979). We compare the smallest of m p-values with level / m, the next with level / (m - 1), and
+    so on, up to the first that fails."""
     order = np.argsort(p_values, kind="stable")
     rejected = [False] * len(p_values)
     for rank, i in enumerate(order):
@@ -342,14 +341,14 @@ def holm(p_values, level: float = 0.05) -> list[bool]:
 
 
 def over_optimisation(rows: list[dict], judge: str, sign: int = 1) -> tuple[dict, dict | None]:
-    """rows by rising KL, each with "each"[judge], the score of every sample (sample i of all
-    policies has the same noise), and "proxy", the mean reward -> the row that the judge likes best,
-    and the first later one that it finds worse though the reward is not lower, or None.
+    """rows by rising KL -> the row that the judge likes best, and the first later row that it finds
+    worse though the reward is not lower, or None. A row has "each"[judge], the score of every
+    sample, and "proxy", the mean reward. Sample i of all policies has the same noise.
 
-    Even samples choose the best row; odd samples test the later ones, by paired differences,
-    one-sided, with Holm's correction at 5% over the number of judges. So in at most 5% of runs any
-    judge gives a false alarm. In 1,000 simulated runs (tests/test_eval.py: 12 checkpoints, 1,024
-    samples, standard deviation 0.5, correlation 0.3) one judge gives it
+    Even samples choose the best row. Odd samples test the later rows, by paired differences,
+    one-sided, with Holm's correction at 5% divided by the number of judges. So in at most 5% of
+    runs any judge gives a false alarm. We simulated 1,000 runs (tests/test_eval.py: 12 checkpoints,
+    1,024 samples, standard deviation 0.5, correlation 0.3). One judge gives a false alarm
     in 0.8% where the score is flat; falls by 0.05, 0.075 and 0.1 at
     the last checkpoint are found in 22%, 56.5% and 87%.
     """
@@ -373,8 +372,8 @@ def risen_words(before: list[str], after: list[str]) -> list[dict]:
 
 
 def answers(rows: list[dict], target: str) -> dict:
-    """rows of the policies towards target, the base model first. Adds NAME_sd to them. -> the
-    preferred one, and why; for each judge that falls, the best row and the first worse one."""
+    """rows of the policies towards target, the base model first -> the preferred one, and why; for
+    each judge that falls, the best row and the first worse one. Adds NAME_sd to the rows."""
     sign = 1 if target == "happy" else -1
     standardise(rows, rows[0])
     by_kl = sorted(rows, key=lambda row: row["kl"])
@@ -409,7 +408,7 @@ if __name__ == "__main__":
         prompts = read_prompts(cfg.out / "prompts.json", "held_out", reference.n_text)
     found = {target: find_policies(cfg.out, target, about["made_from"]) for target in TARGETS}
     targets = [target for target in TARGETS if found[target][0]]
-    stream = cfg.seed << 32 | 5 << 24  # 04's rollouts have 4
+    stream = cfg.seed << 32 | 5 << 24  # 5: not the random numbers of 04
     prompt = draw_prompts(prompts, cfg.n, stream).to(device)                               # (n, P)
     results = {"seed": cfg.seed, "base_metrics": about["base_metrics"], "ppo": found["happy"][1],
                "reward_model": about["metrics"], "calibration": about["calibration"]}
@@ -451,7 +450,7 @@ if __name__ == "__main__":
         results |= answers(results[target], target)
     first, *_, last = results["happy"]
     standardise(results["best_of_n"], first)
-    fallen = risen_words(last["texts"], first["texts"])  # with before and after exchanged
+    fallen = risen_words(last["texts"], first["texts"])  # with before and after swapped
     line = stats.linregress([row["updates"] for row in results["ppo"]],
                             [math.sqrt(max(row["kl"], 0)) for row in results["ppo"]])
     results |= {

@@ -3,11 +3,11 @@
 A decoder-only transformer (pre-norm, rotary positions, squared-ReLU MLP, no biases), small enough
 to train on a laptop in minutes. Attention, log-probs and sampling come from kernels/.
 
-The last three token ids are reserved: start or end of text, happy, sad. The sampler draws only from
-the others, so no sample contains a reserved token.
+The last three token ids are reserved: start or end of text, happy, sad. The sampler never draws
+them, so no sample contains a reserved token.
 
 Shapes: B sequences, T tokens, D = d_model, H query heads, Hkv key and value heads, Dh = D / H.
-A prompt (B, P) is padded with -1 at its end; P is 0 where there are no prompts.
+A prompt (B, P) is padded with -1 at its end. Without prompts, P is 0.
 """
 import codecs
 import ctypes
@@ -43,8 +43,8 @@ from kernels.backend import has_bf16, live_path
 from kernels.decoder import can_capture, decoder_for
 
 RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
-ELSEWHERE = ""  # " --out FOLDER" for the commands in messages, if it is not out/
-LOCKS: dict[Path, FileLock] = {}  # of the files that this process writes
+ELSEWHERE = ""  # " --out FOLDER", for commands in messages, if FOLDER is not out
+LOCKS: dict[Path, FileLock] = {}  # on the files that this process writes
 BEGAN = time.monotonic()  # when this process started
 
 
@@ -82,19 +82,19 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head = c.n_head, c.n_kv_head
         d_head = c.d_model // c.n_head
         self.qkv = Linear(c.d_model, (c.n_head + 2 * c.n_kv_head) * d_head)
-        self.proj = Linear(c.d_model, c.d_model, zero=True)  # a block adds nothing at the start
+        self.proj = Linear(c.d_model, c.d_model, zero=True)  # zero: an untrained block adds nothing
 
     def forward(self, x, cos, sin, cache=None, pos=0, last_only=False):
         """x (B, T, D) -> (B, T, D): each position attends to itself and to those before it.
-        Or, with a cache, one new token x (B, D) at position `pos` -> (B, D): its key and value go
-        into the cache, and it attends to all that the cache holds."""
+        Or, with a cache, one new token x (B, D) at position `pos` -> (B, D): we add its key and
+        value to the cache, and it attends to everything there."""
         H, Hkv = self.n_head, self.n_kv_head
         qkv = self.qkv(x).unflatten(-1, (H + 2 * Hkv, -1))           # (B, T, H + 2 Hkv, Dh)
         qk, v = qkv.split((H + Hkv, Hkv), dim=-2)
         if cache is None:
             q, k = rotate(qk, cos, sin).split((H, Hkv), dim=-2)
             y = attention(q, k, v)
-        else:  # which rotates q and k itself
+        else:  # decode_attention rotates q and k itself
             q, k = qk.split((H, Hkv), dim=-2)
             y = decode_attention(q, k, v, *cache, pos, angles=(cos, sin))
         if last_only:
@@ -148,8 +148,8 @@ class GPT(nn.Module):
 
     def forward(self, x: torch.Tensor, last_only: bool = False) -> torch.Tensor:
         """Token ids x (B, T) -> hidden states (B, T, D); position t depends on x[:, :t+1] only.
-        last_only: the last position's hidden state (B, 1, D); the last block's projection and MLP
-        then skip all other positions."""
+        last_only: return only the last position (B, 1, D). The last block's projection and MLP then
+        skip the others."""
         cos, sin = self.angles(x.size(1))
         h = norm(self.embed(x).to(self.dtype))                       # (B, T, D)
         for block in self.blocks[:-1]:
@@ -158,13 +158,13 @@ class GPT(nn.Module):
         return norm(h)
 
     def unembed(self) -> torch.Tensor:
-        """The head's rows that can be sampled: (n_text, D), in the dtype of the activations."""
+        """The head's rows for tokens of text: (n_text, D), in the dtype of the activations."""
         return self.head[: self.n_text].to(self.dtype)
 
-    # ---- Scoring text that is there --------------------------------------------------------------
+    # ---- Scoring a given text --------------------------------------------------------------------
     def hidden_before(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
-        """Completions y (B, T) after prompt (B, P) -> (B, T, D): for each token of y the hidden
-        state one position earlier, which predicts it."""
+        """Completions y (B, T) after prompt (B, P) -> (B, T, D): for each token of y, the
+        hidden state that predicts it, one position earlier."""
         x, places = lay_out(y, prompt, self.bos)
         hidden = self(x[:, :-1])                                     # (B, P + T, D)
         if hidden.size(1) == y.size(1):                              # no prompts
@@ -173,7 +173,7 @@ class GPT(nn.Module):
 
     def hidden_after(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
         """The hidden state after each prefix of y (B, T), from the empty one on: (B, T + 1, D)."""
-        return self.hidden_before(torch.cat((y, y[:, -1:]), 1), prompt)  # reads no last token
+        return self.hidden_before(torch.cat((y, y[:, -1:]), 1), prompt)  # the copy is not read
 
     def logprob(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
         """Completions y (B, T) after prompt (B, P) -> log-prob of each token of y, (B, T), nats."""
@@ -182,9 +182,9 @@ class GPT(nn.Module):
 
     def sentiment(self, y: torch.Tensor, prompt: torch.Tensor | None = None,
                   each: bool = False) -> torch.Tensor:
-        """Completions y (B, T) after prompt (B, P) -> (B, 2): log p(happy), log p(sad) as the next
-        token after y, with the soft-max over these two only. each: after every token of y,
-        (B, T, 2). Meaningful for a reward model, which has learned to predict them."""
+        """Completions y (B, T) after prompt (B, P) -> (B, 2): log p(happy), log p(sad) of the next
+        token after y, by a softmax over these two only. each: after every token of y, (B, T, 2).
+        Only a reward model has learned to predict these two."""
         x, places = lay_out(y, prompt, self.bos)
         if each:
             hidden = self.hidden_after(y, prompt)[:, 1:]             # (B, T, D)
@@ -199,10 +199,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, n: int | torch.Tensor, length: int, seed: int, batch: int | None = None,
                  prompts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw completions at temperature 1: number 0 to n - 1, or the numbers in the tensor n; one
-        after each row of prompts (n, P), if given -> tokens (n, length) int64, and their log-probs
-        (n, length) float32, nats. A completion depends on weights, seed, number and prompt, not on
-        `batch`, which limits memory."""
+        """Draw completions at temperature 1: numbers 0 to n - 1, or those in the tensor n. If there
+        are prompts (n, P), each continues one of them. -> tokens (n, length) int64, and their
+        log-probs (n, length) float32, nats. A completion depends on weights, seed, number and
+        prompt, but not on `batch`, which limits memory."""
         device = self.head.device
         numbers = n.to(device) if torch.is_tensor(n) else torch.arange(n, device=device)
         if prompts is None:
@@ -221,8 +221,8 @@ class GPT(nn.Module):
 
     def draw(self, numbers, prompt, length, seed):
         """One batch of `generate`, token by token -> all tokens after the start token and their
-        log-probs, (B, P + length) each. While a row's prompt lasts, its tokens replace the drawn
-        ones, and the log-probs there mean nothing."""
+        log-probs, (B, P + length) each. Where a row still has prompt tokens, they replace the drawn
+        ones, and the log-probs mean nothing."""
         B, P = prompt.shape
         angles = self.angles(P + length)
         cache = self.empty_cache(B, P + length)
@@ -240,8 +240,8 @@ class GPT(nn.Module):
 
     def step(self, token, angles, cache, pos):
         """One token per row (B,) at position pos -> the hidden state (B, D) that predicts the next
-        one. Appends the token's keys and values to the cache. angles: of all positions. On a GPU
-        pos may be a tensor there, so that kernels/decoder.py can capture this step."""
+        one. Appends the token's keys and values to the cache. angles: for all positions. On a GPU,
+        pos may be a tensor, so that kernels/decoder.py can capture this step."""
         h = norm(self.embed(token).to(self.dtype))
         for block, layer_cache in zip(self.blocks, cache):
             h = block(h, *angles, layer_cache, pos)
@@ -262,7 +262,7 @@ def places_of(prompt: torch.Tensor, length: int) -> torch.Tensor:
 
 def lay_out(y: torch.Tensor, prompt: torch.Tensor | None, bos: int):
     """Completions y (B, T), prompt (B, P) or None -> the input x (B, 1 + P + T), and the positions
-    (B, T) in x from which the tokens of y are predicted.
+    (B, T) in x that predict the tokens of y.
 
         prompt   p   p  -1                     a row whose prompt has two tokens, P = 3
         y        y0  y1  y2
@@ -285,7 +285,7 @@ def pad(prompts: list[list[int]]) -> torch.Tensor:
 
 def read_prompts(path: Path, part: str, n_text: int) -> torch.Tensor:
     """The prompts (n, P) that 02 --prompts found in the "train" or "held_out" part of the corpus,
-    ids below n_text. Raises UserError if there is no such file, or it is damaged."""
+    as token ids below n_text. Raises UserError if the file is missing or damaged."""
     made_by = "02_sample_label.py --prompts --corpus-fraction 0"
     return pad(read_json(path, made_by, lambda found: len(found[part]) > 0 and all(
         type(t) is int and 0 <= t < n_text for row in found[part] for t in row))[part])
@@ -305,8 +305,8 @@ def decode_prompts(tokenizer: Tokenizer, prompts: torch.Tensor) -> list[str]:
 
 @torch.no_grad()
 def chunked(f, size: int, *tensors: torch.Tensor):
-    """Apply f to `size` rows of the tensors at a time, without gradients, and concatenate what it
-    returns: one tensor, or each of several."""
+    """Apply f to `size` rows of the tensors at a time, without gradients, and concatenate its
+    results. f may return one tensor or several."""
     results = [f(*rows) for rows in zip(*[x.split(size) for x in tensors])]
     if torch.is_tensor(results[0]):
         return torch.cat(results)
@@ -316,9 +316,9 @@ def chunked(f, size: int, *tensors: torch.Tensor):
 def kl_nats(policy: GPT, reference: GPT, y: torch.Tensor, prompt: torch.Tensor):
     """KL(policy || reference) per completion, nats, by two estimators of the same expectation.
 
-    KL, the Kullback-Leibler divergence, says how far the policy has moved from the reference. With
-    p_t and q_t their next-token distributions before token y_t, and y (B, T) drawn from the policy
-    after prompt (B, P):
+    KL, the Kullback-Leibler divergence, says how far the policy has moved from the reference. Let
+    the policy draw y (B, T) after prompt (B, P). At token y_t, the policy's distribution over the
+    vocabulary is p_t, and the reference's is q_t.
 
     -> exact (B,): sum_t sum_v p_t(v) log(p_t(v) / q_t(v)), v over the whole vocabulary;
        k1 (B,): sum_t log(p_t(y_t) / q_t(y_t)), which is noisier;
@@ -336,16 +336,16 @@ def kl_nats(policy: GPT, reference: GPT, y: torch.Tensor, prompt: torch.Tensor):
     weight_p, weight_q = policy.unembed(), reference.unembed()
     hidden_p = chunked(policy.hidden_before, 256, y, prompt)                         # (B, T, D)
     hidden_q = chunked(reference.hidden_before, 256, y, prompt)
-    if y.is_cuda:  # float32 logits, as the kernels have them
+    if y.is_cuda:  # float32 logits, as in the kernels
         weight_p, weight_q = weight_p.float(), weight_q.float()
         hidden_p, hidden_q = hidden_p.float(), hidden_q.float()
-    return chunked(of_rows, 8, y, hidden_p, hidden_q)  # 8: their logits stay in a CPU's cache
+    return chunked(of_rows, 8, y, hidden_p, hidden_q)  # 8: their logits fit a CPU's cache
 
 
 # ---- Files: safetensors with a JSON header -------------------------------------------------------
 def save(path: Path, model: GPT, tokenizer: Tokenizer, **header) -> None:
-    """One file with all that a later stage needs: weights in the dtype they compute in, and a JSON
-    header with the model's config, the tokenizer, and `header`."""
+    """Write one file with all that a later stage needs: the weights, rounded to the dtype they
+    compute in, and a JSON header with the model's config, the tokenizer, and `header`."""
     header |= {"model": asdict(model.config), "tokenizer": tokenizer.to_str()}
     weights = {k: v.to(model.dtype).contiguous() for k, v in model.state_dict().items()}
     write(path, safetensors_bytes(weights, metadata={"rlhf-shakespeare": as_json(header)}))
@@ -353,13 +353,13 @@ def save(path: Path, model: GPT, tokenizer: Tokenizer, **header) -> None:
 
 def load(path: Path, made_by: str, device="cpu", dtype=torch.float32) -> tuple:
     """-> model (float32 weights, activations in dtype), tokenizer, header. made_by: the script that
-    writes it. Raises UserError if the file is missing, damaged, or not written by `save`."""
+    writes the file. Raises UserError if it is missing, damaged, or not written by `save`."""
     require(path.exists(), f"{path} is missing: run {command(made_by)} first")
     require(not path.is_dir(), f"{path} is a folder: name a .safetensors file in it")
     require(path.suffix != ".pt", f"{path} is the state of an unfinished run, not a model: run the "
             "script that wrote it again, with --resume")
     with open(path, "rb"):
-        pass  # an unreadable file is not a damaged one
+        pass  # an unreadable file raises here: it is not a damaged one
     try:
         with safe_open(path, "pt") as f:
             weights = {name: f.get_tensor(name) for name in f.keys()}
@@ -377,7 +377,7 @@ def load(path: Path, made_by: str, device="cpu", dtype=torch.float32) -> tuple:
 
 
 def fingerprint(model: GPT) -> str:
-    """Which weights a loaded model has: 16 hex digits of their SHA-256."""
+    """Identifies the weights of a loaded model: 16 hex digits of their SHA-256."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.float().numpy(force=True).tobytes())
@@ -386,7 +386,7 @@ def fingerprint(model: GPT) -> str:
 
 # ---- How a stage runs. Nothing below is about RLHF: skip it at first reading. --------------------
 class UserError(Exception):
-    """A mistake that the user can mend: shown as one line, with exit code 2."""
+    """A mistake that the user can mend. It prints one line and exits with code 2."""
 
 
 def require(condition: bool, otherwise: str) -> None:
@@ -424,8 +424,8 @@ def one_line(kind, error, trace) -> None:
 
 
 class Steady:
-    """A stream that never ends a run: characters that it cannot print are replaced, and what nobody
-    reads (a closed pipe, no terminal) is dropped."""
+    """An output stream that never crashes a run. It replaces characters that it cannot print, and
+    drops output that nobody reads (a closed pipe, no terminal)."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w", encoding="utf-8")
@@ -445,7 +445,7 @@ class Steady:
 
 
 def steady() -> None:
-    """For any program of the project: one line for a user's mistake, and streams that hold."""
+    """For every program here: a user's mistake prints one line, and output never crashes a run."""
     sys.excepthook = one_line
     if not isinstance(sys.stdout, Steady):
         sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
@@ -453,7 +453,7 @@ def steady() -> None:
 
 def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     """Read the command line, choose device and dtype, seed torch -> settings, device, dtype.
-    on_gpu: the defaults that differ where there is a GPU."""
+    on_gpu: the defaults that differ on a GPU."""
     steady()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     defaults = Config(**(on_gpu or {})) if device.type == "cuda" else Config()
@@ -463,7 +463,7 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     keep_freed_pages()
     gc.set_threshold(100_000)  # at the default, 700, reading rows is mostly garbage collection
     if dist.is_torchelastic_launched():  # by torchrun; a scheduler may set RANK too
-        if int(os.environ["RANK"]) > 0:  # the first process speaks for all
+        if int(os.environ["RANK"]) > 0:  # only the first process prints
             sys.stdout = sys.stderr = Steady(None)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
@@ -482,14 +482,13 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
 
 
 def set_out(out: Path) -> None:
-    """Commands in messages name this folder."""
+    """From now on, commands in messages name this folder."""
     global ELSEWHERE
     ELSEWHERE = "" if str(out) == "out" else f" --out {shlex.quote(str(out))}"
 
 
 def only_writer(path: Path) -> None:
-    """Until this process ends, no other one that asks this may write `path`. Raises UserError if
-    one does already."""
+    """Lock `path` until this process ends. Raises UserError if another process has locked it."""
     path = path.absolute()
     if world()[0] > 0 or path in LOCKS:
         return
@@ -514,7 +513,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def keep_freed_pages() -> None:
-    """On Linux, keep freed memory: the kernel would zero every page again."""
+    """On Linux, keep freed memory in the process, or the kernel zeroes every page again."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):      # glibc
         libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD
@@ -546,7 +545,7 @@ def my_rows(numbers: torch.Tensor, minibatch: int) -> torch.Tensor:
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:
-    """x (n, ...) of every process, joined: (size n, ...). So all processes decide alike."""
+    """Join x (n, ...) of all processes: (size n, ...). So all processes decide alike."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(world()[1])]
@@ -622,16 +621,15 @@ def decode(data: bytes, name: str) -> str:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file and their numbers, blank ones left out. People's editors and other
-    programs may have saved it: UTF-8 or UTF-16, with a byte-order mark or without, any line ends.
-    """
+    """The lines of a text file that are not blank, with their numbers. Any editor may have saved
+    it: UTF-8 or UTF-16, with or without a byte-order mark, any line ends."""
     require(path.is_file() or path.is_fifo(), f"{path} is not a file")
     lines = decode(path.read_bytes(), str(path)).split("\n")  # nothing else ends a line of JSON
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip(" \t\0")]
 
 
 def number(text: str) -> int | float:
-    """Some programs write 12.0 for 12."""
+    """A number in JSON. Some programs write 12.0 for 12."""
     x = float(text)
     return int(x) if x.is_integer() and abs(x) < 2**53 else x
 
@@ -657,8 +655,8 @@ def checked(value, right):
 
 
 def read_rows(path: Path, made_by: str, right=lambda row: True, skip_last=False) -> list[dict]:
-    """Rows of a JSON Lines file. Raises UserError if it is missing; or if a line is broken, or
-    right(row) is false or raises: it names the line. skip_last: leave out the last line."""
+    """Rows of a JSON Lines file. Raises UserError if the file is missing, or if a line is
+    broken or right(row) is false or raises; it names the line. skip_last: leave out the last."""
     require(path.exists(), f"{path} is missing: run {command(made_by)} first")
     rows = []
     for number, line in read_lines(path)[:-1 if skip_last else None]:
@@ -673,8 +671,8 @@ def read_rows(path: Path, made_by: str, right=lambda row: True, skip_last=False)
 
 
 def read_json(path: Path, made_by: str, right=lambda value: True):
-    """What a JSON file holds. Raises UserError if it is missing or damaged, or right(value) is
-    false or raises."""
+    """The value in a JSON file. Raises UserError if the file is missing or damaged, or if
+    right(value) is false or raises."""
     require(path.exists(), f"{path} is missing: run {command(made_by)} first")
     try:
         return parse(path.read_text(encoding="utf-8-sig", errors="replace"), right)
@@ -684,8 +682,8 @@ def read_json(path: Path, made_by: str, right=lambda value: True):
 
 
 def latest(rows: list[dict]) -> list[dict]:
-    """Answers from several files -> one for each labeller and item: the one with the later "time",
-    or else the later one. So a file and its copy count once."""
+    """Answers from several files -> one per labeller and item: the one with the latest "time" or,
+    if times are equal, the last one. So a file and its copy count once."""
     found: dict[tuple, dict] = {}
     for row in rows:
         name = str(row.get("labeller")).casefold()  # "Anna" and "anna" are one person
@@ -706,7 +704,7 @@ def time_of(row: dict) -> float:
 
 
 def files_of(out: Path, kind: str) -> list[Path]:
-    """The files KIND-NAME.jsonl in `out`. Warns of those that nearly have such a name."""
+    """The files KIND-NAME.jsonl in `out`. Warns of files whose names are nearly like this."""
     found = sorted(path for path in out.glob(f"{kind}-*.jsonl") if path.is_file())
     for path in sorted(out.iterdir()) if out.is_dir() else ():
         near = re.search(rf"{kind[:-1]}", path.name, re.I) and re.search("json", path.name, re.I)
@@ -718,7 +716,7 @@ def files_of(out: Path, kind: str) -> list[Path]:
 
 
 class Log:
-    """One JSON line per row, in a file and in the list `rows`, which may come from a state."""
+    """Writes each row as a line of JSON to a file, and to `rows`, which may come from a state."""
 
     def __init__(self, path: Path, rows: list[dict]):
         write(path, jsonl(rows))
@@ -738,7 +736,7 @@ def provenance(cfg, earlier_s: float = 0.0) -> dict:
 
 
 def save_state(path: Path, cfg, state: dict) -> None:
-    """What --resume goes on from: a dict of plain types and tensors."""
+    """Save what --resume continues from: a dict of plain types and tensors."""
     buffer = io.BytesIO()
     torch.save(state | provenance(cfg, state["seconds"]), buffer)
     write(path, buffer.getvalue())
@@ -746,7 +744,7 @@ def save_state(path: Path, cfg, state: dict) -> None:
 
 @contextmanager
 def stale(path: Path):
-    """Loading what is in a state: one line if another version wrote it."""
+    """Raises UserError if a state fails to load because another version wrote it."""
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -755,8 +753,8 @@ def stale(path: Path):
 
 
 def resume(path: Path, cfg, inputs: dict) -> dict:
-    """What `save_state` wrote; {} if this run starts from the beginning. Raises UserError if the
-    file is damaged, or a setting changed that must not. inputs: what the run is made from."""
+    """What `save_state` wrote, or {} if this run starts from the beginning. Raises UserError if the
+    file is damaged, or if a setting has changed that must not. inputs: what the run starts from."""
     if not cfg.resume:
         if path.exists():
             print(f"removing {path}: nobody must resume the earlier run by mistake")

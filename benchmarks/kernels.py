@@ -1,18 +1,18 @@
-"""What the kernels cost, against what one would call instead, at the shapes of the scripts.
+"""Time our kernels against the alternatives, at the shapes of the scripts.
 
     python -m benchmarks.kernels                # tables, and benchmarks/results/kernels-DEVICE.json
     python -m benchmarks.kernels --only sample  # one kernel, or "ppo": an iteration of PPO
-    python -m benchmarks.kernels --toy          # does it run? No figure means anything
+    python -m benchmarks.kernels --toy          # does it run? The figures mean nothing
 
 On a GPU, `ours` is the Triton kernel. On a CPU it is the PyTorch path, and the tables say so.
 
-How it is measured: inputs are random (zeros make a GPU faster). All providers of a row take turns,
-round after round, in one process, and the median counts. Ours is first compared with plain PyTorch:
-a wrong kernel is not timed. A peer whose first call takes longer than SLOW_S is given up. On a GPU,
-Triton's `do_bench` clears the L2 cache before each call and reads the time on the device. `of
-floor` is the time that the bytes or the arithmetic must take, divided by the time that ours took.
-The rates for it are those of a copy and of a large product in the same run. At last a training
-step, a rollout and an iteration of PPO, on a GPU also without our kernels (`TORCH_KERNELS=all`).
+How it is measured: inputs are random (zeros make a GPU faster). All functions of a row take turns,
+round after round, in one process, and the median counts. We first compare ours with plain PyTorch,
+so a wrong kernel is never timed. We skip a peer whose first call takes longer than SLOW_S. On a
+GPU, Triton's `do_bench` clears the L2 cache before each call and reads the time on the device. The
+floor is the least time that the bytes or the arithmetic can take, at the rates of a copy and of a
+large product in the same run. `of floor` is the floor divided by our time. The last table times a
+training step, a rollout and an iteration of PPO, on a GPU also with `TORCH_KERNELS=all`.
 
 Peers that are not installed are left out: `pip install --no-deps liger-kernel cut-cross-entropy`.
 """
@@ -38,8 +38,8 @@ from model import GPT, GPTConfig
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = "cuda" if GPU else "cpu", torch.bfloat16
 ROOT = Path(__file__).parent.parent
-# What 01 to 04 do by default on this device: a completion has 64 tokens, the reward model reads 65,
-# pretraining 128. Attention: batch, T, heads, key-value heads (of 64). Decode: the same. Log-prob:
+# The defaults of 01 to 04 on this device. A completion has 64 tokens. The reward model reads 65,
+# pretraining 128. Attention and decode: batch, T, heads, key-value heads (each 64 wide). Log-prob:
 # rows, D, V. Sample: batch, D, V.
 if GPU:
     MODEL, BATCH, MINIBATCH = GPTConfig(4096, 128, 6, 6, 1, 384), 8192, 512
@@ -76,21 +76,21 @@ def milliseconds(call) -> float:
 
 
 def must_agree(ours, eager) -> None:
-    """Raises AssertionError if ours is further from plain PyTorch than bf16 rounds."""
+    """Raises AssertionError if ours differs from plain PyTorch by more than bf16 rounding."""
     for a, b in zip(ours, eager):
         off = ((a.float() - b.float()).norm() / b.float().norm()).item()
         assert off < 0.03, f"wrong values: ours is off by {off:.1%} of plain PyTorch's"
 
 
 def compare(calls: dict, rounds: int) -> dict:
-    """calls: provider -> function. -> provider -> median, 20th and 80th percentile in ms; or why it
+    """Time functions, by provider -> by provider: median, 20th and 80th percentile in ms, or why it
     failed."""
     results, times = {name: {} for name in calls}, {name: [] for name in calls}
 
     def attempt(name, f):
         try:
             return f()
-        except Exception as error:  # a peer that cannot do this shape is a result as well
+        except Exception as error:  # that a peer cannot do this shape is a result too
             text = str(error).strip().split("\n")[0][:80] or type(error).__name__
             oom = isinstance(error, torch.OutOfMemoryError)
             results[name] = {"failed": "out of memory" if oom else text}
@@ -116,7 +116,7 @@ def compare(calls: dict, rounds: int) -> dict:
 
 
 def ceilings(rounds: int, toy: bool = False) -> tuple[float, float]:
-    """-> bytes/s of a copy (read and written), FLOP/s of a bf16 product, on this machine, now."""
+    """Measure this machine -> bytes/s of a copy (read and written), FLOP/s of a bf16 product."""
     n, side = (2**20, 64) if toy else (2**30, 8192) if GPU else (2**27, 2048)
     a, b = (torch.randn(n // 2, device=DEVICE).to(DTYPE) for _ in range(2))
     x, y = (torch.randn(side, side, device=DEVICE).to(DTYPE) for _ in range(2))
@@ -277,8 +277,8 @@ def bench_sample(shapes, rounds, bandwidth, peak):
 
 # ---- What they are part of -----------------------------------------------------------------------
 def whole(rounds: int, toy: bool) -> dict:
-    """-> milliseconds of a training step of 01, a rollout and an iteration of 04 (rollout, scores,
-    update) at their defaults; on a GPU with our kernels and without."""
+    """Time a training step of 01, and a rollout and an iteration of 04 (rollout, scores, update),
+    at their defaults -> milliseconds. On a GPU, with our kernels and without."""
     c, batch, minibatch, T = MODEL, BATCH, MINIBATCH, 64
     if toy:
         c, batch, minibatch, T = GPTConfig(70, 8, 1, 2, 1, 32), 4, 2, 8
@@ -300,7 +300,7 @@ def whole(rounds: int, toy: bool) -> dict:
     def iteration():
         y = rollout()
         with torch.no_grad():
-            for b in y.split(minibatch):  # policy, reference, reward model: one model plays all
+            for b in y.split(minibatch):  # one model plays policy, reference and reward model
                 model.logprob(b), model.logprob(b), model.sentiment(b)
         for b in y.split(minibatch):
             update(b)
@@ -335,7 +335,7 @@ def main(cfg: Config) -> None:
     device = torch.cuda.get_device_name() if GPU else threads
     if GPU:
         from torch._functorch import config as functorch
-        functorch.donated_buffer = False  # so that a backward pass can be repeated
+        functorch.donated_buffer = False  # lets a backward pass be repeated
     packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
     versions = {name: version(name) for name in packages if find_spec(name.replace("-", "_"))}
     rounds, shapes = (1, TOY) if cfg.toy else (cfg.rounds, SHAPES)

@@ -1,11 +1,11 @@
-"""The results table of README: the five scripts with their defaults on three seeds.
+"""Make README's table of results: run the five scripts with their defaults on three seeds.
 
     python -m benchmarks.seeds             # about three times `make`; writes out-0, out-1, out-2
-    python -m benchmarks.seeds --collect   # only the table, from runs that are there
-    python -m benchmarks.seeds --seeds 0 1 2 3 4 5   # a column for each three seeds
+    python -m benchmarks.seeds --collect   # only the tables, from finished runs
+    python -m benchmarks.seeds --seeds 0 1 2 3 4 5   # a column for every three seeds
 
-Writes benchmarks/results/seeds.json and prints the tables in Markdown. The speeds are those of the
-first seed. The other seeds may be run side by side (one thread each), then collected.
+Writes benchmarks/results/seeds.json and prints the tables in Markdown. The speeds come from the
+first seed. You can run the other seeds side by side (one thread each), then collect them.
 """
 import importlib
 import json
@@ -91,7 +91,7 @@ def figures(out: Path) -> dict[str, float]:
 
 
 def fair_bag_of_words(out: Path) -> tuple[float, tuple[float, float]]:
-    """A bag of words that learns from all that the reward model learns from -> its AUC on the same
+    """Train a bag of words on everything that the reward model learns from. -> its AUC on the same
     held-out samples, and the 95% interval of the reward model's lead (paired bootstrap)."""
     model, tokenizer, header = load(out / MADE["03"], "03_reward_model.py")
     cfg = rm.Config(out=out, seed=header["settings"]["seed"])
@@ -110,8 +110,8 @@ def fair_bag_of_words(out: Path) -> tuple[float, tuple[float, float]]:
 
 
 def kl_at(ppo: list[dict], score: float) -> float:
-    """The KL where the score is first reached, on a line from the policy before; nan if no policy
-    reaches it, or the first one has it already."""
+    """The KL where the score is first reached, interpolated from the policy before. nan if no
+    policy reaches it, or if the first one already does."""
     i = next((i for i, row in enumerate(ppo) if row["score"] >= score), 0)
     if i == 0:
         return float("nan")
@@ -156,7 +156,7 @@ def settings_of(out: Path, stage: str) -> dict:
 
 
 def run(seed: int, out: Path) -> None:
-    """The five scripts, timed; those that a stopped benchmark has timed already are left out."""
+    """Run and time the five scripts. Skips those that an interrupted benchmark has timed."""
     file = out / "times.json"
     times = json.loads(file.read_text()) if file.exists() else {}
     for script in (s for s in SCRIPTS if f"{s}, s" not in times):

@@ -1,19 +1,19 @@
-"""What the scripts do, against what one would call instead, and how their cost grows.
+"""Time a rollout and a training step against the alternatives, and measure how their cost grows.
 
     python -m benchmarks.speed
     pip install transformers               # optional, for the rollout of Hugging Face `generate`
 
 Rollout: `GPT.generate` against Hugging Face `generate` and a loop without a cache. The Hugging Face
-model is Nemotron, with the same weights: it has the same squared ReLU, rotary positions and
-grouped-query heads, and its log-probs are compared first. Training step: ours against the same step
-written with PyTorch's own functions. On a CPU both are measured twice: with the allocator as it
-comes, and with freed pages kept, as all scripts do (`keep_freed_pages` in model.py), which helps
-the others as well. The floor is the arithmetic, or the KV cache read once a token, at the rates
-that a large product and a copy reach in this run.
+model is Nemotron with our weights. It has the same squared ReLU, rotary positions and grouped-query
+heads, and we compare its log-probs first. Training step: ours against the same step written with
+PyTorch's own functions. On a CPU we measure both twice: with the default allocator, and with freed
+pages kept, as in all scripts (`keep_freed_pages` in model.py). That helps the others too. The floor
+is the time for the arithmetic, or for reading the KV cache once a token, at the rates that a large
+product and a copy reach in this run.
 
-Then time and peak memory against completions, length, model size and vocabulary, one at a time,
-each in a process of its own. Model and batch are the defaults of 01 and 04 on this device. Prints
-Markdown; writes benchmarks/results/speed-DEVICE.json.
+Then we measure time and peak memory against completions, length, model size and vocabulary. One of
+them changes at a time, and each case runs in its own process. Model and batch are the defaults of
+01 and 04 on this device. Prints Markdown; writes benchmarks/results/speed-DEVICE.json.
 """
 import importlib
 import json
@@ -45,7 +45,7 @@ class Config:
 
 
 def make(c: GPTConfig) -> GPT:
-    """A model with random weights of a trained one's size: zeros would be faster on a GPU."""
+    """A model with random weights, as large as trained ones: zeros would be faster on a GPU."""
     torch.manual_seed(0)
     model = GPT(c).to(DEVICE)
     model.dtype = DTYPE
@@ -64,20 +64,20 @@ def seconds(call) -> float:
 
 
 def medians(calls: dict, rounds: int) -> dict[str, float]:
-    """The seconds of each call, all in turn, after one warm-up each."""
+    """The median seconds of each call. They take turns, after one warm-up each."""
     times = [{name: seconds(call) for name, call in calls.items()} for _ in range(rounds + 1)]
     return {name: sorted(t[name] for t in times[1:])[rounds // 2] for name in calls}
 
 
 def products(model: GPT) -> int:
-    """How many weights every token is multiplied with."""
+    """How many weights each token is multiplied by."""
     return sum(p.numel() for p in model.blocks.parameters()) + model.unembed().numel()
 
 
 # ---- Rollout -------------------------------------------------------------------------------------
 def hugging_face(ours: GPT):
-    """The same weights in Nemotron. Our input normalisation goes into its embedding. Our norms have
-    no learned scale, so its scale is 1 + 0."""
+    """Put our weights into Nemotron. Our input normalisation goes into its embedding. Our norms
+    have no learned scale, so its scale is 1 + 0."""
     from transformers import NemotronConfig, NemotronForCausalLM
     c, Dh = ours.config, ours.config.d_model // ours.config.n_head
     theirs = NemotronForCausalLM(NemotronConfig(
@@ -98,7 +98,7 @@ def hugging_face(ours: GPT):
         theirs.lm_head.weight.copy_(ours.head[: ours.n_text])
         for a, b in zip(ours.blocks, theirs.model.layers):
             for name, w in zip("qkv", a.attention.qkv.weight.split(sizes)):
-                if name != "v":  # it rotates the other way round: the halves change places
+                if name != "v":  # it rotates the other way round, so swap the halves
                     w = w.view(-1, 2, Dh // 2, c.d_model).flip(1).flatten(0, 2)
                 getattr(b.self_attn, f"{name}_proj").weight.copy_(w)
             b.self_attn.o_proj.weight.copy_(a.attention.proj.weight)
@@ -115,7 +115,7 @@ def hugging_face(ours: GPT):
 
 @torch.no_grad()
 def without_cache(model: GPT, n: int, length: int) -> torch.Tensor:
-    """The loop of a first solution: it reads the whole prefix again for every token."""
+    """The simplest sampling loop: it reads the whole prefix again for every token."""
     y = torch.empty(n, 0, dtype=torch.long, device=DEVICE)
     for _ in range(length):
         x = torch.cat((torch.full((n, 1), model.bos, device=DEVICE), y), 1)
@@ -125,7 +125,7 @@ def without_cache(model: GPT, n: int, length: int) -> torch.Tensor:
 
 
 def rollout(rounds: int) -> tuple[dict, int, float, float]:
-    """-> seconds of each, tokens, FLOP and bytes that each of them must at least do and read."""
+    """-> seconds of each, tokens, and the least FLOP to do and bytes to read for them."""
     ours, n, length = make(MODEL), COMPLETIONS, 64
     calls = {"ours": lambda: ours.generate(n, length, seed=0),
              "no cache": lambda: without_cache(ours, n, length)}
@@ -137,7 +137,7 @@ def rollout(rounds: int) -> tuple[dict, int, float, float]:
                             top_p=1.0, max_new_tokens=length, min_new_tokens=length,
                             pad_token_id=ours.bos, **how)
         calls["Hugging Face generate"] = generate
-        if GPU:  # where a static cache also means a compiled forward
+        if GPU:  # there a static cache also compiles the forward pass
             calls["Hugging Face generate, static cache"] = lambda: generate(
                 cache_implementation="static")
     width = MODEL.n_kv_head * (MODEL.d_model // MODEL.n_head) * ours.dtype.itemsize
@@ -147,7 +147,7 @@ def rollout(rounds: int) -> tuple[dict, int, float, float]:
 
 # ---- Training step -------------------------------------------------------------------------------
 def eager_logprob(model: GPT, y: torch.Tensor) -> torch.Tensor:
-    """Mean log-prob by PyTorch's own functions: SDPA, relu().square(), cross_entropy."""
+    """Mean log-prob with PyTorch's own functions: SDPA, relu().square(), cross_entropy."""
     x = torch.cat((torch.full_like(y[:, :1], model.bos), y[:, :-1]), 1)
     h, (cos, sin) = norm(model.embed(x).to(model.dtype)), model.angles(y.size(1))
     for b in model.blocks:
@@ -174,7 +174,7 @@ def training_step(rounds: int) -> tuple[dict, int, float, float]:
 
 
 def compare(keep: bool, rounds: int) -> dict:
-    """Both comparisons, with the allocator as it comes, or with freed pages kept."""
+    """Run both comparisons, with the default allocator or with freed pages kept."""
     if keep:
         keep_freed_pages()
     before = ceilings(11)
@@ -189,7 +189,7 @@ def compare(keep: bool, rounds: int) -> dict:
 
 
 def alone(f, *arguments):
-    """f(*arguments) in a process of its own, with its own memory and allocator."""
+    """Run f(*arguments) in a new process, with its own memory and allocator."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(f, *arguments).result()
 
@@ -208,8 +208,8 @@ def peak_memory(reset: bool = False) -> float:
 
 
 def parts(c: GPTConfig, n: int, length: int) -> dict:
-    """Seconds and peak memory of a rollout, of a forward pass for scoring, and of an update by n
-    completions, once each after a warm-up with one minibatch."""
+    """Seconds and peak memory of a rollout, a scoring pass and an update with n completions. Each
+    is measured once, after a warm-up with one minibatch."""
     keep_freed_pages()  # as every script does
     model = make(replace(c, context=length))
     y = torch.randint(model.n_text, (n, length), device=DEVICE)

@@ -7,9 +7,9 @@
     squared_relu      max(x, 0)^2                                         (the MLP)
     rotate            rotary positions                                    (queries and keys)
 
-All take `backend="auto"`: the Triton kernels on a GPU (triton_attention.py, triton_head.py,
-triton_elementwise.py), PyTorch elsewhere. decoder.py captures a whole rollout step as a CUDA graph.
-`python -m benchmarks.kernels` times all against the alternatives.
+With `backend="auto"`, the default, all run Triton kernels on a GPU and PyTorch elsewhere. The
+kernels are in triton_attention.py, triton_head.py and triton_elementwise.py. decoder.py captures a
+rollout step as a CUDA graph. `python -m benchmarks.kernels` times all against the alternatives.
 """
 from kernels.attention import attention, decode_attention
 from kernels.elementwise import rotate, squared_relu

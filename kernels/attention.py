@@ -2,14 +2,14 @@
 
     S = Q K^T / sqrt(Dh),   P = softmax(S where column <= row, else -inf),   O = P V
 
-At T <= 256 the score matrix of one head is small enough to stay in cache, so on a CPU a masked
-soft-max between two batched products beats `scaled_dot_product_attention`, whose backward
-recomputes the scores in blocks. Longer sequences go to SDPA, which never stores S. On a GPU both
-functions run the Triton kernels in triton_attention.py.
+At T <= 256 the scores of one head stay in a CPU's cache. There a masked softmax between two batched
+products beats `scaled_dot_product_attention` (SDPA), whose backward recomputes the scores in
+blocks. Longer sequences go to SDPA, which never stores S. On a GPU both functions run the Triton
+kernels in triton_attention.py.
 
 Grouped-query heads (Ainslie et al. 2023, arXiv:2305.13245): H query heads share Hkv <= H key and
-value heads. The queries of one group are stacked along the time axis, so K and V are read once
-for the whole group and never copied.
+value heads. We stack the queries of one group along the time axis. So K and V are read once for
+the whole group and never copied.
 """
 from functools import lru_cache
 
@@ -62,17 +62,17 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor,
                      v_cache: torch.Tensor, pos: int | torch.Tensor, backend: str = "auto",
                      angles: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-    """Attention of one new token per sequence, which also appends its key and value to the cache.
-    angles: cos and sin (T, 1, Dh) of all positions; q and k are first rotated by those of `pos`.
+    """Compute attention for one new token per sequence, and append its key and value to the cache.
 
     q (B, H, Dh); k, v (B, Hkv, Dh); k_cache, v_cache (B, Hkv, Tmax, Dh) with slots [0, pos) filled;
-    0 <= pos < Tmax -> (B, H * Dh). On a GPU pos may be a one-element integer tensor there, so the
-    host need not wait. Writes slot `pos` of both caches in place. Equals row `pos` of `attention`
-    over the whole sequence. No gradient. Raises ValueError if shapes do not fit.
+    0 <= pos < Tmax -> (B, H * Dh). Writes slot `pos` of both caches in place. Equals row `pos` of
+    `attention` over the whole sequence. angles: cos and sin (T, 1, Dh) of all positions; q and k
+    are first rotated by those of `pos`. pos may be a one-element integer tensor on the GPU, so the
+    host need not wait. No gradient. Raises ValueError if shapes do not fit.
 
-    PyTorch path: the slots after `pos` must be finite, because the products run over the whole
-    cache and a mask hides them. Slicing would halve the arithmetic, but the batched product then
-    copies both slices first, which costs more than it saves.
+    PyTorch path: the products run over the whole cache and a mask hides the slots after `pos`, so
+    these must be finite. Slicing would halve the arithmetic. But the batched product would first
+    copy both slices, which costs more than it saves.
     """
     (B, H, Dh), (Hkv, Tmax) = q.shape, k_cache.shape[1:3]
     if k_cache.shape != v_cache.shape or k_cache.shape != (B, Hkv, Tmax, Dh) or \

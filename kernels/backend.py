@@ -16,15 +16,15 @@ def has_triton() -> bool:
 
 @lru_cache
 def has_bf16(device: torch.device) -> bool:
-    """Whether this GPU multiplies bf16: NVIDIA's since Ampere. Older ones get PyTorch in float32,
-    because Triton refuses bf16 there."""
+    """Whether this GPU multiplies bf16, as NVIDIA's do since Ampere. Triton refuses bf16 on older
+    ones, so these get PyTorch in float32."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def sent_to_torch() -> set[str]:
-    """The families that the environment variable TORCH_KERNELS ("attention,sample", or "all") sends
-    to PyTorch on a GPU, as a workaround if a kernel fails there. Raises ValueError for any other
-    name."""
+    """The kernel families that run PyTorch on a GPU, in case a kernel fails there. They come from
+    the environment variable TORCH_KERNELS ("attention,sample", or "all"). Raises ValueError for any
+    other name."""
     named = {name for name in os.environ.get("TORCH_KERNELS", "").split(",") if name}
     named = {*FAMILIES} if "all" in named else named
     if not named <= {*FAMILIES}:
@@ -44,9 +44,9 @@ def live_path(device: torch.device) -> str:
 
 
 def use_triton(backend: str, x: torch.Tensor, family: str) -> bool:
-    """backend "auto": Triton for 16 and 32-bit floats on a GPU where Triton is installed, unless
-    the family is sent to PyTorch; PyTorch elsewhere. "triton" and "torch" force the choice. For
-    tests, TRITON_INTERPRET=1, set before Triton is imported, lets "triton" run on CPU tensors,
+    """Whether a call runs Triton. "auto" picks it for 16 and 32-bit floats on a GPU, if Triton is
+    installed and the family is not sent to PyTorch. "triton" and "torch" force the choice. For
+    tests, set TRITON_INTERPRET=1 before Triton is imported: then "triton" runs on CPU tensors,
     slowly. Raises ValueError if the chosen backend cannot run."""
     if backend == "auto":
         on_gpu = has_bf16(x.device) and x.dtype in FLOATS and has_triton()

@@ -1,13 +1,13 @@
 """The sampling loop of `GPT.draw` for a GPU: one step, captured as a CUDA graph and replayed.
 
-A step of a small model is about a hundred kernels of a few microseconds, and launching them from
-Python takes longer than running them. A CUDA graph launches all of them with one call, if no number
-in a step comes from the host or goes to it. So a step reads position, seed and row numbers from GPU
-memory and leaves tokens and log-probs there. The weights are copied into place before each rollout,
-so one graph serves a whole run. On a CPU the tests run the same step without a graph.
+A step of a small model is about a hundred kernels of a few microseconds. Launching them from Python
+takes longer than running them. A CUDA graph launches all of them with one call, if no number in a
+step comes from the host or goes to it. So a step reads position, seed and row numbers from GPU
+memory and leaves tokens and log-probs there. We copy the weights into place before each rollout, so
+one graph serves a whole run. On a CPU the tests run the same step without a graph.
 
-This file holds buffers and the graph. What is captured is the model's own `step`, so a model that a
-reader has changed is sampled as it is.
+This file holds the buffers and the graph. It captures the model's own `step`, so a changed model is
+sampled correctly too.
 """
 import copy
 import gc

@@ -12,7 +12,7 @@ from kernels.backend import use_triton
 
 
 class SquaredReLU(torch.autograd.Function):
-    """Autograd's version keeps two tensors and is slow on a CPU. One is enough, without a mask."""
+    """Keeps one tensor, max(x, 0). Autograd would keep two and be slower on a CPU."""
 
     @staticmethod
     def forward(ctx, x):
@@ -38,8 +38,8 @@ def squared_relu(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
            backend: str = "auto") -> torch.Tensor:
-    """Rotary position encoding turns each pair (x_i, x_{i + Dh/2}) by position * frequency_i. Then
-    the dot product of two rotated vectors depends only on how far apart their positions are.
+    """Rotary positions: turn each pair (x_i, x_{i + Dh/2}) by position * frequency_i. Then the dot
+    product of two rotated vectors depends only on how far apart their positions are.
     x (..., T, heads, Dh), or (B, heads, Dh) at one position; cos, sin (T, 1, Dh) or (1, Dh), with
     the second half of sin negative. Differentiable in x. Raises ValueError if shapes do not fit."""
     positions = (x.size(-3), 1) if cos.dim() == 3 else (1,)

@@ -1,18 +1,18 @@
-"""Log-probability of the target and entropy of the distribution, without keeping the logits.
+"""Log-probability of the target and entropy of the distribution, without storing the logits.
 
     z = hidden W^T / tau        logp = z_target - LSE(z)        H = -sum_j p_j log p_j
 
 Eager PyTorch writes the (N, V) logits, their float copy and their log-softmax to memory and keeps
-them for the backward pass. Here we compute `CHUNK` rows at a time and reduce them while they are in
-cache. Only the probabilities are kept, in the dtype of `hidden`, and only if a gradient is wanted:
-2 N V bytes in 16 bits, or 134 MB for N = 16,384 and V = 4,096. With upstream gradients
-g = dL/dlogp and g_H = dL/dH (`g_entropy`),
+them for the backward pass. We compute `CHUNK` rows at a time and reduce them while they are in
+cache. If a gradient is wanted, we keep the probabilities, in the dtype of `hidden`. That is 2 N V
+bytes in 16 bits, or 134 MB for N = 16,384 and V = 4,096. With upstream gradients g = dL/dlogp and
+g_H = dL/dH (`g_entropy`),
 
     dL/dz_j = g (1[j = target] - p_j) - g_H p_j (log p_j + H)
 
-and the rest is two matrix products. The soft-max is computed in float32 (float64 for float64
-input). On a GPU, triton_head.py computes the same and does not even keep the probabilities:
-recomputing them there is cheaper than memory. On a CPU that third product costs more than it saves.
+and the rest is two matrix products. The softmax is computed in float32 (float64 for float64 input).
+On a GPU, triton_head.py computes the same without keeping the probabilities. Recomputing them takes
+a third product. That pays on a GPU, but on a CPU it costs more than it saves.
 """
 import torch
 from torch.autograd.function import once_differentiable
@@ -24,8 +24,8 @@ CHUNK = 512  # rows; 512 x 4,096 float32 numbers are 8 MB
 
 def softmax(hidden: torch.Tensor, weight: torch.Tensor,
             temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits z (N, V) = hidden @ weight.T / temperature; p (N, V) = softmax(z), at least float32;
-    and LSE(z) (N,), from each row's largest entry: log p would need a second pass over p."""
+    """Logits z (N, V) = hidden @ weight.T / temperature, p (N, V) = softmax(z), at least float32,
+    and LSE(z) (N,). LSE needs only each row's largest entry; log p would take a second pass."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     z = hidden @ weight.T
     z = z if temperature == 1 else z.to(wide).div_(temperature)
@@ -40,7 +40,7 @@ class LinearLogprob(torch.autograd.Function):
         for h, t in zip(hidden.split(CHUNK), target.split(CHUNK)):
             z, p, lse = softmax(h, weight, temperature)
             logp.append(z.gather(1, t.clamp_min(0)[:, None])[:, 0] - lse)
-            if want_entropy:  # not LSE - sum p z, which cancels: 50 - 49.99 for an entropy of 0.01
+            if want_entropy:  # LSE - sum p z loses digits: 50 - 49.99 for an entropy of 0.01
                 entropy.append(torch.special.entr(p).sum(-1))
             if keep:
                 kept.append(p.to(hidden.dtype))
@@ -65,7 +65,7 @@ class LinearLogprob(torch.autograd.Function):
         if g_entropy is not None:
             g_entropy = g_entropy * scale
             factor = g + g_entropy * entropy
-        # the target's entry uses its unrounded probability: 1 - p loses all digits if p is near 1
+        # the target needs its unrounded probability: with p near 1, 1 - p would lose all digits
         at_target = g - p_target * factor
         if g_entropy is not None:
             at_target += g_entropy * torch.special.entr(p_target)
@@ -89,9 +89,9 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
     hidden (..., D), weight (V, D), target (...) int64 in [0, V) or -1 = ignored (both results 0,
     no gradient) -> logp (...), entropy (...), at least float32. entropy=False returns None for it,
     and saves the work on a CPU. Differentiable in hidden and weight. On a GPU the forward pass
-    needs no copy of a slice of hidden (B, T, D) along T. Raises ValueError if shapes do not fit or
-    a target is outside [-1, V); on a GPU such a target gives a log-prob of NaN, because a check
-    would make the host wait.
+    takes a slice of hidden (B, T, D) along T without a copy. Raises ValueError if shapes do not fit
+    or a target is outside [-1, V). On a GPU such a target gives a log-prob of NaN instead, because
+    a check would make the host wait.
     """
     if hidden.shape[:-1] != target.shape or hidden.size(-1) != weight.size(-1) or \
             hidden.dtype != weight.dtype or not temperature > 0:

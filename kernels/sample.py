@@ -4,9 +4,9 @@ Noise is counter-based: Philox4x32-10 (Salmon et al. 2011, "Parallel random numb
 1, 2, 3") maps (seed, row, step) to a uniform number without any state. So sample 17 of seed 3 has
 the same tokens in any batch, and a killed run can go on without a saved generator state.
 
-The CPU path inverts the CDF with one uniform per row; a Gumbel race would need one per logit. The
+The CPU path inverts the CDF with one uniform per row. A Gumbel race would need one per logit. The
 Triton path (triton_head.py) needs one pass over the vocabulary and two uniforms per tile. It draws
-other tokens, from the same distribution.
+different tokens from the same distribution.
 """
 import torch
 
@@ -38,10 +38,10 @@ def philox_uniform(seed: int, row: torch.Tensor, step: int, stream: int = 0) -> 
 def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor, row: torch.Tensor,
            step: int | torch.Tensor, temperature: float = 1.0, backend: str = "auto",
            entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """hidden (B, D), weight (V, D), row (B,) int64 global sample numbers, step = position in the
-    sample -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`.
-    entropy=False returns None for it. seed and step are integers or, on a
-    GPU, one-element integer tensors there. No gradient. Raises ValueError if shapes do not fit."""
+    """Draw one token a row. hidden (B, D), weight (V, D), row (B,) int64 global sample numbers;
+    seed, step (position in the sample): integers, or one-element integer tensors on the GPU
+    -> token (B,) int64, its log-prob (B,) and the entropy (B,), nats, at `temperature`.
+    entropy=False returns None for it. No gradient. Raises ValueError if shapes do not fit."""
     if hidden.size(-1) != weight.size(-1) or row.shape != hidden.shape[:1] or not temperature > 0:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, row "
                          f"{tuple(row.shape)}, temperature {temperature} do not fit")
@@ -57,7 +57,7 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, seed: int | torch.Tensor,
     z, p, lse = softmax(hidden, weight, temperature)                # (B, V), (B, V), (B,)
     H = torch.special.entr(p).sum(-1) if entropy else None
     cdf = p.cumsum_(-1)
-    # scale by the last entry of the CDF, so rounding never puts a uniform beyond the end
+    # scale by the last entry of the CDF, so that rounding never puts u beyond the end
     u = philox_uniform(seed, row, step).to(cdf.dtype) * cdf[:, -1]
     token = torch.searchsorted(cdf, u[:, None]).clamp_max_(len(weight) - 1)
     return token[:, 0], z.gather(1, token)[:, 0] - lse, H

@@ -17,8 +17,8 @@ which (sequence, head, block of rows) it computes. A tile is a 2-D block of numb
 holds in registers. `tl.load(pointers, mask)` fills one; `tl.dot` multiplies two on tensor cores.
 
 The grid has one axis, because the others end at 65,535. Sequences are addressed in 64 bits. Scores
-are kept in base 2: the factor c = log2(e) / sqrt(Dh) is one multiplication, and exp2 is one
-instruction where exp is two. `lse2` is log2 of the soft-max denominator, sum_j 2^(c s_j).
+are in base 2: the factor c = log2(e) / sqrt(Dh) is one multiplication, and exp2 is one instruction
+where exp is two. `lse2` is log2 of the softmax denominator, sum_j 2^(c s_j).
 """
 import torch
 import triton
@@ -28,7 +28,7 @@ from triton import knobs
 from triton.runtime import driver
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PRECISION = tl.constexpr("tf32x3")  # a float32 product is three on tensor cores, exact to 1e-6
+PRECISION = tl.constexpr("tf32x3")  # float32: three tensor-core products, exact to 1e-6
 
 
 # ---- Tiles ---------------------------------------------------------------------------------------
@@ -57,10 +57,10 @@ def scores2(a, b, seen, SCALE: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def absorb(m, l, acc, s, v, ACC: tl.constexpr):
-    """One step of the online soft-max (Milakov & Gimelshein 2018, arXiv:1805.02867) over a tile of
-    scores s with the values v. m is the largest score so far, l = sum 2^(s_j - m), acc = sum
+    """One step of the online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867), over a tile of
+    scores s with the values v. m is the largest score so far, l = sum 2^(s_j - m), and acc = sum
     2^(s_j - m) v_j. If m rises, the sums so far are rescaled by 2^(m_old - m_new)."""
-    m_new = tl.maximum(m, tl.max(s, 1))  # finite: every row sees a column before any that is hidden
+    m_new = tl.maximum(m, tl.max(s, 1))  # finite: every row sees a column before a hidden one
     rescale = tl.exp2(m - m_new)
     p = tl.exp2(s - m_new[:, None])
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], out_dtype=ACC, input_precision=PRECISION)
@@ -72,8 +72,8 @@ def absorb(m, l, acc, s, v, ACC: tl.constexpr):
 def attention_forward(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, q_b, q_t, q_h, k_b, k_t, k_h,
                       v_b, v_t, v_h, T, H, group, SCALE: tl.constexpr, Dh: tl.constexpr,
                       BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """BLOCK rows of one head. q (B, T, H, Dh), k and v (B, T, H / group, Dh) by strides (b, t, h);
-    out (B, T, H, Dh), lse2 (B, H, T) contiguous."""
+    """Compute BLOCK rows of one head. q (B, T, H, Dh), k and v (B, T, H / group, Dh) by strides
+    (b, t, h); out (B, T, H, Dh), lse2 (B, H, T) contiguous."""
     blocks = tl.cdiv(T, BLOCK)
     head, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks  # neighbours share k, v in L2
     b, h = (head // H).to(tl.int64), head % H
@@ -98,19 +98,19 @@ def attention_forward(q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, q_b, q_t, q_h, k_b
 # ---- Backward ------------------------------------------------------------------------------------
 # P = 2^(c q k^T - lse2), O = P V. With dO given:
 # dV = P^T dO   dP = dO V^T   dS = P * (dP - delta)   dQ = dS K / sqrt(Dh)   dK = dS^T Q / sqrt(Dh)
-# delta_i = sum_j P_ij dP_ij = dO_i . O_i   (soft-max: shifting all scores of a row changes nothing)
+# delta_i = sum_j P_ij dP_ij = dO_i . O_i   (softmax: shifting all scores of a row changes nothing)
 # Where P^T or dS^T is the left factor, we compute the transposed tile itself, from s_t = k q^T. It
-# takes no more products and avoids transposes of tiles in registers, which have given wrong
-# gradients on Hopper (flash-linear-attention issues 640, 826; triton issues 9433, 11781).
+# takes no extra products, and avoids transposing tiles in registers: that gave wrong gradients on
+# Hopper (flash-linear-attention issues 640, 826; triton issues 9433, 11781).
 @triton.jit
 def attention_backward(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, dq_ptr, dk_ptr, dv_ptr, q_b,
                        q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dq_b, dq_t, dq_h, dk_b, dk_t, dk_h,
                        dv_b, dv_t, dv_h, T, H, group, SCALE: tl.constexpr, Dh: tl.constexpr,
                        BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
     """The program of block i computes dq of its rows, in a loop over i + 1 tiles of columns. Then
-    it computes dk and dv of the same positions as columns, in a loop over n - i tiles of rows. So
-    all programs do the same work, without atomics, and every launch gives the same bits. do is
-    (B, T, H, Dh)."""
+    it takes the same positions as columns and computes dk and dv, in a loop over n - i tiles of
+    rows. So all programs do the same work. There are no atomics, so every launch gives the same
+    bits. do is (B, T, H, Dh)."""
     kv_heads, blocks = H // group, tl.cdiv(T, BLOCK)
     head, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b, kv = (head // kv_heads).to(tl.int64), head % kv_heads
@@ -123,7 +123,7 @@ def attention_backward(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, dq_ptr, dk_
         o = load_rows(o_ptr + (b * T * H + h) * Dh, own, H * Dh, T, Dh, BLOCK_D)
         do = load_rows(do_ptr + (b * T * H + h) * Dh, own, H * Dh, T, Dh, BLOCK_D)
         lse2 = tl.load(lse2_ptr + (b * H + h) * T + own, mask=own < T, other=float("inf"))
-        delta = tl.sum(do.to(ACC) * o.to(ACC), 1)  # P dP would need the whole row
+        delta = tl.sum(do.to(ACC) * o.to(ACC), 1)  # sum P dP would need the whole row
         dq = tl.zeros((BLOCK, BLOCK_D), ACC)
         for start in range(0, (i + 1) * BLOCK, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -185,10 +185,10 @@ def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, cos_p
     """Compute all query heads of one (sequence, key-value head), with one read of its cache.
     ROTATE: first turn queries and key by row `pos` of cos and sin (T, Dh).
 
-    The new key and value start the online soft-max from registers and are stored to slot `pos`, so
-    no program waits for another's store. `pos` is read from memory, so a captured CUDA graph of
-    this launch can be replayed at every step. The group is padded to the 16 rows of a tensor-core
-    instruction. Padding moves no bytes, and this kernel's time goes into moving bytes.
+    The new key and value start the online softmax from registers, and are also stored to slot
+    `pos`. So no program waits for another's store. `pos` is read from memory, so a captured CUDA
+    graph can replay this launch at every step. The group is padded to the 16 rows of a tensor-core
+    instruction. Padding moves no bytes, and this kernel spends its time moving bytes.
     """
     b, kv = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     pos = tl.load(pos_ptr).to(tl.int32)
@@ -232,10 +232,10 @@ def hopper() -> bool:
 
 
 def backward_config(Dh: int, dtype: torch.dtype) -> tuple[int, int]:
-    """-> side of a tile, warps. A fixed table, not a search at run time: the largest tiles whose
-    registers do not spill on sm_80 and sm_90 (tests/compile_only.py checks). num_stages stays 1,
-    because Triton 3.6 and later reportedly crash on Hopper in such a backward with 2 stages and a
-    128-wide tile in 4 warps (triton issue 10573)."""
+    """-> side of a tile, warps. A fixed table, not a search at run time: the largest tiles without
+    register spills on sm_80 and sm_90 (tests/compile_only.py checks). num_stages stays 1. With 2
+    stages and a 128-wide tile in 4 warps, Triton 3.6 and later reportedly crash on Hopper in such a
+    backward (triton issue 10573)."""
     BLOCK_D = max(16, triton.next_power_of_2(Dh))
     if dtype.itemsize > 2:  # float32: three products for one, and numbers twice the size
         return 16, max(4, BLOCK_D // 16)

@@ -3,8 +3,8 @@
     y = r^2, r = max(x, 0)                       dL/dx = 2 r g
     (a', b') = (a c + b s, b c - a s)            (da, db) = (ga c - gb s, gb c + ga s)
 
-where (a, b) = (x_i, x_{i + Dh/2}) and c, s are the cosine and sine of the pair's angle. Its
-gradient is turned back. In PyTorch squared ReLU takes 2 passes each way, and rotation 3 or more.
+where (a, b) = (x_i, x_{i + Dh/2}) and c, s are the cosine and sine of the pair's angle. The
+gradient turns the other way. In PyTorch squared ReLU takes 2 passes each way, rotation 3 or more.
 """
 import torch
 import triton
@@ -24,8 +24,8 @@ def squared_relu(x_ptr, g_ptr, y_ptr, n, BACKWARD: tl.constexpr, BLOCK: tl.const
 @triton.jit
 def rotate(x_ptr, cos_ptr, sin_ptr, y_ptr, rows, T, heads, x_n, x_h, SIGN: tl.constexpr,
            HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """Turn BLOCK rows (n, h) by SIGN times their angle. x (N, heads, 2 HALF) by strides, cos and
-    sin (T, 2 HALF), token n at position n % T -> y (N, heads, 2 HALF)."""
+    """Turn BLOCK rows (n, h) by SIGN times their angle. Token n is at position n % T.
+    x (N, heads, 2 HALF) by strides, cos and sin (T, 2 HALF) -> y (N, heads, 2 HALF)."""
     r, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     mask = (r < rows)[:, None] & (i < HALF)[None, :]
     n, h = r // heads, r % heads

@@ -3,29 +3,29 @@
     z = hidden W^T / tau     logp = z_target - LSE(z)     H = -sum_j p_j log p_j     p = softmax(z)
 
 Eager PyTorch writes the logits in bf16 and three float32 copies of them: 16 bytes per logit
-forward, most of it kept for the backward pass. Here a program takes BLOCK_M rows of hidden and goes
-through the vocabulary one tile at a time. A tile of logits is used in registers and then dropped.
+forward. It keeps most of this for the backward pass. Here a program takes BLOCK_M rows of hidden
+and goes through the vocabulary tile by tile. It uses a tile of logits in registers, then drops it.
 
-Each row keeps only the sums of an online soft-max, plus one for the entropy. All are in base 2,
+Each row keeps only the sums of an online softmax, plus one for the entropy. All are in base 2,
 because exp2 is one instruction (z2 = z log2 e):
 
     m = max z2        l = sum 2^(z2 - m)        s = sum 2^(z2 - m) (z2 - m)
     LSE = (m + log2 l) ln 2                     H = (log2 l - s / l) ln 2
 
-Both terms of H are positive, so nothing cancels; LSE - sum p z would subtract 50 from 50.01.
+Both terms of H are positive, so nothing cancels. LSE - sum p z would subtract 50 from 50.01.
 z_target comes from the same tile that enters the sum, so logp <= 0 up to the last bit.
 
 Where the time goes: with D = 256 a logit costs 512 FLOP in the product, and about 20 instructions
 around it take as long again. Two programs on one multiprocessor can do both at once. For D <= 384
-(256 before Hopper) the rows of hidden stay on chip throughout. Otherwise a 128 x 64 tile of logits
-would read 96 KB for 0.7 us of product, twice what the L2 cache can deliver. Larger D streams both.
+(256 before Hopper) the rows of hidden stay on chip. Otherwise a 128 x 64 tile of logits would read
+96 KB for 0.7 us of product, twice what the L2 cache can deliver. For larger D we stream both.
 
 Drawing a token costs two uniforms per row and tile, not one per logit. Each tile draws one of its
-columns (inverse CDF). It replaces the earlier choice with probability (mass of this tile) / (mass
-of all tiles so far): a reservoir. By telescoping, each column is then chosen with its own
-probability. Uniforms come from Philox4x32-10, key = seed, counter = (row, step, tile, 0): words 0
-and 1 for the tile, word 2 to merge `SPLIT` tiles with the others. So a draw depends on seed, row
-and step, and never on its neighbours.
+columns (inverse CDF). This column replaces the earlier choice with probability (mass of this tile)
+/ (mass of all tiles so far): a reservoir. The factors telescope, so each column is chosen with its
+own probability. Uniforms come from Philox4x32-10, key = seed, counter = (row, step, tile, 0). Words
+0 and 1 are for the tile, and word 2 merges `SPLIT` tiles with the others. So a draw depends on
+seed, row and step, and never on its neighbours.
 """
 import torch
 import torch.nn.functional as F
@@ -51,13 +51,13 @@ def load_tile(rows, ok, first, D, WIDTH: tl.constexpr):
 
 @triton.jit
 def hidden_rows(hidden_ptr, n, T, h_b, h_t):
-    """Pointers to rows n of hidden (B, T, D), by strides: a slice of time needs no copy."""
+    """Pointers to rows n of hidden (B, T, D), by strides, so a slice along T needs no copy."""
     return hidden_ptr + (n // T).to(tl.int64) * h_b + (n % T).to(tl.int64) * h_t
 
 
 @triton.jit
 def load_resident(h_rows, h_ok, D, D0: tl.constexpr, D1: tl.constexpr):
-    """Load hidden rows as two tiles, D0 and D1 wide: sides are powers of two, and 384 is not."""
+    """Load hidden rows as two tiles, D0 and D1 wide. Sides are powers of two, and 384 is not."""
     if D0 == 0:
         h0, h1 = h_rows, h_rows                                      # streamed instead
     else:
@@ -88,9 +88,9 @@ def logits2(h0, h1, h_rows, h_ok, w_ptr, w_v, cols, V, D, scale2, D0: tl.constex
 
 @triton.jit
 def fold(m, l, s, z2):
-    """Rescale the running sums to the new maximum and add this tile to s; the caller adds it to l.
-    -> m, l, s, and p = 2^(z2 - m). Every term summed so far is multiplied by 2^(m - m_new), and
-    m - m_new is added to its z2 - m."""
+    """Rescale the running sums to the new maximum and add this tile to s. The caller adds it to l.
+    -> m, l, s, and p = 2^(z2 - m). The new maximum multiplies each earlier term by 2^(m - m_new),
+    and adds m - m_new to its z2 - m."""
     m_new = tl.maximum(m, tl.max(z2, 1))
     p = tl.exp2(z2 - m_new[:, None])
     rescale = tl.exp2(m - m_new)
@@ -134,8 +134,8 @@ def gradient_of_logits(z2, lse2, entropy, cols, target, g, g_entropy, inv_tau,
 
         dL/dz_j = g (1[j = target] - p_j) - g_H p_j (log p_j + H)
 
-    lse2 must come from these very logits. With an lse2 of logits rounded differently, p near 1
-    would be off by the difference, and 1 - p by many times its own size."""
+    lse2 must come from exactly these logits. If they were rounded differently, p near 1 would be
+    off by the difference, and 1 - p by many times its own size."""
     log2p = z2 - lse2[:, None]
     p = tl.exp2(log2p)
     dz = tl.where(cols[None, :] == target[:, None], g[:, None], 0.0) - g[:, None] * p
@@ -196,9 +196,9 @@ def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, s
                  token_ptr, B, h_b, w_v, V, D, scale2, D0: tl.constexpr, D1: tl.constexpr,
                  TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_K: tl.constexpr):
-    """BLOCK_M rows, TILES tiles of the vocabulary -> their m, l, s, and the token that these tiles
-    propose with its z2, each (splits, B). Few rows are drawn at once, so several programs share the
-    vocabulary. seed and step are read from memory, so a CUDA graph can be replayed."""
+    """Propose a token for BLOCK_M rows, from TILES tiles of the vocabulary -> m, l, s of the tiles,
+    the token and its z2, each (splits, B). Few rows are drawn at once, so several programs share
+    the vocabulary. seed and step are read from memory, so a CUDA graph can be replayed."""
     splits = tl.cdiv(tl.cdiv(V, BLOCK_N), TILES)
     split = tl.program_id(0) % splits
     n = tl.program_id(0) // splits * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -239,7 +239,7 @@ def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, s
 @triton.jit(do_not_specialize_on_alignment=["seed_ptr", "step_ptr"])
 def sample_merge(m_ptr, l_ptr, s_ptr, z_ptr, token_ptr, row_ptr, seed_ptr, step_ptr, out_ptr,
                  logp_ptr, entropy_ptr, B, splits, TILES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Merge the proposals of the splits in order, by the same reservoir -> token, logp, entropy."""
+    """Merge the splits' proposals in order, by the same reservoir -> token, logp, entropy."""
     n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = n < B
     row = tl.load(row_ptr + n, mask=ok, other=0).to(tl.uint32)
@@ -271,15 +271,15 @@ def sample_merge(m_ptr, l_ptr, s_ptr, z_ptr, token_ptr, row_ptr, seed_ptr, step_
 
 # ---- Configurations and launches -----------------------------------------------------------------
 def config(D: int, dtype: torch.dtype) -> dict:
-    """Tile shapes, from a fixed table instead of a search at run time. No registers spill on sm_80
+    """Tile shapes, from a fixed table instead of a search at run time. No register spills on sm_80
     and sm_90. Older GPUs and consumer cards get shapes that fit in 99 KB of shared memory."""
-    if dtype.itemsize > 2:  # float32: three tensor-core products for one, so smaller tiles
+    if dtype.itemsize > 2:  # float32: three tensor-core products each, so smaller tiles
         return dict(D0=0, D1=0, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)
     if D > (384 if hopper() else 256):  # streamed
         return dict(D0=0, D1=0, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
     D0 = max(16, 1 << D.bit_length() - 1)
     D1 = max(16, triton.next_power_of_2(D - D0)) if D > D0 else 0
-    # one tile of W in flight if with two only one program would fit on a multiprocessor
+    # 1 tile of W in flight where, with 2, only one program would fit on a multiprocessor
     stages = 1 if hopper() and 192 < D0 + D1 <= 256 else 2
     BLOCK_M, warps = (128, 8) if hopper() else (64, 4)
     return dict(D0=D0, D1=D1, BLOCK_M=BLOCK_M, BLOCK_N=64, BLOCK_K=64, num_warps=warps,
@@ -287,8 +287,8 @@ def config(D: int, dtype: torch.dtype) -> dict:
 
 
 class LinearLogprob(torch.autograd.Function):
-    """hidden (B, T, D), weight (V, D), target (B, T) -> logp, entropy (B, T). Keeps the inputs and
-    4 bytes per row for the backward pass."""
+    """hidden (B, T, D), weight (V, D), target (B, T) -> logp, entropy (B, T). The backward pass
+    needs only the inputs and 4 bytes per row."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):
@@ -309,8 +309,8 @@ class LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, g_entropy):
         """Three products per chunk of rows: the logits again, then dlogits W and dlogits^T hidden.
-        No atomics. Zero rows of W and zero columns of dlogits pad V to a multiple of 64, so that
-        the rows in products are aligned."""
+        No atomics. Zero rows of W and zero columns of dlogits pad V to a multiple of 64, which
+        aligns the rows in these products."""
         hidden, weight, target, entropy = ctx.saved_tensors
         (B, T, D), V, N = hidden.shape, len(weight), target.numel()
         g = torch.zeros_like(entropy) if g is None else g.contiguous()
@@ -338,7 +338,7 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def linear_logprob(hidden, weight, target, temperature):
-    """Like kernels.linear_logprob. A target outside [-1, V) gives NaN: the host need not wait."""
+    """Like kernels.linear_logprob. A target outside [-1, V) gives NaN; the host need not wait."""
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
     h = hidden if hidden.dim() == 3 else hidden.reshape(1, -1, hidden.size(-1))
     logp, entropy = LinearLogprob.apply(h, weight, target.reshape(h.shape[:2]).contiguous(),

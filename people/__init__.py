@@ -5,8 +5,8 @@
     agreement.py  do people agree with each other, and with the machine?
     ratings.py    the blind test: base model against policies
 
-An item is {"id", "text", ...}. Its text is one text, or two to compare. It may have a "prompt". An
-answer is the item plus "label", "labeller" and "time", on one line of a file that only grows. An
-undo is one more line. The last line about an item counts, so no later run can lose a label.
-02_sample_label.py has the loop that asks in the terminal.
+An item is {"id", "text", ...}: one text, or two to compare. It may have a "prompt". An answer is
+the item plus "label", "labeller" and "time", on one line of a file that only grows. An undo adds a
+line too. The last line about an item counts, so a later run cannot lose a label. The loop that asks
+in the terminal is in 02_sample_label.py.
 """

@@ -9,14 +9,14 @@ from people.answers import stage
 
 
 def cohen_kappa(a: list[str], b: list[str]) -> float:
-    """Compute how far two labellers agree on the same items beyond chance (Cohen 1960). It is 1 if
-    they agree on all items, even if all labels are the same."""
+    """Compute how far two labellers agree on the same items beyond chance (Cohen 1960). The result
+    is 1 if they agree on all items, even if all labels are the same."""
     return 1.0 if a == b else float(cohen_kappa_score(a, b))
 
 
 def kappas(people: dict[str, dict[str, str]]) -> dict[str, tuple[float, int]]:
-    """Compute Cohen's kappa of each pair of people. people: name -> id -> label. -> "NAME and NAME"
-    -> kappa, and how many items both labelled."""
+    """Compute Cohen's kappa for each pair of people -> "NAME and NAME" -> kappa, and the number of
+    items that both labelled. people: name -> id -> label."""
     found = {}
     for a, b in itertools.combinations(sorted(people), 2):
         common = [i for i in people[a] if i in people[b]]
@@ -27,8 +27,8 @@ def kappas(people: dict[str, dict[str, str]]) -> dict[str, tuple[float, int]]:
 
 
 def agreement(people: dict[str, dict[str, str]]) -> dict:
-    """Compute how far all people agree. people: name -> id -> label. -> "alpha" (Krippendorff 2004,
-    nominal), and "disputed", the ids on which answers differ."""
+    """Compute how far all people agree -> "alpha" (Krippendorff 2004, nominal), and "disputed", the
+    ids on which answers differ. people: name -> id -> label."""
     ids = sorted({i for labels in people.values() for i in labels})
     codes = {label: code for code, label in enumerate(
         sorted({label for labels in people.values() for label in labels.values()}))}
@@ -43,8 +43,8 @@ def agreement(people: dict[str, dict[str, str]]) -> dict:
 
 
 def print_agreement(people: dict[str, dict[str, str]], items: list[dict]) -> None:
-    """Print each pair's kappa, pairs with the machine included. Then print alpha over all people,
-    and ten items on which they differ. A skip is not an answer."""
+    """Print kappa for each pair, including pairs with the machine. Then print alpha for all people,
+    and up to ten items on which they differ. A skip is not an answer."""
     people = {name: {i: label for i, label in labels.items() if label != "skip"}
               for name, labels in people.items()}
     for pair, (kappa, n) in kappas(people).items():

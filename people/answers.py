@@ -18,14 +18,15 @@ def read_items(out: Path, kind: str, seed: int) -> list[dict]:
 
 
 def is_item(row: dict) -> bool:
+    """Say whether a row has an id, and one text or two. May raise KeyError or TypeError."""
     texts = [row["text"]] if isinstance(row["text"], str) else row["text"]
     return (len(texts) == (1 if isinstance(row["text"], str) else 2)
             and all(isinstance(x, str) for x in (row["id"], row.get("prompt", ""), *texts)))
 
 
 def answers_in(out: Path, kind: str) -> dict[str, dict[str, str]]:
-    """Read all answers of one kind -> labeller -> id -> label. Of a file and its copy, the later
-    answer counts."""
+    """Read all answers of one kind -> labeller -> id -> label. If a file has a copy, the later
+    answer to an item counts."""
     rows = []
     for path in files_of(out, kind):
         name = path.stem.removeprefix(f"{kind}-")

@@ -38,7 +38,7 @@ ev = importlib.import_module("05_eval")
 
 # ---- Samples to rate -----------------------------------------------------------------------------
 def preferred(out: Path) -> Path:
-    """Find the happy policy that the report prefers. It is the final one if there is no report of
+    """Find the happy policy that the report prefers. Take the final one if there is no report on
     this run of 04, or if the report prefers the base model."""
     final, report = out / "policy-happy.safetensors", out / "report.json"
     fresh = report.exists() and final.exists() and report.stat().st_mtime >= final.stat().st_mtime
@@ -50,9 +50,12 @@ def preferred(out: Path) -> Path:
 
 
 def load_arms(out: Path, policy: Path | None) -> tuple[dict[str, GPT], dict, Tokenizer, dict]:
-    """Load the models to rate. policy: the happy one; None: the one that the report prefers ->
-    "base", "happy" and, if there is one, "sad" -> model; target -> name and fingerprint of policy;
-    tokenizer; the reward model's header. Raises UserError if the policy is not of this run."""
+    """Load the models to rate. policy: the happy one; None means the one that the report prefers.
+
+    Returns the models by name ("base", "happy", and "sad" if there is one), the name and
+    fingerprint of each policy, the tokenizer, and the reward model's header. Raises UserError if
+    the policy does not belong to this run.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = fast_dtype(device)
     base, _, tokenizer, about = ev.load_run(out, device, dtype)
@@ -75,8 +78,8 @@ def load_arms(out: Path, policy: Path | None) -> tuple[dict[str, GPT], dict, Tok
 
 
 def items_to_rate(out: Path, n: int, seed: int, policy: Path | None) -> tuple[list[dict], Path]:
-    """Draw n samples of each model (after the same prompts, if there are prompts), shuffle them and
-    write the key -> the items, and the path of the key."""
+    """Draw n samples of each model, shuffle them, and write the key -> the items, and the path of
+    the key. All models get the same prompts, if there are prompts."""
     require(0 <= seed < 2**31, "--seed must be in [0, 2^31)")
     arms, policies, tokenizer, about = load_arms(out, policy)
     prompts = None
@@ -114,12 +117,13 @@ def newcombe(a: int, n: int, b: int, m: int) -> tuple[float, float]:
 
 
 def fisher_exact(a: int, n: int, b: int, m: int) -> float:
-    """Test if b of m is a higher fraction than a of n -> the one-sided p-value (Fisher 1935)."""
+    """Test whether b of m is a higher fraction than a of n -> one-sided p-value (Fisher 1935)."""
     return float(fisher_test([[b, m - b], [a, n - a]], "greater").pvalue)
 
 
 def fisher_power(p: float, q: float, n: int, level: float = 0.05) -> float:
-    """Compute how likely n against n ratings reach p < level, if the true fractions are p, q."""
+    """Compute the chance that n ratings against n reach significance at `level`, if the true
+    fractions are p and q."""
     every = range(n + 1)
     chance = np.outer(binom.pmf(every, n, p), binom.pmf(every, n, q))              # (n + 1, n + 1)
     reached = [[fisher_exact(a, n, b, n) < level for b in every] for a in every]
@@ -127,9 +131,11 @@ def fisher_power(p: float, q: float, n: int, level: float = 0.05) -> float:
 
 
 def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
-    """Compare each policy with the base model: how often does it express its feeling, among items
-    that were not skipped? key: from `items_to_rate`; given: rater -> id -> label -> for each rater,
-    and for the majority of several: counts, 95% interval of the difference, and p-value."""
+    """Compare how often each policy and the base model express the feeling, skipped items left out.
+
+    key: from `items_to_rate`; given: rater -> id -> label. Returns a row for each rater, and one
+    for the majority if there are several: counts, 95% interval of the difference, p-value.
+    """
     arm_of = key["arms"]
     if len(given) > 1:  # adding up raters would count one sample several times
         majority = {}
@@ -154,7 +160,7 @@ def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
 
 
 def is_key(key) -> bool:
-    """Whether this is what `items_to_rate` wrote. May raise KeyError or TypeError."""
+    """Say whether this is what `items_to_rate` wrote. May raise KeyError or TypeError."""
     return (all(policy["fingerprint"] + policy["name"] for policy in key["policies"].values())
             and all(map(is_item, key["items"]))
             and {item["id"] for item in key["items"]} == key["arms"].keys()
@@ -162,7 +168,7 @@ def is_key(key) -> bool:
 
 
 def keys_of(out: Path) -> list[dict]:
-    """Read the keys whose policies are all in `out`. Raises UserError if there are none."""
+    """Read the keys whose policies are all in `out`. Raises UserError if no key is left."""
     about = ev.load_run(out, "cpu", torch.float32)[3]
     paths = [*out.glob("policy-*.safetensors"), *(out / "checkpoints").glob("*.safetensors")]
     there = [load(path, "04_ppo.py") for path in paths]

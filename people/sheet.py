@@ -75,14 +75,14 @@ def fault(row, items: dict[str, dict], labels: list[str]) -> str:
 
 
 def seconds_of(row: dict) -> float:
-    """How long an answer took; 0 if the row does not say."""
+    """Read how long an answer took; 0 if the row does not say."""
     given = row.get("seconds")
     return float(given) if isinstance(given, int | float) and 0 <= given < 1e5 else 0.0
 
 
 def returned(sheet: dict, files: list[Path]) -> tuple[dict[str, dict[str, dict]], int]:
-    """Check the answers that came back against the sheet -> labeller -> id -> row, and how many
-    lines were left out. Standard error says which lines, and why."""
+    """Check the answers that came back against the sheet -> labeller -> id -> row, and the number
+    of lines left out. Standard error says which lines, and why."""
     items = {item["id"]: item for item in sheet["items"]}
     labels = [label for _, label in sheet["answers"]]
     found, wrong = [], 0
@@ -115,8 +115,8 @@ def returned(sheet: dict, files: list[Path]) -> tuple[dict[str, dict[str, dict]]
 
 
 def collect(sheet: dict, files: list[Path], out: Path) -> int:
-    """Add the new answers to out/KIND-NAME.jsonl -> the number of lines left out. Of two answers to
-    one item the later one counts."""
+    """Add the new answers to out/KIND-NAME.jsonl -> the number of lines left out. If an item has
+    two answers, the later one counts."""
     kind = sheet["kind"]
     people, wrong = returned(sheet, files)
     for name, rows in people.items():

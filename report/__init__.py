@@ -1,15 +1,18 @@
-"""The page that a run ends in: `python -m report` turns out/report.json into out/report.html.
+"""Show a finished run as a page: `python -m report` turns out/report.json into out/report.html.
 
-    trust.py      what the reward model sees, token by token, and whether it still sees right
-    health.py     marks for the run of PPO, each with its rule
-    story.py      the run in a few sentences
-    made.py       versions, settings, seconds
-    plots.py      which figures; svg.py: how they are drawn
-    complete.py   completions of a prompt by any checkpoint: `python -m report.complete`
-    table.py      the same as tables in the terminal: `python -m report --table`
-    play.py       base model and policy side by side in the terminal: `make play`
-    publish.py    a run into pretrained/ and docs/: `python -m report.publish`
     page.html     the page, a Jinja template, with page.css, plot.css and page.js
+    story.py      tells the run in a headline and four paragraphs
+    plots.py      chooses the figures; svg.py draws them
+    trust.py      what the reward model sees, token by token, and whether it is still right
+    health.py     holds the run of PPO against rules that it can fail
+    made.py       versions, commit, date, settings, seconds
+
+Beside the page:
+
+    table.py      the results as tables in the terminal: `python -m report --table`
+    play.py       base model and policy side by side in the terminal: `make play`
+    complete.py   completes a prompt with any checkpoint: `python -m report.complete`
+    publish.py    copies a run into pretrained/ and docs/: `python -m report.publish`
 """
 import hashlib
 import importlib
@@ -32,8 +35,8 @@ ev = importlib.import_module("05_eval")
 
 
 def render(results: dict, figures: dict, made: dict) -> str:
-    """page.html with the results in it, everything escaped. Its policy allows this very script and
-    style, and loads nothing."""
+    """Fill page.html with the results, everything escaped. The page's policy allows only this
+    script and this style, and loads nothing."""
     here = Path(__file__).parent
     html, css, script = ((here / f"page.{kind}").read_text(encoding="utf-8")
                          for kind in ("html", "css", "js"))
@@ -50,12 +53,12 @@ def render(results: dict, figures: dict, made: dict) -> str:
 
 
 def not_measured(text: str) -> str:
-    """Numbers as text, "n/a" for NaN; “nan” may be a word of the corpus."""
+    """Replace NaN by "n/a" in a text; a quoted “nan” stays, as it may be a word of the corpus."""
     return re.sub(r"(?<![“\w])nan(?![”\w])", "n/a", text)
 
 
 def nan_for_null(x):
-    """JSON has no NaN: what could not be measured was written as null."""
+    """Replace None by NaN. JSON has no NaN, so what could not be measured was written as null."""
     if isinstance(x, dict):
         return {key: nan_for_null(value) for key, value in x.items()}
     if isinstance(x, list):
@@ -64,7 +67,7 @@ def nan_for_null(x):
 
 
 def read(path: Path, made_by: str, right, otherwise):
-    """What a JSON file holds; `otherwise` if there is none. Raises UserError if it is damaged."""
+    """Read a JSON file; return `otherwise` if it is missing. Raises UserError if it is damaged."""
     if not path.exists():
         return otherwise
     return nan_for_null(read_json(path, made_by, lambda value: right(nan_for_null(value))))
@@ -83,7 +86,7 @@ def is_curve(found) -> bool:
 
 
 def read_ratings(path: Path, fingerprints: set[str]) -> list[dict]:
-    """What `python -m people` wrote of blind ratings, if they are of these policies."""
+    """Read the blind ratings that `python -m people` wrote, if they are of these policies."""
     ratings = read(path, "-m people unblind", is_ratings, {"policies": {}, "results": []})
     if not {*ratings["policies"].values()} <= fingerprints:
         print(f"{path} is of other policies: left out")
@@ -92,7 +95,7 @@ def read_ratings(path: Path, fingerprints: set[str]) -> list[dict]:
 
 
 def read_results(out: Path) -> dict:
-    """What 05 wrote, and what the page says of it. Raises UserError if 05 has not run."""
+    """Read what 05 wrote; add what the page says about it. Raises UserError if 05 has not run."""
     results = nan_for_null(read_json(out / "report.json", "05_eval.py", lambda r: r["happy"][1]))
     rows = results["happy"] + results.get("sad", [])
     for row in rows:
@@ -108,7 +111,7 @@ def read_results(out: Path) -> dict:
 
 
 def build_report(out: Path) -> None:
-    """Writes out/report.html and out/plots/*.svg. Raises UserError if a file it reads is missing or
+    """Write out/report.html and out/plots/*.svg. Raises UserError if a file it reads is missing or
     damaged."""
     learning_curve = read(out / "curve.json", "-m experiments.learning_curve", is_curve, [])
     learning_curve = [row for row in learning_curve if all(map(math.isfinite, row.values()))]

@@ -1,6 +1,7 @@
-"""All that made a run: versions, commit, machine, settings, inputs, seconds."""
+"""Collect what made a run and its page: versions, commit, date, machine, settings, seconds."""
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ MODELS = ("base.safetensors", "reward.safetensors", "policy-happy.safetensors")
 
 
 def commit(root: Path) -> str:
-    """Of the code in the folder `root`, if that is a git repository of its own."""
+    """Name the commit of the code in `root`, or return "none" if that is no git repository."""
     command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always",
                "--dirty", "--abbrev=12"]
     try:
@@ -25,6 +26,7 @@ def commit(root: Path) -> str:
 
 
 def processor() -> str:
+    """Name the GPU, or the CPU if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -34,14 +36,14 @@ def processor() -> str:
 
 
 def is_shipped(base: str) -> bool:
-    """Whether a base model, by its fingerprint, is the one in pretrained/."""
+    """Say whether a base model, known by its fingerprint, is the one in pretrained/."""
     path = SHIPPED / MODELS[0]
     return path.exists() and base == fingerprint(load(path, "git checkout pretrained")[0])
 
 
 def made_by(out: Path, report: dict) -> dict:
-    """report: what 05 wrote. The other stages' settings and seconds are in the headers of their
-    files."""
+    """Collect versions, and each stage's settings and seconds. report: what 05 wrote. The other
+    stages' settings and seconds are in the headers of their files."""
     files = {"01_pretrain.py": "base", "03_reward_model.py": "reward", "04_ppo.py": "policy-happy",
              "04_ppo.py --target sad": "policy-sad"}
     stages, inputs = {"05_eval.py": report}, {}
@@ -57,6 +59,7 @@ def made_by(out: Path, report: dict) -> dict:
     return {"versions": {"Python": platform.python_version(), "PyTorch": torch.__version__,
                          "NumPy": np.__version__, "system": platform.system(),
                          "processor": processor(), "threads": torch.get_num_threads(),
-                         "commit": commit(Path(__file__).parent.parent)},
+                         "commit": commit(Path(__file__).parent.parent),
+                         "date": time.strftime("%Y-%m-%d")},
             "stages": {script: {"seconds": row.get("seconds", 0), "settings": row["settings"]}
                        for script, row in stages.items() if "settings" in row}, "inputs": inputs}

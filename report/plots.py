@@ -1,4 +1,4 @@
-"""The figures of the report: each an SVG within the page, and a file of its own."""
+"""Draw the figures of the report. Each is an SVG in the page, and also a file of its own."""
 import importlib
 import math
 from collections.abc import Iterable
@@ -23,7 +23,8 @@ def column(rows: list[dict], key: str, scale: float = 1) -> list[float]:
 
 
 def ends(rows: list[dict], key: str) -> tuple[list, list] | tuple[None, None]:
-    """Of 95% intervals, where there are: two standard errors, or a bootstrap's."""
+    """Find the ends of 95% intervals, if the rows have any: those of a bootstrap, or two standard
+    errors on either side."""
     if f"{key}_interval" in rows[0]:
         low, high = zip(*column(rows, f"{key}_interval"))
         return [*low], [*high]
@@ -33,7 +34,7 @@ def ends(rows: list[dict], key: str) -> tuple[list, list] | tuple[None, None]:
 
 
 def by_people(results: dict) -> list[Line]:
-    """For each rater the share called happy, blind, of samples of the base and of the policy."""
+    """Draw a line for each blind rater: the fraction called happy, for base model and policy."""
     kl = {row["name"]: row["kl"] for row in results["happy"]}
     lines = []
     for r in results["ratings"]:
@@ -48,8 +49,8 @@ def by_people(results: dict) -> list[Line]:
 
 def by_kl(title: str, ylabel: str, results: dict, keys: dict[str, str], more: Iterable[Line] = (),
           **how) -> Markup:
-    """Measures of the happy policies against KL, each a line, and of best of n, a broken line of
-    the same colour. keys: a key of the rows -> its name. more: other lines."""
+    """Plot measures of the happy policies against KL, one line each. Best-of-n is a dashed line of
+    the same colour. keys: a key of the rows -> its name; more: other lines."""
     lines = [*more]
     for colour, (key, name) in enumerate(keys.items()):
         policies = sorted(results["happy"], key=lambda row: row["kl"])
@@ -62,7 +63,7 @@ def by_kl(title: str, ylabel: str, results: dict, keys: dict[str, str], more: It
 
 
 def of_training(ppo: list[dict], fit: dict) -> dict[str, Markup]:
-    """What 04 logged, against its optimizer steps."""
+    """Plot what 04 logged against its optimizer steps."""
     updates = [row for row in ppo if "clip_fraction" in row]
     steps, at = column(ppo, "updates"), column(updates, "updates")
     roots = [math.sqrt(max(row["kl"], 0)) for row in ppo]
@@ -84,7 +85,7 @@ def of_training(ppo: list[dict], fit: dict) -> dict[str, Markup]:
 
 
 def of_reward_model(results: dict) -> dict[str, Markup]:
-    """Its rewards, and how well they predict VADER's labels in the samples of each policy."""
+    """Plot its rewards, and how well they predict VADER's labels of each policy's samples."""
     rows = sorted(results["happy"], key=lambda row: row["kl"])
 
     def calibrated(bins, **how):
@@ -113,7 +114,8 @@ def of_reward_model(results: dict) -> dict[str, Markup]:
 
 
 def draw_plots(results: dict, learning_curve: list[dict], folder: Path) -> dict[str, Markup]:
-    """results: with what trust.py adds. Writes folder/NAME.svg -> name -> SVG."""
+    """Draw all figures and write them to folder/NAME.svg -> name -> SVG. results: from
+    `report.read_results`."""
     risen, fallen = results["risen_words"], results["fallen_words"]
     most = max(max(row["before"], row["after"]) for row in risen + fallen)
     figures = {

@@ -1,7 +1,7 @@
-"""Plots as SVG: lines, ridges or arrows on two axes.
+"""Draw plots as SVG: lines, ridges or arrows on two axes.
 
-Drawn here rather than by a library, so that one style sheet colours plots and page, dark or light,
-and the page's policy can forbid every other style.
+We draw them here, without a library. So one style sheet colours plots and page, dark or light, and
+the page's policy can forbid every other style.
 """
 import math
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ STYLE = Path(__file__).with_name("plot.css").read_text(encoding="utf-8")
 
 @dataclass
 class Line:
-    """low and high: the ends of 95% intervals."""
-    label: str                # stands at its end
+    """One line of a plot. low and high: the ends of 95% intervals."""
+    label: str                # written at its end
     x: list[float]
     y: list[float]
     low: list[float] | None = None
     high: list[float] | None = None
-    colour: int = 0           # 0 to 4, and the shape of its marks
+    colour: int = 0           # 0 to 4; it also decides the shape of the marks
     dashed: bool = False      # with hollow marks
     marks: bool = True
     joined: bool = True
@@ -32,7 +32,8 @@ class Line:
 
 @dataclass
 class Axis:
-    """Values from low to high at pixels from start to end. kind: "linear", "sqrt" or "log"."""
+    """An axis that puts values from low to high at pixels from start to end. kind: "linear", "sqrt"
+    or "log"."""
     kind: str
     low: float
     high: float
@@ -45,7 +46,7 @@ class Axis:
         return round(self.start + share * (self.end - self.start), 1)
 
     def ticks(self) -> list[float]:
-        """Round numbers on it, at least 22 pixels apart."""
+        """Choose round numbers on the axis, at least 22 pixels apart."""
         if self.kind == "sqrt":
             nice = [0, 0.1, 0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 50, 100]
         elif self.kind == "log":
@@ -65,7 +66,7 @@ class Axis:
 
 
 def axis_for(kind: str, values: list[float], start: float, end: float) -> Axis:
-    """An axis on which all the values lie, with a little room."""
+    """Make an axis that holds all the values, with a little room."""
     low, high = min(values), max(values)
     if kind == "log":
         return Axis(kind, 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)),
@@ -80,7 +81,7 @@ def svg(alt: str, height: float, parts: list[str]) -> Markup:
 
 
 def standing_alone(plot: Markup) -> str:
-    """The file of a plot: with its style, and paper behind it."""
+    """Make a plot a file of its own, with its style and a background."""
     return (str(plot).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
             .replace(">", f'><style>{STYLE}</style><rect width="100%" height="100%" '
                      'fill="var(--paper)"/>', 1))
@@ -92,7 +93,7 @@ def text(x: float, y: float, what, anchor: str = "start", label: str = "") -> st
 
 
 def grid(x: Axis, xlabel: str, height: float, y: Axis | None = None, ylabel: str = "") -> list[str]:
-    """Lines at the ticks of one or two axes, with their figures and labels."""
+    """Draw lines at the ticks of one or two axes, with their numbers and labels."""
     bottom = height - BOTTOM
     parts = [text(4, 13, ylabel), text((x.start + x.end) / 2, height - 6, xlabel, "middle")]
     for tick in x.ticks():
@@ -105,7 +106,7 @@ def grid(x: Axis, xlabel: str, height: float, y: Axis | None = None, ylabel: str
 
 
 def apart(places: list[float], gap: float = 14) -> list[float]:
-    """Heights of labels, moved down where they would overlap."""
+    """Move the heights of labels down where they would overlap."""
     moved, last = list(places), -math.inf
     for i in sorted(range(len(places)), key=places.__getitem__):
         last = moved[i] = max(places[i], last + gap)
@@ -130,8 +131,8 @@ def draw(line: Line, x: Axis, y: Axis) -> list[str]:
 
 def plot(title: str, xlabel: str, ylabel: str, lines: list[Line], x: str = "linear",
          y: str = "linear", guides: tuple = (), cursors: tuple = (), height: float = 280) -> Markup:
-    """Lines against x, each labelled at its end; guides: heights of broken grey lines; cursors:
-    places of upright lines, of which a script shows one."""
+    """Plot lines against x, each labelled at its end. guides: heights of dashed grey lines;
+    cursors: places of vertical lines; a script shows one of them."""
     lines = [line for line in lines if line.x]
     if not lines:
         return svg(f"{title}: nothing to show", 40, [text(4, 24, "too few samples")])
@@ -154,7 +155,8 @@ def plot(title: str, xlabel: str, ylabel: str, lines: list[Line], x: str = "line
 
 def ridges(title: str, xlabel: str, rows: list[tuple[str, list[float]]], low: float, high: float,
            gap: float = 26) -> Markup:
-    """For each row (label, share of samples in each of equal bins from low to high) a ridge."""
+    """Draw a ridge for each row. A row is a label, and the fraction of samples in each of equal
+    bins from low to high."""
     height = TOP + BOTTOM + gap * (len(rows) + 1)
     across = Axis("linear", low, high, LEFT + 24, WIDTH - 16)
     tallest = max(max(shares) for _, shares in rows)
@@ -171,7 +173,7 @@ def ridges(title: str, xlabel: str, rows: list[tuple[str, list[float]]], low: fl
 
 def arrows(title: str, xlabel: str, rows: list[tuple[str, float, float]], high: float,
            colour: int) -> Markup:
-    """For each row (word, before, after) an arrow from one to the other."""
+    """Draw an arrow for each row (word, before, after), from before to after."""
     height = TOP + BOTTOM + 20 * len(rows)
     across = Axis("sqrt", 0, high, LEFT + 34, WIDTH - 16)
     parts = grid(across, xlabel, height)

@@ -1,6 +1,6 @@
-"""What the reward model sees, and whether it still sees right in the policies' own samples.
+"""Show what the reward model sees, and whether it is still right about the policies' own samples.
 
-VADER is what it is held against: it made the labels of the default run.
+We compare it with VADER, which made the labels of the default run.
 """
 import importlib
 import re
@@ -10,25 +10,26 @@ import numpy as np
 rm = importlib.import_module("03_reward_model")
 POSITIVE = importlib.import_module("05_eval").POSITIVE
 
-STEPS = (0.5, 1, 1.5, 2)  # change of log-odds from which a token is coloured, and more strongly
+STEPS = (0.5, 1, 1.5, 2)  # changes of the log-odds at which the colour of a token grows stronger
 
 
 def shade(change: float) -> str:
-    """"" or the class of a token in page.html: "up1" to "up4", "down1" to "down4"."""
+    """Choose the class of a token in page.html: "up1" to "up4", "down1" to "down4", or ""."""
     strength = sum(abs(change) >= step for step in STEPS)
     return f"{'up' if change > 0 else 'down'}{strength}" if strength else ""
 
 
 def opinions(p_happy: float, vader: float) -> dict:
-    """What the reward model and VADER say of one sample, and whether they disagree."""
+    """Collect what the reward model and VADER say about one sample, and whether they disagree."""
     return {"p_happy": float(p_happy), "vader": float(vader),
             "disagree": bool((p_happy > 0.5 and vader <= -POSITIVE)
                              or (p_happy < 0.5 and vader >= POSITIVE))}
 
 
 def without_blank_lines(pieces: list[str]) -> list[str]:
-    """The same number of pieces: a page with six samples has no room for empty lines."""
-    shown, at_start = [], True  # of a line
+    """Remove empty lines, for which a page with six samples has no room. The number of pieces stays
+    the same."""
+    shown, at_start = [], True  # at_start: the next piece begins a line
     for piece in pieces:
         piece = re.sub(r"\n+", "\n", piece)
         shown.append(piece.removeprefix("\n") if at_start else piece)
@@ -37,8 +38,8 @@ def without_blank_lines(pieces: list[str]) -> list[str]:
 
 
 def shown_samples(row: dict) -> list[dict]:
-    """A row of 05_eval.py -> its first samples: prompt, and each token as (text, change of the
-    log-odds, class)."""
+    """Prepare the first samples of a row of 05_eval.py -> for each its prompt, and its tokens as
+    (text, change of the log-odds, class)."""
     shown = []
     for i, (pieces, log_odds) in enumerate(zip(row["pieces"], row["log_odds"])):
         tokens = [(piece, float(change), shade(change))
@@ -49,13 +50,13 @@ def shown_samples(row: dict) -> list[dict]:
 
 
 def labels(vader: np.ndarray) -> np.ndarray:
-    """VADER's compound scores -> the labels it gives by 02's thresholds: 1, .5 or 0."""
+    """Turn VADER's compound scores into labels, by 02's thresholds: 1, 0.5 or 0."""
     return np.where(vader >= POSITIVE, 1.0, np.where(vader <= -POSITIVE, 0.0, 0.5))
 
 
 def against_vader(row: dict) -> dict:
-    """How well p(happy) predicts VADER's labels in a policy's samples: AUC with its interval, ten
-    bins of calibration, the mean predicted and labelled."""
+    """Measure how well p(happy) predicts VADER's labels of a policy's samples: AUC with its
+    interval, calibration in ten bins, and the means of predictions and labels."""
     p, target = np.asarray(row["each"]["p_happy"]), labels(np.asarray(row["each"]["vader"]))
     return {"rm_auc": rm.auc(p, target),
             "rm_auc_interval": rm.interval(lambda i: rm.auc(p[i], target[i]), len(p), 200),
@@ -64,6 +65,6 @@ def against_vader(row: dict) -> dict:
 
 
 def histogram(row: dict, bins: int = 20) -> list[float]:
-    """Share of a policy's samples in equal bins of p(happy)."""
+    """Compute the fraction of a policy's samples in each of equal bins of p(happy)."""
     counts = np.histogram(row["each"]["p_happy"], bins, (0, 1))[0]
     return (counts / counts.sum()).tolist()

@@ -2,16 +2,19 @@
 
     python -m tests.compile_only 80       (or 90; prints a table, exit code 1 if a check fails)
 
-The last line names Triton and the assembler; TRITON_PTXAS_PATH chooses another one. (Triton 3.9
-brings a newer assembler for sm_90 than for sm_80. Triton 3.6 has an older one for both.)
+The last line names Triton and the assembler. TRITON_PTXAS_PATH chooses another assembler. (Triton
+3.9 brings a newer one for sm_90 than for sm_80. Triton 3.6 has an older one for both.)
 
-The launch code of kernels/ runs as is, on CPU tensors. With a driver that only names its target,
-Triton specialises and compiles exactly as at run time (alignment, divisibility by 16), but launches
-nothing. Then `cuobjdump`, which comes with Triton, shows what ptxas produced.
+The launch code of kernels/ runs unchanged, on CPU tensors. We give Triton a driver that only names
+a target. So it specialises and compiles exactly as at run time (alignment, divisibility by 16), but
+launches nothing. Then `cuobjdump`, which comes with Triton, shows what ptxas produced.
 
-The checks: no spilled registers and no stack; shared memory within the limit of one program;
-products on tensor cores (wgmma on sm_90 if a tile has the 64 rows it needs); 16-byte loads and
-stores if rows are aligned.
+Each kernel must pass these checks:
+
+- It spills no registers and uses no stack.
+- Its shared memory stays within the limit of one program.
+- Its products run on tensor cores (wgmma on sm_90 if a tile has the 64 rows it needs).
+- Its loads and stores have 16 bytes if rows are aligned.
 """
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""README and docs/: links lead somewhere, commands exist, and what they say of the code is so."""
+"""Checks README and docs/: links lead somewhere, commands exist, and the code is as they say."""
 import importlib
 import json
 import re

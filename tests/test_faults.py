@@ -1,7 +1,8 @@
-"""What users' files, terminals and machines do: one line, an exit code, nothing lost.
+"""Checks what happens when files, terminals or machines misbehave: the scripts must print one line,
+return an exit code, and lose nothing.
 
-Each test is a situation that was met: clean-up, resumed runs, editors, browsers, closed pipes,
-other languages, rewards of one's own. All share the tiny run of conftest.py.
+Each test repeats a situation that has occurred: clean-up, resumed runs, editors, browsers, closed
+pipes, other languages, a reward of one's own. All share the tiny run of conftest.py.
 """
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Every kernel's PyTorch path must agree with an independent float64 computation."""
+"""Checks the PyTorch path of every kernel against an independent float64 computation."""
 import math
 
 import numpy as np

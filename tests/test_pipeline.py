@@ -1,4 +1,4 @@
-"""The five scripts as a user runs them: end to end, killed and resumed, and given bad input."""
+"""Runs the five scripts as a user does: end to end, killed and resumed, and with bad input."""
 import importlib
 import json
 import os

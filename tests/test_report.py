@@ -1,4 +1,4 @@
-"""05's page: token colours, health marks and escaping; then the page in a real browser."""
+"""Checks the report: token colours, health marks and escaping; then the page in a real browser."""
 import copy
 import importlib
 import json
@@ -110,15 +110,15 @@ def page_of(out, text):
     figures = dict.fromkeys("judges risen fallen rewards variety auc predicted calibration "
                             "correlation positive kl clip advantage entropy".split(), "")
     return report.render(results, figures, {
-        "versions": {text: text}, "stages": {text: {"seconds": 1.0, "settings": {text: text}}},
-        "inputs": {text: text}})
+        "versions": {text: text, "date": text, "commit": text}, "inputs": {text: text},
+        "stages": {text: {"seconds": 1.0, "settings": {text: text}}}})
 
 
 def test_the_tables_in_the_terminal(pipeline, capsys):
     """A row for each policy, n, iteration and word, none wider than a terminal; an absent figure is
     an empty cell."""
     results = report.read_results(pipeline[0])
-    del results["best_of_n"][-1]["distinct_2"]
+    results["best_of_n"][-1].pop("distinct_2", None)
     table.print_tables(results)
     shown = capsys.readouterr().out
     blocks = dict(block.split("\n", 1) for block in shown.strip().split("\n\n"))

@@ -1,4 +1,4 @@
-"""torchrun with two gloo processes on a CPU: the same run as one process, and a clean end."""
+"""Runs torchrun with two gloo processes on a CPU: same result as one process, and a clean end."""
 import os
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""Sheets: the page in a real browser, the answers that come back, agreement, and blind rating."""
+"""Checks sheets in a real browser, the answers that come back, agreement, and blind rating."""
 import json
 import re
 import shutil

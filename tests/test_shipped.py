@@ -1,5 +1,5 @@
-"""What the project ships: one run in pretrained/, its page in docs/, its figures in README and in
-the scripts; and what `make play` makes of it."""
+"""Checks what the project ships: one run in pretrained/, its page in docs/, and its figures in
+README and in the scripts. Then runs `make play` on it."""
 import json
 import math
 import re

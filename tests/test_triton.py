@@ -1,7 +1,7 @@
-"""The Triton kernels without a GPU: their values in the interpreter, their compiled form executed
-in bf16, their machine code from the compiler. Each part runs in a process of its own, because the
-interpreter changes Triton for a whole process. On a machine with a GPU the values are computed
-there."""
+"""Checks the Triton kernels without a GPU: their values in the interpreter, their compiled form
+executed in bf16, and the machine code that the compiler makes. If there is a GPU, it computes the
+values. Each part runs in its own process, because the interpreter changes Triton for a whole
+process."""
 import os
 import subprocess
 import sys

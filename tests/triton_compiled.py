@@ -1,13 +1,13 @@
-"""The kernels' compiled form, in bf16, without a GPU: tests/test_triton.py runs this file.
+"""Checks the compiled form of the kernels, in bf16, without a GPU. tests/test_triton.py runs it.
 
-`ttsem` executes on a CPU what Triton compiles for an H100 or H200 (sm_90), with the rounding of
-bf16. It reports an access out of bounds, and two programs that touch one element, at the line of
-the kernel, and fills memory that nobody wrote with NaN. What it cannot show is what LLVM and ptxas
-make of it, and speed.
+`ttsem` executes on a CPU what Triton compiles for an H100 or H200 (sm_90), and rounds as bf16 does.
+It fills memory that nobody wrote with NaN. It reports accesses out of bounds, and two programs that
+touch the same element, with the line of the kernel. It cannot show what LLVM and ptxas make of the
+code, or how fast it is.
 
-The rule is FlashAttention's: the error against float64 is at most twice that of plain PyTorch in
-bf16. The heads, widths and lengths are those of the scripts' defaults on a GPU and on a CPU, and an
-odd one each. At the end, kernels broken on purpose must be caught.
+The rule is FlashAttention's: plain PyTorch in bf16 has some error against float64, and the kernel
+may have at most twice that error. Heads, widths and lengths are the scripts' defaults on a GPU and
+on a CPU, plus an odd one each. At the end, the checks must catch kernels broken on purpose.
 """
 import math
 

@@ -1,10 +1,10 @@
-"""The Triton kernels must agree with independent float64 computations. tests/test_triton.py runs
+"""Checks the Triton kernels against independent float64 computations. tests/test_triton.py runs
 this file: on a GPU if there is one, else in Triton's interpreter on the CPU (TRITON_INTERPRET=1).
 
-The interpreter computes fp16, fp32 and fp64 faithfully and bf16 not at all. It cannot show races
-or problems with registers and shared memory: those need `tests.compile_only` and a GPU.
+The interpreter computes fp16, fp32 and fp64 faithfully, but not bf16. It cannot show races, or
+problems with registers and shared memory: those need `tests.compile_only` and a GPU.
 
-Negative controls break a kernel on purpose. The same check has to catch it, or the check is blind.
+Negative controls break a kernel on purpose. The same check must catch it, or the check is blind.
 """
 import importlib
 import importlib.util

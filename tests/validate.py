@@ -1,5 +1,7 @@
-"""For the validator of ttsem: one launch of one kernel, in 16 bits, whose meaning it compares after
-every pass of Triton's compiler. KERNEL names it; docs/kernels.md has the command.
+"""Launches one kernel once, in 16 bits, for the validator of ttsem.
+
+The validator checks that no pass of Triton's compiler changes what the kernel computes. KERNEL
+names the kernel; docs/kernels.md has the command.
 """
 import os
 
