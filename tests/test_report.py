@@ -130,7 +130,7 @@ def test_the_tables_in_the_terminal(pipeline, capsys):
         lines = [blocks[key] for key in blocks if key.strip() == title][0].splitlines()
         assert len([line for line in lines if line.split()]) - 1 >= len(rows), title
     last = results["best_of_n"][-1]
-    assert f"{last['n']}        {last['kl']:.2f}" in shown
+    assert re.search(rf"^ {last['n']} +{last['kl']:.2f}", shown, re.M)
     assert f"{results['happy'][-1]['kl']:.2f}" in shown
 
 
