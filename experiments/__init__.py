@@ -7,6 +7,6 @@ A file holds all that its question needs. What several of them need is in experi
 more files ask about labels: simulated_person, labels_or_comparisons and learning_curve
 (docs/people.md). They are not part of `make experiments`.
 """
-ALL = ("frontier", "goodhart", "methods", "where_the_kl_goes", "over_optimisation",
+ALL = ("choices", "frontier", "goodhart", "methods", "where_the_kl_goes", "over_optimisation",
        "recursive_reward_modelling", "weak_to_strong", "amplification", "debate",
-       "gradient_protection")
+       "gradient_protection", "elk")

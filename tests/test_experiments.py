@@ -16,7 +16,9 @@ import torch
 from experiments import (
     ALL,
     amplification,
+    choices,
     debate,
+    elk,
     frontier,
     goodhart,
     methods,
@@ -916,3 +918,115 @@ def test_over_optimisation_at_toy_size(pipeline):
     assert len(kl) == 2 and abs(kl[0]) < 0.01 and abs(line[0, 0, 1]) < 0.3  # it hardly moved
     json.dumps(over.findings(seed) | {"rows": oracle}, default=list)
     over.draw(seed)
+
+
+# ---- choices -------------------------------------------------------------------------------------
+def test_what_a_run_was_worth():
+    """On a made-up run: read off at each reward on a line, clip fractions after warm-up only, and a
+    sqrt KL that is a straight line of the steps."""
+    rows = [{"updates": 16 * i, "kl": 0.25 * i * i, "score": -0.5 + 0.1 * i, "samples": 1536 * i,
+             "distinct_2": 0.9 - 0.01 * i, "vader": i, "afinn": 2 * i, "pattern": 0.5 * i,
+             "clip_fraction": 0.5 if 16 * i < choices.stage.Config.warmup else 0.03}
+            for i in range(5)]
+    found = choices.worth(rows)
+    assert found["R2 of sqrt KL"] == pytest.approx(1)
+    assert found["clip fraction, %"] == pytest.approx(3)
+    assert found["kl at -0.2"] == pytest.approx(2.25) and found["kl at -0.1"] == pytest.approx(4)
+    assert found["samples at -0.3"] == pytest.approx(3072)
+    assert found["afinn at -0.1"] == pytest.approx(8)
+    cfg = choices.Settings(arms=("04", "SGD"), noise=("A=1",))
+    seeds = [{"04": rows, "SGD": rows[:4], "A=1": [row | {"kl": 2 * row["kl"]} for row in rows]}]
+    found = choices.findings(cfg, seeds)
+    assert found["kl at -0.1, A=1, less 04"] == found["kl at -0.1, range over 2 CPU settings"] == [
+        pytest.approx(4)]
+    assert np.isnan(found["kl at -0.1, SGD, less 04"][0])
+
+
+def test_rewards_of_a_batch():
+    score = torch.tensor([-2.0, -1.0, 0.0, -1.0])
+    mean, std = -1.0, 2.0
+    torch.testing.assert_close(ppo.constant(score, mean, std), torch.tensor([-0.5, 0, 0.5, 0]))
+    torch.testing.assert_close(ppo.batch_mean(score + 7, mean, std),
+                               torch.tensor([-0.5, 0, 0.5, 0]))
+    grpo = choices.batch_mean_and_deviation(3 * score + 7, mean, std)
+    assert grpo.mean().abs() < 1e-6 and grpo.std() == pytest.approx(1)
+    torch.testing.assert_close(choices.zero_higher(score, mean, std),
+                               torch.tensor([-0.85, -0.35, 0.15, -0.35]))
+    dealt = choices.permuted(torch.arange(64.0), 0, 1)
+    assert sorted(dealt.tolist()) == list(range(64)) and (dealt != torch.arange(64.0)).sum() > 50
+
+
+def test_choices_at_toy_size(pipeline, monkeypatch):
+    """04's arm is 04 to the last bit. Noise comes from a process of its own."""
+    small = {"batch": 64, "minibatch": 16, "kl_samples": 16, "reward_samples": 64, "warmup": 4,
+             "max_iterations": 3}
+    for arm, (changed, *rest) in choices.ARMS.items():
+        monkeypatch.setitem(choices.ARMS, arm, (small | {
+            k: v for k, v in changed.items() if k == "epochs"}, *rest))
+    cfg = choices.Settings(runs=(pipeline[0],), noise=(), judged=8, reward=9.0)
+    seed = choices.measure(cfg, pipeline[0], *CPU)
+    assert [len(rows) for rows in seed.values()] == [3] * len(choices.ARMS)
+    assert [row["samples"] for row in seed["04"]] == [0, 64, 128]
+    assert seed["04"][0]["vader"] == seed["04"][0]["afinn"] == 0
+    assert seed["04"][1]["kl"] != seed["SGD"][1]["kl"] != seed["two epochs"][1]["kl"]
+    choices.draw(cfg, [seed, seed])
+    json.dumps(choices.findings(cfg, [seed, seed]))
+
+
+def test_choices_in_another_process(pipeline, tmp_path):
+    cfg = choices.Settings(out=tmp_path, reward=-9.0)  # the base model has it already
+    rows = choices.elsewhere(cfg, "ATEN_CPU_CAPABILITY=default", pipeline[0])
+    assert len(rows) == 1 and rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+# ---- elk -----------------------------------------------------------------------------------------
+def slowly(actions) -> list[tuple]:
+    """The vault, one rule at a time -> (frame, whether the diamond is there, covered) by step."""
+    diamond, thief, carries, covered, photo, told = 1, 0, False, False, (1, 0), []
+    for action in actions:
+        if action == elk.LEFT and thief > 0:
+            thief -= 1
+        if action == elk.RIGHT and thief < 2:
+            thief += 1
+        if action == elk.TAKE and diamond == thief:
+            carries = True
+        if carries:
+            diamond = thief
+        if action == elk.DROP:
+            carries = False
+        if action == elk.COVER:
+            covered = True
+        if action == elk.UNCOVER:
+            covered = False
+        if not covered:
+            photo = (3 if carries else diamond, thief)
+        told.append((photo[0] * 3 + photo[1], not carries, covered))
+    return told
+
+
+def test_the_vault_by_enumeration():
+    """All sequences of five actions."""
+    actions = np.array(list(itertools.product(range(6), repeat=5)))
+    frame, truth, covered = elk.play(actions)
+    for i, sequence in enumerate(actions):
+        assert list(zip(frame[i], truth[i], covered[i])) == slowly(sequence)
+    assert (elk.sees(frame) == truth)[~covered].all()      # uncovered, the camera never lies
+    assert (elk.sees(frame) != truth)[covered].any()
+    assert not elk.sequences(200, np.random.default_rng(0), covers=False).covered.any()
+
+
+def test_ceiling_floor_and_denial_of_a_reporter():
+    test = elk.sequences(500, np.random.default_rng(0), covers=True)
+    assert elk.scores(test.truth, test) == {"lies": 1, "honest": 1, "score": 1}
+    assert elk.scores(test.human, test) == {"lies": 0, "honest": 1, "score": 0.5}
+    assert elk.scores(test.human ^ test.covered, test) == {"lies": 1, "honest": 0, "score": 0.5}
+
+
+def test_elk_at_toy_size():
+    torch.manual_seed(0)
+    state = torch.randn(400, 4, 8)  # a reporter finds what lies open in the state
+    net = elk.reporter(state, state[..., 0] > 0, 300)
+    assert ((net(state)[..., 0] > 0) == (state[..., 0] > 0)).float().mean() > 0.9
+    seed = elk.measure(elk.Config(n=40, predictor=3, reporter=3), 0)
+    assert set(seed) == set(elk.ARMS) and seed["floor"]["score"] == 0.5
+    elk.draw([seed, seed])
