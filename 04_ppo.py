@@ -282,7 +282,7 @@ if __name__ == "__main__":
     inputs = {"base": fingerprint(reference), "reward_model": fingerprint(reward_model)}
     require("prompted" in about and "kind" in about, f"{path} is not a reward model: run "
             f"{command('03_reward_model.py')} again")
-    require(about["inputs"]["base"] == inputs["base"], f"{path} stems from another base model: "
+    require(about["inputs"]["base"] == inputs["base"], f"{path} was made from another base model: "
             f"run {command('02_sample_label.py')} and {command('03_reward_model.py')} again")
     prompts = None
     if about["prompted"]:
@@ -404,7 +404,7 @@ if __name__ == "__main__":
     if row["kl"] > cfg.kl_stop:
         remove(state_path)
     else:
-        print(f"still below {cfg.kl_stop:g} nats: --resume with more --max-iterations goes on")
+        print(f"still below {cfg.kl_stop:g} nats: --resume and a larger --max-iterations continue")
     print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
           "{entropy:.3f} nats per token".format(target=cfg.target, **run.final))
     finish("python 05_eval.py" if cfg.reward == "model" else f"read {log.file.name}", run.seconds)

@@ -94,7 +94,7 @@ def load_run(out: Path, device, dtype) -> tuple:
     about["base_metrics"] = header.get("metrics", {})
     about["made_from"] = {"base": fingerprint(base), "reward_model": fingerprint(reward_model)}
     same_base = about["inputs"]["base"] == about["made_from"]["base"]
-    require(same_base, f"{out}/reward.safetensors stems from another base model: run "
+    require(same_base, f"{out}/reward.safetensors was made from another base model: run "
                        f"{command('02_sample_label.py')} and {command('03_reward_model.py')} again")
     return base, reward_model, tokenizer, about
 
@@ -108,10 +108,10 @@ def find_policies(out: Path, target: str, made_from: dict) -> tuple[list[Path], 
         return [], []
     last = load(final, f"04_ppo.py --target {target}")[2]
     if target == "sad" and last["inputs"] != made_from:
-        print(f"{final} stems from other models: left out")
+        print(f"{final} was made from other models: left out")
         return [], []
     require(last["inputs"] == made_from,
-            f"{final} stems from another base model or reward model: {again}")
+            f"{final} was made from another base model or reward model: {again}")
     numbers = ("step", "updates", "batch", "kl", "kl_se", "kl_k1", "kl_k1_se", "score", "entropy")
     rows = read_rows(log, f"04_ppo.py --target {target}", lambda row: all(
         isinstance(row[key], int | float) for key in numbers))

@@ -406,7 +406,7 @@ def first_line(error: Exception) -> str:
 def one_line(kind, error, trace) -> None:
     """sys.excepthook: a user's mistake is one line and exit code 2; a bug gets its traceback."""
     if issubclass(kind, KeyboardInterrupt):
-        error = "interrupted: run the same command again (01 and 04: --resume goes on)"
+        error = "interrupted: run the same command again (01 and 04: add --resume to continue)"
     elif issubclass(kind, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error):
         error = "out of memory: lower the batch sizes"
     elif issubclass(kind, OSError) and error.errno is not None:
@@ -773,7 +773,7 @@ def resume(path: Path, cfg, inputs: dict) -> dict:
     if state.get("inputs") != inputs:
         if world()[0] == 0:
             os.replace(path, f"{path}.old")
-        print(f"{path} stems from other inputs: it is now {path}.old; starting from the beginning")
+        print(f"{path} was made from other inputs: it is now {path}.old; starting from the beginning")
         return {}
     may_change = ("measure_every", "save_s", "kl_stop", "max_iterations")
     differ = [k for k, v in provenance(cfg)["settings"].items()

@@ -63,7 +63,7 @@ def load_arms(out: Path, policy: Path | None) -> tuple[dict[str, GPT], dict, Tok
     happy, _, header = load(path, "04_ppo.py", device, dtype)
     policies = {"happy": happy}
     require(header.get("inputs") == about["made_from"],
-            f"{path} stems from another base model or reward model: run {command('04_ppo.py')} "
+            f"{path} was made from another base model or reward model: run {command('04_ppo.py')} "
             "again")
     if (out / "policy-sad.safetensors").exists():
         sad, _, about_sad = load(out / "policy-sad.safetensors", "04_ppo.py", device, dtype)

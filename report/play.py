@@ -54,7 +54,7 @@ def open_run(folder: Path) -> Run:
         header = load(path, "04_ppo.py")[2]
         if header["inputs"] == about["made_from"]:
             policies.append((header["kl"], path))
-    require(policies, f"{final} stems from other models: run 04_ppo.py again")
+    require(policies, f"{final} was made from other models: run 04_ppo.py again")
     policies = sorted(dict(policies).items())  # the final one may be kept twice
     return Run(base, reward_model, tokenizer, about["length"], about["prompted"], policies, folder)
 
