@@ -773,7 +773,7 @@ def resume(path: Path, cfg, inputs: dict) -> dict:
     if state.get("inputs") != inputs:
         if world()[0] == 0:
             os.replace(path, f"{path}.old")
-        print(f"{path} was made from other inputs: it is now {path}.old; starting from the beginning")
+        print(f"{path} was made from other inputs: it is now {path}.old; starting anew")
         return {}
     may_change = ("measure_every", "save_s", "kl_stop", "max_iterations")
     differ = [k for k, v in provenance(cfg)["settings"].items()
