@@ -80,7 +80,6 @@ class Config:
     n: int = 4000           # sequences with covers to train on, and as many to test on
     predictor: int = 1000   # optimizer steps
     reporter: int = 1500
-    batch: int = 128        # sequences a step of the predictor
 
 
 # ---- The world -----------------------------------------------------------------------------------
@@ -123,7 +122,7 @@ def trained_predictor(cfg: Config, rng) -> GPT:
     model = GPT(GPTConfig(6 * FRAMES + 3, STEPS + 1, 3, 2, 1, 64))  # 3 are reserved
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
     for step in range(cfg.predictor):
-        seen = sequences(cfg.batch, rng, covers=True)
+        seen = sequences(128, rng, covers=True)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 100, 2 * (1 - step / cfg.predictor))
         loss = -model.logprob(seen.action * FRAMES + seen.frame).mean()
@@ -229,8 +228,6 @@ def draw(seeds: list[dict]):
                 title="a dot a seed; upper right: a direct translator")
     axes[0].legend(fontsize=8)
     axes[1].set(yticks=range(len(ARMS)), yticklabels=ARMS, title="mean of the two")
-    for ax in axes:
-        ax.grid(alpha=0.3)
     return fig
 
 
