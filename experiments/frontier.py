@@ -32,21 +32,22 @@ nats for the base model and 8.7 for the end):
    up to 3 nats. AFINN's own frontier leads everywhere.
 
 Found (mean +- half the 95% interval over three seeds):
-1. The posterior is 0.148 +- 0.015 nats away. The nats needed to reach r = -0.10:
+1. The posterior is 0.20 +- 0.03 nats away. The nats needed to reach r = -0.10:
 
        at best         best-of-n       filtering       PPO
-       0.66 +- 0.11    0.70 +- 0.16    0.83 +- 0.13    6.0 +- 1.4 (by seed: 5.8, 5.6, 6.7)
+       0.51 +- 0.15    0.59 +- 0.07    0.63 +- 0.15    7.2 +- 2.8 (by seed: 6.3, 6.8, 8.5)
 
-   PPO spends nine times too much.
-2. Best-of-n lies within 0.003.
-3. Right for 24 policies of 24. The gap is 0.23 +- 0.06 for the base model, 0.58 +- 0.12 for the
-   first checkpoint, 9.4 +- 0.3 at the end.
-4. Best-of-2 is 0.009 +- 0.002 away: nearly the posterior. A twentieth of PPO's way leads nearer, by
-   0.032 +- 0.006. A fifth leads farther away, by 0.05 +- 0.07.
-5. Wrong, and too hard on PPO: it draws level with best-of-n at 2.2 to 3.1 nats. One standard
-   deviation (sd) more of AFINN costs 0.47 +- 0.01 nats at best, 1.4 +- 0.2 by best-of-n, 1.7 +- 0.3
-   by PPO. At r = -0.10, distinct-2 (the fraction of distinct word pairs) is 0.90 for all but PPO
-   (0.80 +- 0.02).
+   PPO spends fourteen times too much.
+2. Right: best-of-n lies within 0.013.
+3. Right for 29 policies of 29. The gap is 0.39 +- 0.09 for the base model, 0.46 +- 0.14 for the
+   first checkpoint, 9.3 +- 1.0 at the end.
+4. Best-of-2 is 0.011 +- 0.009 away: nearly the posterior. A twentieth of PPO's way leads nearer, by
+   0.039 +- 0.014. A fifth leads farther away, by 0.13 +- 0.06.
+5. Wrong, and too kind to PPO: best-of-n leads it as far as it goes, to 4.5 nats. PPO has as much
+   AFINN at 9.6 and 8.0 nats on two seeds, and nowhere on the third. One standard deviation (sd)
+   more of AFINN costs 0.47 +- 0.02 nats at best, 1.16 +- 0.04 by best-of-n, 3.3 +- 1.0 by PPO. At
+   r = -0.10, distinct-2 (the fraction of distinct word pairs) is 0.90 for all but PPO
+   (0.81 +- 0.03).
 
 Left out: Rewards that no sample of the base model reaches. There best-of-n ends, at log n nats, and
 PPO goes on.
