@@ -8,7 +8,7 @@ The fewer the labels, the sooner it falls (Gao et al. 2022, arXiv:2210.10760). A
 prevents this if its reward is the minimum of its members, or their mean less their variance (Coste
 et al. 2023, arXiv:2310.02743).
 
-Design: Reward models learn from 100 to 20,000 of the machine's labels of whole samples (no pieces),
+Design: Reward models learn from 100 to 20,000 of the machine's labels of whole samples (no parts of them),
 all on one base model. Each size has five subsets. They are disjoint up to 3,000 labels; any two of
 20,000 share 15,000. Gold is measured in standard deviations (sd) of the base model. The oracle is
 VADER, the labeller. AFINN and Pattern are lexicons that no reward knows. Best-of-n follows each
@@ -222,7 +222,7 @@ class Settings(Config):
 def measure(cfg: Settings, run, device, dtype) -> dict:
     base, _, _, tokenizer, report = load_run(run, device, dtype)
     seed, length = report["seed"], report["length"]
-    labels = rm.read_labels(run / "labels-vader.jsonl")
+    labels = [row | {"spans": ()} for row in rm.read_labels(run / "labels-vader.jsonl")]
     sets = {str(n): [subset(labels, i, n, seed) for i in range(5)] for n in cfg.labels}
     few = str(cfg.together)
     sets[f"{few}, all five"] = [sum(sets[few], [])]
