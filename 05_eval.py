@@ -320,11 +320,12 @@ def preferred(rows: list[dict], sign: int = 1, keep: float = 0.8) -> tuple[dict,
     varied = [row for row in rows if kept(row) >= keep]
     row = max(varied, key=liked)
     variety = (f"{len(varied)} of {len(rows)} policies keep at least {keep:.0%} of the base "
-               f"model's distinct-2 (this one {kept(row):.0%}); of these "
+               f"model's distinct-2; this one keeps {kept(row):.0%}. "
                if "distinct_2" in row else "")
-    return row, (f"Preferred: {row['name']}, {row['kl']:.2f} nats: {variety}AFINN and Pattern, "
-                 f"which never made labels, like it best, by {liked(row):+.2f} standard deviations "
-                 f"of the base model's samples on average (the reward: {row['proxy_sd']:+.2f}).")
+    return row, (f"Preferred: {row['name']}, at {row['kl']:.2f} nats. {variety}Of these, AFINN and "
+                 "Pattern, which never made labels, like it best: on average its mean is "
+                 f"{liked(row):+.2f} standard deviations of the base model's samples from the base "
+                 f"model's (the reward's: {row['proxy_sd']:+.2f}).")
 
 
 def holm(p_values, level: float = 0.05) -> list[bool]:

@@ -3,7 +3,7 @@
     python -m report.publish                    # of the run in out/
     python -m report.publish --out pretrained   # the page again, after a change to it
 
-Then README's figures must be of this run too (tests/test_shipped.py holds them to it).
+README's figures must then come from the same run: tests/test_shipped.py checks that.
 """
 import shutil
 from pathlib import Path
