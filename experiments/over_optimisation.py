@@ -8,7 +8,7 @@ The fewer the labels, the sooner it falls (Gao et al. 2022, arXiv:2210.10760). A
 prevents this if its reward is the minimum of its members, or their mean less their variance (Coste
 et al. 2023, arXiv:2310.02743).
 
-Design: Reward models learn from 100 to 20,000 of the machine's labels of whole samples (no parts of them),
+Design: Reward models learn from 100 to 20,000 of the machine's labels of whole samples, not parts,
 all on one base model. Each size has five subsets. They are disjoint up to 3,000 labels; any two of
 20,000 share 15,000. Gold is measured in standard deviations (sd) of the base model. The oracle is
 VADER, the labeller. AFINN and Pattern are lexicons that no reward knows. Best-of-n follows each
