@@ -103,11 +103,13 @@ def play(actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def sequences(n: int, rng, covers: bool) -> SimpleNamespace:
-    """Draw n random sequences: action, frame, truth, human's answer, covered, all (n, T)."""
+    """Draw n random sequences: action, frame, token (both), truth, covered, human's answer, all
+    (n, T)."""
     chances = np.where(np.arange(6) == COVER, covers * CHANCES, CHANCES)
     action = rng.choice(6, (n, STEPS), p=chances / chances.sum())
     frame, truth, covered = map(torch.from_numpy, play(action))
-    return SimpleNamespace(action=torch.from_numpy(action), frame=frame, truth=truth,
+    action = torch.from_numpy(action)
+    return SimpleNamespace(action=action, frame=frame, token=action * FRAMES + frame, truth=truth,
                            covered=covered, human=sees(frame))
 
 
@@ -122,37 +124,27 @@ def trained_predictor(cfg: Config, rng) -> GPT:
     model = GPT(GPTConfig(6 * FRAMES + 3, STEPS + 1, 3, 2, 1, 64))  # 3 are reserved
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
     for step in range(cfg.predictor):
-        seen = sequences(128, rng, covers=True)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 100, 2 * (1 - step / cfg.predictor))
-        loss = -model.logprob(seen.action * FRAMES + seen.frame).mean()
+        loss = -model.logprob(sequences(128, rng, covers=True).token).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return model
 
 
-@torch.no_grad()
-def with_states(model: GPT, found: SimpleNamespace) -> SimpleNamespace:
-    """Add the predictor's last hidden state after each step, (n, T, D)."""
-    found.state = model.hidden_after(found.action * FRAMES + found.frame)[:, 1:].float()
-    return found
-
-
 def network(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, outputs))
 
 
-def reporter(state, answer, steps: int, penalty: Callable | None = None, more=()) -> nn.Module:
+def reporter(state, answer, steps: int, penalty: Callable = lambda net: 0, more=()) -> nn.Module:
     """Train a network on answers (n, T) about states (n, T, D). penalty: reporter -> what to add to
     the loss; more: other parameters that it trains."""
     net, state, answer = network(state.size(-1), 1), state.flatten(0, 1), answer.flatten().float()
     optimizer = torch.optim.Adam([*net.parameters(), *more], 3e-3)
     for _ in range(steps):
         i = torch.randint(len(state), (512,))
-        loss = F.binary_cross_entropy_with_logits(net(state[i])[:, 0], answer[i])
-        if penalty:
-            loss = loss + penalty(net)
+        loss = F.binary_cross_entropy_with_logits(net(state[i])[:, 0], answer[i]) + penalty(net)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -192,18 +184,17 @@ def measure(cfg: Config, seed: int) -> dict[str, dict[str, float]]:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = trained_predictor(cfg, rng)
-    easy, hard, test = (with_states(model, sequences(cfg.n, rng, covers))
-                        for covers in (False, True, True))
-    mean, sd = hard.state.mean((0, 1)), hard.state.std((0, 1))
-    for found in (easy, hard, test):
-        found.state = (found.state - mean) / sd
+    easy, hard, test = (sequences(cfg.n, rng, covers) for covers in (False, True, True))
+    with torch.no_grad():  # the last hidden state after each step, standardised: (n, T, D)
+        state = [model.hidden_after(found.token)[:, 1:].float() for found in (easy, hard, test)]
+    mean, sd = state[1].mean((0, 1)), state[1].std((0, 1))
+    easy.state, hard.state, test.state = ((x - mean) / sd for x in state)
     both = torch.cat((easy.state, hard.state))
     main = torch.linalg.eigh(torch.cov(both.flatten(0, 1).T))[1][:, -4:]            # (D, 4)
     second, whole = network(FRAMES + 7, 1), network(FRAMES + 7, FRAMES)
 
     def by(*how, read=lambda state: state, **more):
-        net = reporter(read(how[0]), how[1], cfg.reporter, **more)
-        return net(read(test.state))[..., 0] > 0
+        return reporter(read(how[0]), how[1], cfg.reporter, **more)(read(test.state))[..., 0] > 0
     said = {
         "ceiling": by(hard.state, hard.truth), "floor": test.human,
         "denial": test.human ^ test.covered, "plain": by(easy.state, easy.human),
