@@ -13,29 +13,31 @@ steps then maximise, on average over all tokens of the batch,
     A   = (log p(happy | completion) - reward_mean) / reward_std.
 
 pi_old is the policy that wrote the batch. The ratio rho says how much likelier pi has made a token
-since then. The advantage A says how much better the completion is than the base model's average. If
-A > 0, the steps raise rho, up to 1 + eps; if A < 0, they lower it, down to 1 - eps. Beyond these
-bounds the gradient is zero. KL(policy || base model) measures how far the policy has moved, in nats
-per completion (log 2 nats are one bit). The code calls the base model `reference`.
+since then. The advantage A says by how many standard deviations the completion beats the base
+model's average. If A > 0, the steps raise rho, up to 1 + eps; if A < 0, they lower it, down to
+1 - eps. Past that bound the token has no gradient. KL(policy || base model), the mean of log(pi /
+base) over the policy's completions, says how far it has moved, in nats (log 2 nats are one bit).
+The code calls the base model `reference`.
 
 Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 03 learned from prompts
-Writes  out/policy-happy.safetensors: the last policy that measured at most 10 nats
+Writes  out/policy-happy.safetensors: the last policy whose KL was at most 10 nats
         out/checkpoints/happy-kl-*.safetensors: one whenever sqrt KL has grown by 0.25
         out/04-happy.jsonl: one row per iteration
         A new run renames the previous run's checkpoints and log to *.old.
 
 Decisions a reader may question:
-1. No value function or GAE estimates what each token contributed. There is no KL penalty (--kl-coef
-   adds one, to compare): clipping bounds each step, and stopping at kl_stop bounds the KL.
-2. We measure reward_mean and reward_std once, on samples of the base model. If we divided by the
-   deviation of each batch, we would amplify noise once all samples are alike.
-3. We measure a policy before its update, on samples it has just drawn. At each token we sum the KL
-   over the whole vocabulary. That is less noisy than log(pi / reference) of the drawn token.
-4. The sampler also returns log-probs. We use them for pi_old if the training forward pass gives the
-   same ones on the first minibatch. If not, as in bf16 on most GPUs, we recompute them. So rho
-   starts at 1 in every iteration.
-5. If fewer than 1% of ratios leave the clip range, the policy hardly moves between two batches.
-   So we double the batch, up to max_batch: more steps per iteration, in a less noisy direction.
+1. Every token gets the whole reward of its completion: no value function, no GAE. The reward loses
+   nothing for KL (--kl-coef adds such a penalty, to compare): clipping bounds each step, and
+   stopping at kl_stop bounds the KL.
+2. We measure reward_mean and reward_std once, on samples of the base model. Dividing by each
+   batch's deviation would amplify noise once all scores are alike.
+3. We measure the KL before each update, on fresh samples. At each token we sum pi log(pi /
+   reference) over the vocabulary: less noisy than log(pi / reference) of the drawn token alone.
+4. The sampler also returns log-probs. They serve as pi_old if the training pass gives the same ones
+   on the first minibatch. If not, as in bf16 on most GPUs, we recompute them. So rho starts at 1 in
+   every iteration.
+5. If fewer than 1% of ratios leave the clip range, an iteration hardly moves the policy. So we
+   double the batch, up to max_batch: more steps per iteration, whose noise averages out.
 """
 import copy
 import math
@@ -137,8 +139,8 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
 
     logp (with gradient), logp_old, adv: (B, T) -> loss (the objective, negated), and statistics:
     clip_fraction   fraction of ratios outside [1 - clip, 1 + clip]
-    clip_binding    fraction where the clipped term is the smaller one, so the gradient is zero
-    approx_kl       mean of (logp - logp_old)^2 / 2, nats per token
+    clip_binding    fraction whose gradient is zero, because the clipped term is the smaller one
+    approx_kl       mean of (logp - logp_old)^2 / 2: KL from pi_old, in nats per token
     ratio_off       max |ratio - 1|
     """
     ratio = (logp - logp_old).exp()
@@ -154,8 +156,8 @@ def ppo_loss(logp, logp_old, adv, clip: float) -> tuple[torch.Tensor, dict[str, 
 
 def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple[int, list[float]]:
     """Double the batch, up to max_batch, if fewer than 1% of ratios were clipped in the last three
-    iterations. The gradient is then too noisy to lead anywhere. clip_fractions: one per iteration
-    at this batch size, since warm-up ended. -> batch size, clip fractions at that size."""
+    iterations: the steps are then too small, or cancel out. clip_fractions: one per iteration at
+    this batch size, since warm-up ended. -> batch size, clip fractions at that size."""
     quiet = len(clip_fractions) >= 3 and sum(clip_fractions[-3:]) / 3 < 0.01
     if not quiet or batch == max_batch:
         return batch, clip_fractions

@@ -1,6 +1,6 @@
 # make play       base model and policy side by side, in the terminal: nothing is trained
 # make            set up .venv and run the five scripts with their defaults
-# make quick      the same, from the base model that is shipped: half the time
+# make quick      the same from the shipped base model: two thirds of the time
 # make test       set up .venv, check the style, run the tests
 # make seeds      the pipeline on seeds 0, 1, 2 and the table in README
 # make experiments  one question each, after make seeds: docs/experiments.md

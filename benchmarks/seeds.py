@@ -60,7 +60,7 @@ def figures(out: Path) -> dict[str, float]:
         "reward model: nats per label": reward["nll"],
         "bag of words, learned from samples and quarters: AUC": reward["bag_of_words_auc"],
         "bag of words, learned from the very same spans: AUC": fair,
-        "AUC less that of the latter, low end of its 95% interval": lead[0],
+        "AUC lead over the latter, low end of its 95% interval": lead[0],
         "the same, high end": lead[1],
         "base: VADER positive, %": 100 * base["positive"],
         "final policy: VADER positive, %": 100 * final["positive"],
