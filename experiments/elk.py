@@ -1,6 +1,6 @@
 """Does a reporter say what a predictor knows, or what a human would believe?
 
-    python -m experiments.elk            # needs no earlier run; minutes on one core
+    python -m experiments.elk            # needs no earlier run; four minutes on one core
 
 Claim (eliciting latent knowledge, Christiano, Cotra and Xu 2021): train a reporter to answer
 questions about a predictor's hidden states, on cases that a human can judge. Two reporters fit them
@@ -44,10 +44,27 @@ frame on 0.46, 0.90 and 0.26, 0.63; mistaken and continuity on 0 and 1, twice.
 6. With the whole frame the score is below that of useful on every seed, by 0.1 or more, and its
    range over seeds is 0.2 or more.
 
+Found (+- half the 95% interval over five seeds). All six are right:
+
+                             right where it lies    where it is honest    score
+       ceiling               0.91 +- 0.02           0.99                  0.95 +- 0.01
+       plain                 0.49 +- 0.04           0.98 +- 0.01          0.73 +- 0.02
+       mistaken              0                      1                     0.5
+       compressed            0.25 +- 0.17           0.99 +- 0.01          0.62 +- 0.09
+       continuity            0                      1                     0.5
+       useful                0.96 +- 0.04           0.76 +- 0.06          0.86 +- 0.01
+       useful, whole frame   0.78 +- 0.27           0.52 +- 0.34          0.65 +- 0.14
+
+4 is right by 0.001 on one seed. In 6 the score falls by 0.11 to 0.36.
+
 Left out: penalties on how much of the state the reporter reads (they would favour the frame, which
 lies open in it); early against late layers (the first hold the frame, not yet the truth); several
 reporters that must disagree (two could share the truth, as denial does); larger predictors, and
 questions whose answer no later frame shows.
+Take away: answers that fit what she can judge say little about the rest, and no penalty made the
+reporter say what the predictor knows. Test it where the camera is honest, too: a reporter that
+contradicts a covered camera looks like a translator where the camera lies.
+What would change my mind: an arm without the truth that scores within 0.03 of the ceiling.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
