@@ -32,24 +32,24 @@ Predicted (known before: on seed 0, 300 labels raise the AUC on all base samples
    no less on the base model's. More clicks change nothing (0.01).
 
 Found (+- half the 95% interval over three seeds):
-1. Right. She gets 0.39 +- 0.03 sd from the tilted base, 0.41 +- 0.04 from best-of-n, and
-   -0.36 +- 0.36 from PPO (by seed: -0.36, -0.22, -0.50). When 04 had one learning rate for all
-   layers, PPO gave her 0.10 +- 0.37.
-2. Wrong. As clicked, PPO is ahead by 0.41 +- 0.14, because VADER is not yet saturated where the
+1. Half right. She gets 0.38 +- 0.08 sd from the tilted base, 0.42 +- 0.05 from best-of-n, and
+   0.14 +- 0.20 from PPO (by seed: 0.16, 0.22, 0.06): less, but not less than the base model gives.
+2. Wrong. As clicked, PPO is ahead by 0.32 +- 0.06, because VADER is not yet saturated where the
    reward is.
-3. Wrong. For the others PPO is ahead too, by 0.41 +- 0.19. For her it is behind by 0.75 +- 0.33,
+3. Wrong. For the others PPO is ahead too, by 0.30 +- 0.04. For her it is behind by 0.24 +- 0.16,
    and for none of the 30 others is it as far behind.
-4. Undecided. More clicks change nothing. The AUC against her labels:
+4. Right on two seeds of three for the policy's samples. More clicks change nothing. The AUC against
+   her labels:
 
        trained further on               policy's samples    base model's samples
-       nothing                          0.55 +- 0.11        0.712
-       300 more clicks                  0.56                0.71
-       her labels, base's samples       0.66 +- 0.11        0.764
-       her labels, policy's samples     0.72 +- 0.03        0.762
+       nothing                          0.63 +- 0.06        0.74 +- 0.01
+       300 more clicks                  0.63 +- 0.05        0.74 +- 0.03
+       her labels, base's samples       0.69 +- 0.04        0.78 +- 0.00
+       her labels, policy's samples     0.76 +- 0.06        0.79 +- 0.04
 
 Left out: Clicks of her own, prompts, a second run of PPO on the repaired reward.
-Take away: At the same reward, RL gives most people more than filtering does. It takes from the one
-person whose wish hangs on the very words that it pushes.
+Take away: At the same reward, RL gives most people more than filtering does. It gives less to the
+one person whose wish hangs on the very words that it pushes.
 What would change my mind: PPO at r = -0.10 that gives her as much as best-of-4.
 """
 import importlib
