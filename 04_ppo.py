@@ -1,7 +1,7 @@
 """Stage 4: PPO trains the base model to please the reward model, within 10 nats of where it began.
 
     python 04_ppo.py                     # 139 s: p(happy) 0.62 -> 0.97, 9.7 nats away
-    python 04_ppo.py --target sad        # the negative twin: rewards log p(sad), not -log p(happy)
+    python 04_ppo.py --target sad        # towards sad: rewards log p(sad), not -log p(happy)
     python 04_ppo.py --reward vader      # VADER itself is the reward; writes policy-happy-vader
 
 PPO (proximal policy optimisation) trains a copy of the base model, the policy pi. In each iteration
@@ -14,30 +14,30 @@ steps then maximise, on average over all tokens of the batch,
 
 pi_old is the policy that wrote the batch. The ratio rho says how much likelier pi has made a token
 since then. The advantage A says by how many standard deviations the completion beats the base
-model's average. If A > 0, the steps raise rho, up to 1 + eps; if A < 0, they lower it, down to
-1 - eps. Past that bound the token has no gradient. KL(policy || base model), the mean of log(pi /
+model's average. If A > 0, the token pushes its rho up, until past 1 + eps; if A < 0, down, until
+past 1 - eps. From then on only other tokens move it. KL(policy || base model), the mean of log(pi /
 base) over the policy's completions, says how far it has moved, in nats (log 2 nats are one bit).
 The code calls the base model `reference`.
 
-Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 03 learned from prompts
+Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 02 ran with --prompts
 Writes  out/policy-happy.safetensors: the last policy whose KL was at most 10 nats
         out/checkpoints/happy-kl-*.safetensors: one whenever sqrt KL has grown by 0.25
         out/04-happy.jsonl: one row per iteration
         A new run renames the previous run's checkpoints and log to *.old.
 
 Decisions a reader may question:
-1. Every token gets the whole reward of its completion: no value function, no GAE. The reward loses
-   nothing for KL (--kl-coef adds such a penalty, to compare): clipping bounds each step, and
-   stopping at kl_stop bounds the KL.
+1. Every token gets the whole reward of its completion: no value function, no GAE. There is no KL
+   penalty (--kl-coef adds one, to compare): clipping limits each iteration, and stopping at kl_stop
+   bounds the KL.
 2. We measure reward_mean and reward_std once, on samples of the base model. Dividing by each
    batch's deviation would amplify noise once all scores are alike.
-3. We measure the KL before each update, on fresh samples. At each token we sum pi log(pi /
+3. We measure the KL on each new batch, before training on it. At each token we sum pi log(pi /
    reference) over the vocabulary: less noisy than log(pi / reference) of the drawn token alone.
 4. The sampler also returns log-probs. They serve as pi_old if the training pass gives the same ones
-   on the first minibatch. If not, as in bf16 on most GPUs, we recompute them. So rho starts at 1 in
-   every iteration.
+   on the first minibatch. If not, as we expect in bf16 on most GPUs, we recompute them. So rho
+   starts at 1 in every iteration.
 5. If fewer than 1% of ratios leave the clip range, an iteration hardly moves the policy. So we
-   double the batch, up to max_batch: more steps per iteration, whose noise averages out.
+   double the batch, up to max_batch: more steps per iteration average out their noise.
 """
 import copy
 import math
@@ -179,7 +179,7 @@ def reward_constants(reward_fn, reference, prompts, length: int, cfg) -> tuple[f
 
 
 def scores_of(reward_fn):
-    """Wrap reward_fn to return (B,) float32. Raises UserError if it returns anything else."""
+    """Wrap reward_fn: convert what it returns to (B,) float32, or raise UserError."""
     def scores(y, prompt):
         score, expected = reward_fn(y, prompt), f"return one number for each, shape ({len(y)},)"
         try:
@@ -290,10 +290,10 @@ if __name__ == "__main__":
     if about["prompted"]:
         prompts = read_prompts(cfg.out / "prompts.json", "train", reference.n_text)
     length, target = about["length"], ("happy", "sad").index(cfg.target)
-    log_odds = about["kind"] == "comparisons" and cfg.reward == "model"  # defined up to a constant
+    log_odds = about["kind"] == "comparisons" and cfg.reward == "model"  # comparisons fix no zero
 
     def reward_fn(y: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """Completions y (B, T) after prompt (B, P) -> score (B,). Return your own reward here."""
+        """Completions y (B, T) after prompt (B, P) -> score (B,). Return your own score here."""
         if cfg.reward == "vader":
             return vader_score(tokenizer.decode_batch(y.tolist()), cfg.target).to(device)
         log_p = reward_model.sentiment(y, prompt)                            # (B, 2): happy, sad
