@@ -16,7 +16,7 @@ pi_old is the policy that wrote the batch. The ratio rho says how much likelier 
 since then. The advantage A says by how many standard deviations the completion beats the base
 model's average. If A > 0, the token pushes its rho up, until past 1 + eps; if A < 0, down, until
 past 1 - eps. From then on only other tokens move it. KL(policy || base model), the mean of log(pi /
-base) over the policy's completions, says how far it has moved, in nats (log 2 nats are one bit).
+base) over the policy's completions, says how far it has moved, in nats (1 nat = 1.44 bits).
 The code calls the base model `reference`.
 
 Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 02 ran with --prompts
@@ -36,8 +36,8 @@ Decisions a reader may question:
 4. The sampler also returns log-probs. They serve as pi_old if the training pass gives the same ones
    on the first minibatch. If not, as we expect in bf16 on most GPUs, we recompute them. So rho
    starts at 1 in every iteration.
-5. If fewer than 1% of ratios leave the clip range, an iteration hardly moves the policy. So we
-   double the batch, up to max_batch: more steps per iteration average out their noise.
+5. If fewer than 1% of ratios leave the clip range, the steps are too small, or cancel out as noise.
+   So we double the batch, up to max_batch: more steps per iteration average the noise out.
 """
 import copy
 import math
@@ -290,7 +290,7 @@ if __name__ == "__main__":
     if about["prompted"]:
         prompts = read_prompts(cfg.out / "prompts.json", "train", reference.n_text)
     length, target = about["length"], ("happy", "sad").index(cfg.target)
-    log_odds = about["kind"] == "comparisons" and cfg.reward == "model"  # comparisons fix no zero
+    log_odds = about["kind"] == "comparisons" and cfg.reward == "model"  # its zero is arbitrary
 
     def reward_fn(y: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """Completions y (B, T) after prompt (B, P) -> score (B,). Return your own score here."""
