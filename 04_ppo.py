@@ -406,7 +406,8 @@ if __name__ == "__main__":
     if row["kl"] > cfg.kl_stop:
         remove(state_path)
     else:
-        print(f"still below {cfg.kl_stop:g} nats: --resume and a larger --max-iterations continue")
+        print(f"still below {cfg.kl_stop:g} nats: to continue, add --resume and raise "
+              "--max-iterations")
     print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
           "{entropy:.3f} nats per token".format(target=cfg.target, **run.final))
     finish("python 05_eval.py" if cfg.reward == "model" else f"read {log.file.name}", run.seconds)

@@ -223,7 +223,7 @@ def test_resuming_a_run_that_has_no_iterations_left(pipeline, tmp_path):
     for more in ([], ["--resume"]):
         done = run("04_ppo.py", out, "--max-iterations", "2", *more)
         assert (done.returncode == 0
-                and "--resume with more --max-iterations" in done.stdout), done.stderr
+                and "add --resume and raise --max-iterations" in done.stdout), done.stderr
     log = (out / "04-happy.jsonl").read_text()
     for flags in (["--max-iterations", "1"], ["--kl-stop", "0.0001"]):  # refused, nothing is lost
         done = run("04_ppo.py", out, "--resume", *flags)
