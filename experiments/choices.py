@@ -70,6 +70,8 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -156,11 +158,11 @@ def climb(cfg: Settings, arm: str, run, device, dtype) -> list[dict]:
 def elsewhere(cfg: Settings, setting: str, run) -> list[dict]:
     """Train by 04 in a process of its own, with this variable of the environment."""
     variable, value = setting.split("=")
-    out = cfg.out / "choices" / f"{run.name}-{value}"
-    subprocess.run([sys.executable, "-m", "experiments.choices", "--runs", str(run), "--out",
-                    str(out), "--reward", str(cfg.reward), "--arms", "04", "--noise"], check=True,
-                   stdout=subprocess.DEVNULL, env=os.environ | {variable: value})
-    return json.loads((out / "choices.json").read_text())["all"][0]["04"]
+    with TemporaryDirectory() as out:
+        subprocess.run([sys.executable, "-m", "experiments.choices", "--runs", str(run), "--out",
+                        out, "--reward", str(cfg.reward), "--arms", "04", "--noise"], check=True,
+                       stdout=subprocess.DEVNULL, env=os.environ | {variable: value})
+        return json.loads((Path(out) / "choices.json").read_text())["all"][0]["04"]
 
 
 def worth(rows: list[dict]) -> dict[str, float]:

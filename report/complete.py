@@ -7,9 +7,17 @@ from typing import Annotated
 
 import torch
 import tyro
+from tokenizers import Tokenizer
 from tyro.conf import Positional, arg
 
 from model import fast_dtype, load, require, steady
+
+
+def encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt's tokens. Raises UserError if a terminal with another encoding has garbled it."""
+    valid = prompt.encode(errors="ignore").decode() == prompt
+    require(valid, "the prompt is not UTF-8: the terminal uses another encoding")
+    return tokenizer.encode(prompt).ids
 
 
 def complete(checkpoint: Positional[Path], prompt: str = "", length: int = 64, seed: int = 0,
@@ -17,10 +25,8 @@ def complete(checkpoint: Positional[Path], prompt: str = "", length: int = 64, s
     """Print n completions of the prompt, `length` tokens each. The same seed gives all checkpoints
     the same random numbers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    valid = prompt.encode(errors="ignore").decode() == prompt
-    require(valid, "--prompt is not UTF-8: the terminal uses another encoding")
     model, tokenizer, _ = load(checkpoint, "the script that writes it", device, fast_dtype(device))
-    ids = torch.tensor([tokenizer.encode(prompt).ids] * n)                   # (n, P)
+    ids = torch.tensor([encoded(tokenizer, prompt)] * n)                     # (n, P)
     require(n > 0 and length > 0, "-n and --length must be positive")
     room = model.config.context - ids.size(1)
     require(room > 0, f"the prompt has {ids.size(1)} tokens, too many for this model: shorten it")

@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from model import GPT, UserError, load, require, set_out, steady
+from model import GPT, UserError, command, load, require, set_out, steady
+from report.complete import encoded
 from report.made import MODELS, SHIPPED
 from report.trust import STEPS, shade, without_blank_lines
 
@@ -54,7 +55,7 @@ def open_run(folder: Path) -> Run:
         header = load(path, "04_ppo.py")[2]
         if header["inputs"] == about["made_from"]:
             policies.append((header["kl"], path))
-    require(policies, f"{final} was made from other models: run 04_ppo.py again")
+    require(policies, f"{final} was made from other models: run {command('04_ppo.py')} again")
     policies = sorted(dict(policies).items())  # the final one may be kept twice
     return Run(base, reward_model, tokenizer, about["length"], about["prompted"], policies, folder)
 
@@ -105,11 +106,9 @@ def comparison(run: Run, policy: GPT, kl: float, prompt: list[int], seed: int) -
 
 
 # ---- Keys ----------------------------------------------------------------------------------------
-def encoded(run: Run, prompt: str) -> list[int]:
+def tokens_of(run: Run, prompt: str) -> list[int]:
     """Raises UserError if the models cannot complete this prompt."""
-    require(prompt.encode(errors="ignore").decode() == prompt, "the prompt is not UTF-8: the "
-            "terminal uses another encoding")
-    ids, most = run.tokenizer.encode(prompt).ids, run.length // 2
+    ids, most = encoded(run.tokenizer, prompt), run.length // 2
     require(len(ids) <= most, f"the prompt has {len(ids)} tokens: {most} at most")
     require(max(ids, default=0) < run.base.n_text, "the prompt holds a reserved token")
     return ids
@@ -122,7 +121,7 @@ def play(out: Path = Path("out"), prompt: str = "", seed: int = 0) -> None:
     console = Console()
     run = open_run(out)
     at, loaded = len(run.policies) - 1, {}
-    ids, note = encoded(run, prompt), ""
+    ids, note = tokens_of(run, prompt), ""
     keys = sys.stdin.isatty() and console.is_terminal
     while True:
         kl, path = run.policies[at]
@@ -153,7 +152,7 @@ def play(out: Path = Path("out"), prompt: str = "", seed: int = 0) -> None:
         if key == "p":
             try:
                 typed = input("prompt: ")
-                ids, prompt = encoded(run, typed), typed
+                ids, prompt = tokens_of(run, typed), typed
             except (UserError, EOFError) as error:
                 note = str(error)
 

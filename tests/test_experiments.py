@@ -978,8 +978,8 @@ def test_choices_at_toy_size(pipeline, monkeypatch):
     json.dumps(choices.findings(cfg, [seed, seed]))
 
 
-def test_choices_in_another_process(pipeline, tmp_path):
-    cfg = choices.Settings(out=tmp_path, reward=-9.0)  # the base model has it already
+def test_choices_in_another_process(pipeline):
+    cfg = choices.Settings(reward=-9.0)  # the base model has it already
     rows = choices.elsewhere(cfg, "ATEN_CPU_CAPABILITY=default", pipeline[0])
     assert len(rows) == 1 and rows[0]["kl"] == pytest.approx(0, abs=1e-6)
 
