@@ -81,7 +81,7 @@ def is_ratings(found) -> bool:
 
 
 def is_curve(found) -> bool:
-    keys = ("labels", "alone", "after", "bag_alone", "bag_after")
+    keys = ("labels", "alone", "after", "last_token", "bag_alone", "bag_after")
     return all(isinstance(row[key], int | float) for row in found for key in keys)
 
 

@@ -135,7 +135,8 @@ def draw_plots(results: dict, learning_curve: list[dict], folder: Path) -> dict[
                                colour)
     if learning_curve:
         labels = column(learning_curve, "labels")
-        names = {"alone": "model", "after": "model +", "bag_alone": "words", "bag_after": "words +"}
+        names = {"alone": "model", "after": "model +", "last_token": "last token",
+                 "bag_alone": "words", "bag_after": "words +"}
         figures["curve"] = plot("Learning curve of the reward model", "labels, logarithmic",
                                 "held-out AUC",
                                 [Line(name, labels, column(learning_curve, key), colour=i)

@@ -720,7 +720,7 @@ def test_the_learning_curve_is_measured_and_drawn(pipeline, tmp_path):
     curve = json.loads((out / "curve.json").read_text())
     assert [c["labels"] for c in curve][:2] == [300, 1600] and 2550 < curve[2]["labels"] <= 2700
     assert curve[-1]["after"] > 0.8 and all(0.4 < c[k] <= 1 for c in curve for k in (
-        "alone", "after", "bag_alone", "bag_after"))
+        "alone", "after", "last_token", "bag_alone", "bag_after"))
     assert (out / "reward.safetensors").read_bytes() == reward
     assert run("report", out).returncode == 0 and (out / "plots" / "curve.svg").exists()
 
@@ -740,8 +740,8 @@ def test_the_curve_of_a_person_follows_the_persons_schedule(monkeypatch):
     curve.learning_curve(tiny(), [machine, person], items, rm.Config(), sizes=(5,))
     phases = [phase for _, phase in trained]
     assert (phases[0] is machine and [(p.rate, len(p.items)) for p in phases[1:]]
-            == [(0.03, 5)] * 2 + [(0.03, 20)] * 2)
-    assert [p.epochs for p in phases[1:]] == [24.0, 24.0, 12.0, 12.0]
+            == [(0.03, 5)] * 3 + [(0.03, 20)] * 3)
+    assert [p.epochs for p in phases[1:]] == [24.0] * 3 + [12.0] * 3
 
 
 def test_few_labels_of_a_person_fine_tune_the_machine_s_model(pipeline, tmp_path):
