@@ -522,13 +522,17 @@ def keep_freed_pages() -> None:
 
 def finish(next_command: str, earlier_s: float = 0.0) -> None:
     """Print the cost and the next stage's command. earlier_s: seconds spent before --resume."""
-    if dist.is_initialized():
+    by_torchrun = dist.is_initialized()
+    if by_torchrun:
         dist.destroy_process_group()
     unit = 2**30 if sys.platform == "darwin" else 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     before = f" (before it was resumed {earlier_s:.0f} s)" if earlier_s else ""
     print(f"wall time {time.monotonic() - BEGAN:.0f} s{before}, peak memory {peak:.2f} GiB")
     print(f"next: {next_command}{ELSEWHERE * next_command.startswith('python')}")
+    if by_torchrun:  # now and then a thread of torch's aborts a process that ends the usual way
+        sys.stdout.flush()
+        os._exit(0)
 
 
 # ---- Several processes, started by torchrun, act as one; with one process this is the identity ---
