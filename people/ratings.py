@@ -206,7 +206,7 @@ def unblind(out: Path) -> None:
     for r in results:
         low, high = (100 * x for x in r["difference_interval"])
         print("{rater}: {feeling} {base} of {of_base} base, {other} of {of_other} {arm} samples "
-              "({policy}); difference {low:+.0f} to {high:+.0f} points (95 %); Fisher's exact "
+              "({policy}); difference {low:+.0f} to {high:+.0f} points (95%); Fisher's exact "
               "test, one-sided: p = {p:.2g}".format(low=low, high=high, **r))
     for n in sorted(sizes):
         powers = (f"{fisher_power(p, q, n):.2f} for {p:.0%} and {q:.0%}"

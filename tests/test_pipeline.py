@@ -706,7 +706,7 @@ def test_the_negative_twin_has_its_own_target(pipeline, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "anna: positive 4 of 4 base, 4 of 4 happy samples (" in done.stdout
     assert ("anna: negative 0 of 4 base, 4 of 4 sad samples (policy-sad); difference +31 to +100 "
-            "points (95 %); Fisher's exact test, one-sided: p = 0.014") in done.stdout  # 1/C(8, 4)
+            "points (95%); Fisher's exact test, one-sided: p = 0.014") in done.stdout  # 1/C(8, 4)
 
 
 def test_the_learning_curve_is_measured_and_drawn(pipeline, tmp_path):
