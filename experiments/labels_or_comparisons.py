@@ -2,9 +2,10 @@
 
     python -m experiments.labels_or_comparisons   # after `make seeds`; more than an hour
 
-For each seed, start from the base model of `make seeds`. VADER gives 16,384 labels, or 16,384
-comparisons, of samples without a prompt or of completions of prompts; 03, 04 and 05 follow. That
-is twelve runs; a second call goes on where the first one stopped.
+All runs use the default settings, so all have VADER read 24,576 samples. It labels each of them, or
+compares them in pairs, 12,288 of them. The samples have no prompt, or complete prompts. Labels
+without prompts are the runs of `make seeds`. The other three kinds start from the base models of
+these runs, nine runs for three seeds. A second call continues where the first one stopped.
 
 Both reward models of a kind are asked about the same fresh samples: AUC against VADER's label, and
 how often they prefer the sample that VADER prefers. VADER's mean score at 5 and 10 nats is read
@@ -35,15 +36,14 @@ rm = importlib.import_module("03_reward_model")
 @dataclass
 class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
-    n: int = 16_384    # labels, or comparisons
     fresh: int = 8192  # samples on which the reward models are compared
 
 
-def run(out: Path, seed: int, n: int, comparisons: bool, prompts: bool) -> None:
+def run(out: Path, seed: int, comparisons: bool, prompts: bool) -> None:
     """Run 02 to 05; what is there already is not made again."""
-    sampled = ["--n", str(n * (1 + comparisons))] + ["--compare"] * comparisons
     kind = "comparisons" if comparisons else "labels"
-    stages = (("02_sample_label.py", sampled + ["--prompts"] * prompts, f"{kind}-vader.jsonl"),
+    asked = ["--compare"] * comparisons + ["--prompts"] * prompts
+    stages = (("02_sample_label.py", asked, f"{kind}-vader.jsonl"),
               ("03_reward_model.py", ["--comparisons"] * comparisons, "reward.safetensors"),
               ("04_ppo.py", [], "policy-happy.safetensors"),
               ("05_eval.py", [], "report.json"))
@@ -96,8 +96,10 @@ if __name__ == "__main__":
                     "comparisons" if comparisons else "labels")
             found = []
             for seed in cfg.seeds:
-                out = ROOT / f"out-{seed}" / "-".join(name)
-                run(out, seed, cfg.n, comparisons, prompts)
+                out = ROOT / f"out-{seed}"
+                if prompts or comparisons:
+                    out /= "-".join(name)
+                    run(out, seed, comparisons, prompts)
                 found.append(ranking(out, cfg.fresh, prompts, seed)
                              | {f"gold at {kl} nats": gold_at(out, kl) for kl in (5, 10)})
             results[", ".join(name)] = found
@@ -106,6 +108,6 @@ if __name__ == "__main__":
                 mean, half = over_seeds(row[key] for row in found)
                 digits = 1 if "%" in key else 3
                 cells.append(f"{mean:.{digits}f} ± {half:.{digits}f}")
-            print(f"| {name[0]} | {cfg.n:,} {name[1]} | {' | '.join(cells)} |", flush=True)
+            print(f"| {name[0]} | {name[1]} | {' | '.join(cells)} |", flush=True)
     write(Path("out/experiments/labels_or_comparisons.json"), as_json(
-        {"torch": torch.__version__, "seeds": cfg.seeds, "n": cfg.n, "runs": results}, indent=1))
+        {"torch": torch.__version__, "seeds": cfg.seeds, "runs": results}, indent=1))
