@@ -43,8 +43,8 @@ def learning_curve(base, phases: list, test: list[dict], cfg, sizes=(300, 1600, 
             rm.train(model, phase, cfg)
             row[name] = rm.auc(rm.predict(model, test)[:, 0], target)
         print("AUC with {labels} labels: {alone:.3f} alone, {last_token:.3f} from the last token, "
-              "{after:.3f} after the phases before; bag of words {bag_alone:.3f} and {bag_after:.3f}"
-              .format(**row), flush=True)
+              "{after:.3f} after the phases before; bag of words {bag_alone:.3f} and "
+              "{bag_after:.3f}".format(**row), flush=True)
         curve.append(row)
     return curve
 
