@@ -11,11 +11,11 @@ Writes  out/base.safetensors (weights, tokenizer, settings, metrics), out/corpus
 
 Decisions a reader may question:
 1. The tokenizer is byte-level BPE, trained on the training part only. Three ids are reserved (start
-   or end of text, happy, sad). They never occur in the corpus, and we never sample them.
+   of text, happy, sad). They never occur in the corpus, and we never sample them.
 2. The held-out text is the last 5%, in one piece: random held-out windows would have their
    neighbours in the training text.
-3. Sequences do not overlap within an epoch. Each epoch cuts the text at another offset, so the
-   model never meets the same windows twice.
+3. Sequences do not overlap within an epoch. Each epoch cuts the text at a random offset, so the
+   model hardly ever meets the same windows twice.
 4. Each sequence begins with the start token, wherever the text was cut. So an unconditional sample
    is a random window of Shakespeare, not always an opening line.
 5. Muon trains the matrices; AdamW trains embedding and head. Each group has its own learning rate.
@@ -101,7 +101,7 @@ def check(cfg: Config) -> None:
         require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
     for knob in ("muon_lr", "embed_lr", "head_lr", "weight_decay"):
         require(getattr(cfg, knob) >= 0, f"--{knob.replace('_', '-')} must not be negative")
-    require(cfg.batch % world()[1] == 0, "--batch must divide among the processes")
+    require(cfg.batch % world()[1] == 0, "--batch must be a multiple of the number of processes")
     require(cfg.d_model % (2 * cfg.n_head) == 0, "--d-model must be a multiple of 2 x --n-head")
     require(cfg.n_head % cfg.n_kv_head == 0, "--n-head must be a multiple of --n-kv-head")
 
@@ -198,10 +198,11 @@ def find_corpus(path: str, urls=URLS) -> str | None:
     for url in urls:
         try:
             text = download(url)
-            write(local[0], text)
-            return text
-        except (UserError, OSError) as error:
+        except UserError as error:
             print(f"download failed: {error}")
+            continue
+        write(local[0], text)
+        return text
     return None
 
 

@@ -92,7 +92,7 @@ def check(cfg: Config) -> None:
     require(cfg.n >= 2 or not cfg.compare, "--compare needs --n 2 or more")
     require(0 <= cfg.corpus_fraction <= 1, "--corpus-fraction must be in [0, 1]")
     require(not (cfg.prompts and cfg.corpus_fraction),
-            "--prompts needs --corpus-fraction 0: a snippet has no prompt, so one would know it")
+            "--prompts needs --corpus-fraction 0: a snippet has no prompt, which gives it away")
     if cfg.labeller != "vader":
         need_person(cfg.labeller)
 
@@ -103,7 +103,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, cfg: Config, n: int) -> list[
     train_prompts = None
     if cfg.prompts:
         train_prompts = read_prompts(cfg.out / "prompts.json", "train", model.n_text)
-    prompts = draw_prompts(train_prompts, -(-n // 2), cfg.seed).repeat_interleave(2, 0)[:n]
+    prompts = draw_prompts(train_prompts, (n + 1) // 2, cfg.seed).repeat_interleave(2, 0)[:n]
     name = f"{fingerprint(model)[:8]}-{cfg.seed}-{cfg.length}{'p' if cfg.prompts else ''}"
     y = torch.cat([model.generate(rows, cfg.length, cfg.seed, prompts=prompts[rows])[0]
                    for rows in tqdm(torch.arange(n).split(1024), desc="sample")])           # (n, T)
@@ -138,8 +138,8 @@ def find_prompts(part: str, text: str, tokenizer: Tokenizer, longest: int) -> li
     found = [dict.fromkeys(re.findall(rf"^{name}\n[^\n]+\n", text, re.M)) for name in names]
     candidates = list(max(found, key=len))
     prompts = [e.ids for e in tokenizer.encode_batch(candidates) if len(e.ids) <= longest]
-    require(len(prompts) > 0, f"the {part} text has no prompts: a speaker's name and a colon on a "
-                              f"line, and the line after it, {longest} tokens at most")
+    require(len(prompts) > 0, f"the {part} text has no prompts: a speaker's name with a colon or a "
+                              f"full stop on a line, and a line after it; {longest} tokens at most")
     return prompts
 
 
@@ -190,7 +190,7 @@ def spans_of(length: int) -> list[tuple[int, int]]:
     They are prefixes of the sample and prefixes of each quarter, in steps of 4 tokens.
 
         0               16              32              48              64
-        |---+---+---+---+---+---+---+---+---+---+---+---+---+---+---+---|   16 prefixes of a sample
+        |---+---+---+---+---+---+---+---+---+---+---+---+---+---+---+---|   15 prefixes, the whole
         |---+---+---+---|---+---+---+---|---+---+---+---|---+---+---+---|   4 of each quarter
     """
     quarter = max(length // 4, 1)
@@ -233,8 +233,8 @@ def is_name(name: str) -> bool:
 
 def need_person(name: str) -> None:
     """Raises UserError if `name` is not a labeller's name, or if there is no terminal."""
-    require(is_name(name), f"{name!r} is not a labeller: a name has letters and digits, and is not "
-                           "the machine's name")
+    require(is_name(name), f"{name!r} is not a labeller: a name has letters, digits and hyphens, "
+                           "and is not vader or majority")
     require(sys.stdin.isatty() and sys.stdout.isatty(),
             "this asks a person for keys and needs a terminal: run the command in one")
 
@@ -262,8 +262,8 @@ def is_cut(path: Path) -> bool:
 
 
 def own_answers(path: Path, kind: str, labeller: str) -> list[dict]:
-    """Lock a labeller's file, turn it into plain UTF-8 lines whatever program saved it, and return
-    read_answers. Raises UserError if it holds answers of somebody else."""
+    """Lock a labeller's file, write it again as plain UTF-8 lines if an editor saved it otherwise,
+    and return read_answers. Raises UserError if it holds answers of somebody else."""
     only_writer(path)
     rows = read_answers(path, kind)
     others = {str(row.get("labeller", labeller)) for row in rows}
@@ -336,8 +336,8 @@ def ask(items: list[dict], path: Path, labeller: str, kind: str) -> dict[str, st
     keys, question = ASK[kind]
     choices = "   ".join(f"{key} {label}" for key, label in keys.items())
     rows = own_answers(path, kind, labeller)
-    labels = labels_of(rows)
     by_id = {item["id"]: item for item in items}
+    labels = {i: label for i, label in labels_of(rows).items() if i in by_id}
     queue = [item for item in reversed(items) if item["id"] not in labels]
     width = max(20, min(shutil.get_terminal_size().columns, 90))
     while queue:
@@ -351,7 +351,7 @@ def ask(items: list[dict], path: Path, labeller: str, kind: str) -> dict[str, st
         if key in keys:
             append(path, rows, queue[-1], keys[key], labeller)
             labels[queue.pop()["id"]] = keys[key]
-        elif key == "u" and last in by_id:
+        elif key == "u" and last:
             append(path, rows, by_id[last], "undo", labeller)
             del labels[last]
             queue.append(by_id[last])
@@ -403,4 +403,4 @@ if __name__ == "__main__":
     else:
         ask(shuffled(items, cfg.seed), path, cfg.labeller, kind)
     write(cfg.out / "02.json", as_json(provenance(cfg)))
-    finish("python 03_reward_model.py" + " --comparisons" * cfg.compare)
+    finish(f"python 03_reward_model.py{' --comparisons' if cfg.compare else ''}")

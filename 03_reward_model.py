@@ -9,8 +9,8 @@ Writes  out/reward.safetensors, out/03.jsonl
 
 Decisions a reader may question:
 1. Sentiment is the next token. After a sample's last token the model predicts <|happy|> or <|sad|>,
-   by a softmax over these two only. Only that position has a loss. A neutral label is the soft
-   target (0.5, 0.5), so its cross-entropy is at least ln 2.
+   by a softmax over these two only. With one label per sample, only that position has a loss. A
+   neutral label is the soft target (0.5, 0.5), so its cross-entropy is at least ln 2.
 2. Each labelled prefix of a sample counts as a sample. A causal model reads all prefixes in one
    pass, so 16 labels cost as much as one. Each sign labels the text up to there (seed 0):
 
@@ -23,7 +23,8 @@ Decisions a reader may question:
    on quarters of samples, because a label of 4 to 16 tokens shows the reason best. (--no-spans
    follows the exercise to the letter: only the last token of a whole sample has a loss.)
 3. With only a few hundred labels, a small reward model barely beats chance. So a person's labels
-   fine-tune a model that first learned from the machine's. (--no-machine-first: all at once.)
+   fine-tune a model that first learned from the machine's, and replace the machine's labels of the
+   same samples. (--no-machine-first: all at once.)
 4. The embedding learns 300 times faster than the matrices, because sentiment is a property of
    words, and because the embedding's rows are large.
 5. The last lines of output compare the model with a bag of words, which sees only word counts.
@@ -75,8 +76,9 @@ from model import (
     words,
 )
 
-TARGET = {"positive": 1.0, "neutral": 0.5, "negative": 0.0,  # p(happy) that a label stands for
-          "left": 1.0, "tie": 0.5, "right": 0.0}             # of a pair: p(left is happier)
+LABELS = {"positive": 1.0, "neutral": 0.5, "negative": 0.0}  # p(happy) that a label stands for
+COMPARISONS = {"left": 1.0, "tie": 0.5, "right": 0.0}         # of a pair: p(left is happier)
+TARGET = LABELS | COMPARISONS
 
 
 @dataclass
@@ -90,9 +92,9 @@ class Config:
     seed: int = 0
     batch_tokens: int = 1024       # tokens per optimizer step
     quarter_epochs: float = 0.5    # passes over the quarters of samples that the machine labelled
-    epochs: float = 1.0            # passes over these samples, whole
+    epochs: float = 1.0            # passes over the samples themselves
     person_epochs: float = 12.0    # passes over people's labels, which are few
-    person_rate: float = 0.1       # factor on lr and head_lr for these: mostly the embedding moves
+    person_rate: float = 0.1       # with people's labels, lr and head_lr are multiplied by this
     lr: float = 3e-4               # learning rate of the matrices
     embed_lr: float = 0.1          # large, because the embedding's rows are large
     head_lr: float = 0.01
@@ -125,10 +127,9 @@ def right(row: dict) -> bool:
     """Whether a row holds what this stage needs. May raise ValueError, KeyError or TypeError."""
     texts, tokens = sides([row], "text"), sides([row], "tokens")
     names = [row["id"], row["labeller"], row["source"], row.get("prompt", ""), *texts]
-    known = [*TARGET][:3] if isinstance(row["text"], str) else [*TARGET][3:]
+    known = LABELS if isinstance(row["text"], str) else COMPARISONS
     if row["label"] not in (*known, "skip", "undo"):
         raise ValueError(f"label {row['label']!r} is not one of {', '.join(known)}, skip, undo")
-    row.pop("prompt_tokens", None)
     for first, end, label in row.get("spans", ()):
         if label not in known or not (type(first) is type(end) is int
                                       and 0 <= first < end <= len(tokens[0])):
@@ -147,7 +148,7 @@ def read_labels(path: Path) -> list[dict]:
         rows[row["id"]] = row
     for name in sorted({row["labeller"] for row in rows.values()} if "-" in path.stem else ()):
         if not path.stem.partition("-")[2].casefold().startswith(name.casefold()):
-            print(f"warning: {path} holds labels of {name}: they count as the labels of {name}",
+            print(f"warning: {path} holds labels of {name}, and they count as {name}'s",
                   file=sys.stderr)
     return list(rows.values())
 
@@ -171,10 +172,10 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
     given = latest(rows)
     if len(given) < len(rows):
         print(f"{len(rows) - len(given)} labels are in another file too: the later one counts")
-    rows = [row for row in given if row["label"] in TARGET
-            and row["source"] != "piece"]  # an earlier version wrote these
-    require(rows, f"there are no labels in {cfg.out}/{kind}-*.jsonl: run "
-            f"{command('02_sample_label.py' + ' --compare' * cfg.comparisons)} first")
+    rows = [row for row in given if row["label"] in TARGET]
+    files = ", ".join(map(str, cfg.labels)) or f"{cfg.out}/{kind}-*.jsonl"
+    script = "02_sample_label.py --compare" if cfg.comparisons else "02_sample_label.py"
+    require(rows, f"there are no labels in {files}: run {command(script)} first")
     return rows
 
 
@@ -195,7 +196,7 @@ def pool(rows: list[dict], machine_weight: float) -> list[dict]:
 def split(items: list[dict], seed: int, test: float) -> list[str]:
     """"train" or "test" for each item, by a seeded shuffle of the distinct texts. Texts that people
     labelled are shuffled separately, so both parts get both kinds. If a person labelled a
-    text, the machine's labels of it are "unused"."""
+    text, the machine's items with this text are "unused"."""
     of_people = {str(item["text"]) for item in items if item["person"]}
     of_machine = {str(item["text"]) for item in items} - of_people
     g = torch.Generator().manual_seed(seed)
@@ -209,8 +210,12 @@ def split(items: list[dict], seed: int, test: float) -> list[str]:
 
 
 def prepare(rows: list[dict], cfg: Config, tokenizer) -> list[dict]:
-    """Rows of all label files -> items with "part", "quarters" (none if a person labelled it) and,
-    if there are prompts, "prompt_tokens". Raises UserError if only some items have prompts."""
+    """Turn the rows of all label files into items. Add "part", "quarters" (none if a person
+    labelled the item) and, if there are prompts, "prompt_tokens". Raises UserError if only some
+    items have prompts."""
+    if cfg.machine_first:  # the machine has its own phases: a person's label replaces its label
+        people = {row["id"] for row in rows if row["labeller"] != "vader"}
+        rows = [row for row in rows if row["labeller"] != "vader" or row["id"] not in people]
     items = pool(rows, cfg.machine_weight)
     for item, part in zip(items, split(items, cfg.seed, cfg.test_share)):
         item["part"] = part
@@ -255,9 +260,9 @@ class Phase:
 
 
 def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
-    """Items with their "part" -> three phases: quarters of samples that the machine labelled, these
-    samples whole, then what people labelled. Without machine_first, one phase has all samples. When
-    there are human labels, all machine labels can be used for training. The learning rates do not
+    """Split the training into up to three phases: quarters of the samples that the machine
+    labelled, these samples whole, then what people labelled. Without machine_first, one phase has
+    all samples. If people labelled any, no machine label is held out. The learning rates do not
     fall at the end of the quarters, because training goes on. Raises UserError if labels are too
     few or all the same, or if samples differ in length."""
     person = [item for item in items if item["person"]]
@@ -398,9 +403,9 @@ def predict(model: GPT, items: list[dict]) -> np.ndarray:
 
 
 def tensors(items: list[dict], device) -> tuple[torch.Tensor, ...]:
-    """-> tokens (N, T), or (N, 2, T) for pairs; prompt (N, P), P may be 0; target and weight (N, T)
-    of the prefix that ends at each token. Weight 0 means no label: this is the exercise's mask. The
-    labels of an item share its weight equally."""
+    """-> tokens (N, T), or (N, 2, T) for pairs; prompt (N, P), P may be 0; target, weight (N, T).
+    Position t holds the label of the prefix that ends there. Weight 0 means no label: this is the
+    exercise's mask. The labels of an item share its weight equally."""
     tokens = np.array([item["tokens"] for item in items])
     target, weight = np.zeros((2, len(items), tokens.shape[-1]), dtype=np.float32)
     for i, item in enumerate(items):

@@ -9,15 +9,15 @@ the policy writes a batch of completions (sampled texts), and the reward model s
 steps then maximise, on average over all tokens of the batch,
 
           min(rho A, clip(rho, 1 - eps, 1 + eps) A),  where eps is --clip,
-    rho = pi(token | text before it) / pi_old(token | text before it),  and, at every token,
-    A   = (log p(happy | completion) - reward_mean) / reward_std.
+    rho = pi(token | text before it) / pi_old(token | text before it),
+    A   = (log p(happy | completion) - reward_mean) / reward_std, the same for all its tokens.
 
-pi_old is the policy that wrote the batch. The ratio rho says how much likelier pi has made a token
-since then. The advantage A says by how many standard deviations the completion beats the base
-model's average. If A > 0, the token pushes its rho up, until past 1 + eps; if A < 0, down, until
-past 1 - eps. From then on only other tokens move it. KL(policy || base model), the mean of log(pi /
-base) over the policy's completions, says how far it has moved, in nats (1 nat = 1.44 bits).
-The code calls the base model `reference`.
+pi_old is the policy that wrote the batch. The ratio rho says how many times as likely pi makes a
+token. The advantage A says by how many standard deviations the completion beats the base model's
+average. If A > 0, the gradient raises rho; if A < 0, it lowers rho. Once rho is past 1 + eps, or
+1 - eps, this token has no gradient any more, and only other tokens move rho. KL(policy || base
+model), the mean of log(pi / base) over the policy's completions, says how far the policy has moved,
+in nats (1 nat = 1.44 bits). The code calls the base model `reference`.
 
 Reads   out/base.safetensors, out/reward.safetensors; out/prompts.json if 02 ran with --prompts
 Writes  out/policy-happy.safetensors: the last policy whose KL was at most 10 nats
@@ -31,10 +31,11 @@ Decisions a reader may question:
    bounds the KL.
 2. We measure reward_mean and reward_std once, on samples of the base model. Dividing by each
    batch's deviation would amplify noise once all scores are alike.
-3. We measure the KL on each new batch, before training on it. At each token we sum pi log(pi /
-   reference) over the vocabulary: less noisy than log(pi / reference) of the drawn token alone.
-4. The sampler also returns log-probs. They serve as pi_old if the training pass gives the same ones
-   on the first minibatch. If not, as we expect in bf16 on most GPUs, we recompute them. So rho
+3. We measure the KL on 256 completions of each new batch, before training on it. At each token we
+   sum pi log(pi / reference) over the vocabulary: less noisy than log(pi / reference) of the drawn
+   token alone.
+4. The sampler also returns log-probs. We use them for pi_old if the training pass agrees with them
+   on the first minibatch. Otherwise we recompute them; we expect that in bf16 on most GPUs. So rho
    starts at 1 in every iteration.
 5. If fewer than 1% of ratios leave the clip range, the steps are too small, or cancel out as noise.
    So we double the batch, up to max_batch: more steps per iteration average the noise out.
@@ -117,7 +118,8 @@ def check(cfg: Config) -> None:
         require(math.isfinite(getattr(cfg, knob)), f"--{knob.replace('_', '-')} must be finite")
     require(cfg.reward_samples > 1, "--reward-samples must be at least 2")
     require(cfg.kl_samples >= 2 * world()[1], "--kl-samples must be at least 2 a process")
-    require(cfg.minibatch % world()[1] == 0, "--minibatch must divide among the processes")
+    require(cfg.minibatch % world()[1] == 0, "--minibatch must be a multiple of the number "
+            "of processes")
     require(cfg.batch % cfg.minibatch == cfg.max_batch % cfg.minibatch == 0,
             "--batch and --max-batch must be multiples of --minibatch")
     require(cfg.batch <= cfg.max_batch, "--batch must not be larger than --max-batch")
@@ -166,7 +168,7 @@ def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple
 
 def reward_constants(reward_fn, reference, prompts, length: int, cfg) -> tuple[float, float]:
     """reward_mean and reward_std, from cfg.reward_samples samples of the base model."""
-    n, seed = cfg.reward_samples, (cfg.seed << 32) + (3 << 24)  # 3: a stream no rollout draws from
+    n, seed = cfg.reward_samples, (cfg.seed << 32) + (3 << 24)  # 3: rollouts have 4
     prompt = draw_prompts(prompts, n, cfg.seed).to(reference.head.device)    # (n, P)
     y, _ = reference.generate(n, length, seed, prompts=prompt)               # (n, T)
     score = chunked(reward_fn, 256, y, prompt).double()                      # (n,)
@@ -238,20 +240,21 @@ def show(row: dict, texts: list[str]) -> None:
         tqdm.write(f"warning: {clipped}: lower --lr")
 
 
-def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **start) -> SimpleNamespace:
-    """The run's state: new, or with --resume the saved one. Renames an old run's files to *.old."""
+def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **new) -> SimpleNamespace:
+    """The run's state: new, or with --resume the saved one. Renames the checkpoints and the log of
+    an old run to *.old."""
     saved = resume(path, cfg, inputs)
     whole = {"reward_mean", "reward_std", "optimizer", "policy", "rows", "batch"} <= saved.keys()
     require(not saved or whole, f"{path} was written by another version: start again without "
             "--resume")
-    if saved and abs(saved["reward_mean"] - start["reward_mean"]) > 0.1 * start["reward_std"]:
+    if saved and abs(saved["reward_mean"] - new["reward_mean"]) > 0.1 * new["reward_std"]:
         print("the reward has changed: starting from the beginning")
         saved = {}
     groups = optimizer.state_dict()["param_groups"][0].keys()
     if saved and saved["optimizer"]["param_groups"][0].keys() != groups:
         print("the optimizer has changed: starting from the beginning")
         saved = {}
-    run = SimpleNamespace(**start | {
+    run = SimpleNamespace(**new | {
         "step": 0, "batch": cfg.batch, "updates": 0, "clip_fractions": [], "kl": 0.0, "kept": 0.0,
         "rows": [], "final": {}, "seconds": 0.0, "inputs": inputs, "policy": policy.state_dict(),
         "optimizer": optimizer.state_dict()} | saved)
@@ -290,7 +293,7 @@ if __name__ == "__main__":
     if about["prompted"]:
         prompts = read_prompts(cfg.out / "prompts.json", "train", reference.n_text)
     length, target = about["length"], ("happy", "sad").index(cfg.target)
-    log_odds = about["kind"] == "comparisons" and cfg.reward == "model"  # its zero is arbitrary
+    log_odds = about["kind"] == "comparisons" and cfg.reward == "model"  # pairs fix no zero
 
     def reward_fn(y: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """Completions y (B, T) after prompt (B, P) -> score (B,). Return your own score here."""

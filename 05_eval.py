@@ -12,8 +12,9 @@ Decisions a reader may question:
    you can watch a text change as the KL (distance from the base model, in nats) grows.
 2. Three lexicons judge the samples. By default VADER made the labels, so VADER and the reward share
    their blind spots. AFINN and Pattern are independent; they were never used for labels.
-3. The reward and VADER are bounded and saturate. AFINN is a sum over words and does not. The choice
-   of judge decides who wins, so we show all, in standard deviations of the base model's samples.
+3. log p(happy) cannot exceed 0, and VADER cannot exceed 1, so both saturate. AFINN is a sum over
+   words and does not. The choice of judge decides who wins, so we show all, in standard deviations
+   of the base model's samples.
 4. Best-of-n draws n samples of the base model and keeps the one with the highest reward. We plot it
    on the same axes, because it needs no training.
 5. distinct-2 is the fraction of distinct word pairs. It falls with the number of words, so we
@@ -62,7 +63,7 @@ from model import (
 BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TARGETS = ("happy", "sad")
 POSITIVE = 0.05  # VADER's own threshold
-WORDS = 4000  # how many to measure distinct-n on
+WORDS = 4000  # distinct-n is measured on so many
 JUDGES = {"vader": "VADER", "afinn": "AFINN", "pattern": "Pattern"}
 OUTSIDE = ("afinn", "pattern")  # judges that did not make the labels
 
@@ -115,12 +116,12 @@ def find_policies(out: Path, target: str, made_from: dict) -> tuple[list[Path], 
     numbers = ("step", "updates", "batch", "kl", "kl_se", "kl_k1", "kl_k1_se", "score", "entropy")
     rows = read_rows(log, f"04_ppo.py --target {target}", lambda row: all(
         isinstance(row[key], int | float) for key in numbers))
-    require(len(rows) >= 2, f"{log} has no two iterations: {again}")
+    require(len(rows) >= 2, f"{log} has fewer than two iterations: {again}")
     paths = []
     for path in sorted((out / "checkpoints").glob(f"{target}-kl-*.safetensors")) + [final]:
-        header = load(path, "04_ppo.py")[2]
+        header = load(path, f"04_ppo.py --target {target}")[2]
         require((header["step"], header["kl"]) in [(row["step"], row["kl"]) for row in rows],
-                f"{path} is not of the run that {log} tells of: {again}, to its end")
+                f"{path} does not belong to the run in {log}: {again}, and let it finish")
         if header["step"] < last["step"] or path == final:  # the final one may be a checkpoint too
             paths.append(path)
     return paths, rows
@@ -171,8 +172,8 @@ def distinct(texts: list[str], n: int, n_words: int = WORDS) -> float:
 def self_similarity(texts: list[str]) -> float:
     """Mean cosine between the word counts of two different samples."""
     x = normalize(CountVectorizer(analyzer=words).fit_transform(texts).astype(float))
-    n, total = len(texts), x.sum(0)
-    return float((np.square(total).sum() - n) / (n * (n - 1)))
+    n, total, own = len(texts), x.sum(0), x.multiply(x).sum()
+    return float((np.square(total).sum() - own) / (n * (n - 1)))  # |sum of x|^2 = own + all pairs
 
 
 def variety(texts: list[str]) -> dict[str, float]:
@@ -316,7 +317,7 @@ def preferred(rows: list[dict], sign: int = 1, keep: float = 0.8) -> tuple[dict,
         return sign * sum(row[f"{judge}_sd"] for judge in OUTSIDE) / len(OUTSIDE)
 
     def kept(row):
-        return row.get("distinct_2", 1) / rows[0].get("distinct_2", 1)
+        return row.get("distinct_2", 0) / rows[0]["distinct_2"] if "distinct_2" in rows[0] else 1
     varied = [row for row in rows if kept(row) >= keep]
     row = max(varied, key=liked)
     variety = (f"{len(varied)} of {len(rows)} policies keep at least {keep:.0%} of the base "
@@ -324,8 +325,8 @@ def preferred(rows: list[dict], sign: int = 1, keep: float = 0.8) -> tuple[dict,
                if "distinct_2" in row else "")
     return row, (f"Preferred: {row['name']}, at {row['kl']:.2f} nats. {variety}Of these, AFINN and "
                  "Pattern, which never made labels, like it best: on average its mean is "
-                 f"{liked(row):+.2f} standard deviations of the base model's samples from the base "
-                 f"model's (the reward's: {row['proxy_sd']:+.2f}).")
+                 f"{sign * liked(row):+.2f} standard deviations of the base model's samples from "
+                 f"the base model's (the reward's: {row['proxy_sd']:+.2f}).")
 
 
 def holm(p_values, level: float = 0.05) -> list[bool]:
@@ -347,11 +348,11 @@ def over_optimisation(rows: list[dict], judge: str, sign: int = 1) -> tuple[dict
     sample, and "proxy", the mean reward. Sample i of all policies has the same noise.
 
     Even samples choose the best row. Odd samples test the later rows, by paired differences,
-    one-sided, with Holm's correction at 5% divided by the number of judges. So in at most 5% of
-    runs any judge gives a false alarm. We simulated 1,000 runs (tests/test_eval.py: 12 checkpoints,
-    1,024 samples, standard deviation 0.5, correlation 0.3). One judge gives a false alarm
-    in 0.8% where the score is flat; falls by 0.05, 0.075 and 0.1 at
-    the last checkpoint are found in 22%, 56.5% and 87%.
+    one-sided, with Holm's correction at 5% divided by the number of judges. So at most 5% of runs
+    give a false alarm, all judges together. We simulated 1,000 runs (tests/test_eval.py: 12
+    checkpoints, 1,024 samples, standard deviation 0.5, correlation 0.3). One judge gives a false
+    alarm in 0.8% where the score is flat; falls by 0.05, 0.075 and 0.1 at the last checkpoint are
+    found in 22%, 56.5% and 87%.
     """
     score = sign * np.array([row["each"][judge] for row in rows])                 # (rows, n)
     best = int(score[:, ::2].mean(1).argmax())
@@ -423,12 +424,12 @@ if __name__ == "__main__":
     for target in targets:
         results[target] = []
         for path in tqdm([cfg.out / "base.safetensors", *found[target][0]], desc=target):
-            policy, _, _ = load(path, "04_ppo.py", device, dtype)
+            policy, _, _ = load(path, f"04_ppo.py --target {target}", device, dtype)
             row = measure(policy, reference, reward_model, partial(reward_fn, target=target),
                           tokenizer, prompt, about["length"], stream, cfg.show)
             row |= {"name": path.stem, "fingerprint": fingerprint(policy)}
             results[target].append(row)
-            tqdm.write("{name:>20}: KL {kl:5.2f} +- {kl_se:.2f}, reward {proxy:.3f}, VADER "
+            tqdm.write("{name:>20}: KL {kl:5.2f} +- {kl_se:.2f}, score {proxy:.3f}, VADER "
                        "{vader:+.3f} +- {vader_se:.3f}, AFINN {afinn:+.2f} +- {afinn_se:.2f}, "
                        "positive {positive:.1%}, duplicates {duplicates}".format(**row))
     many = draw_prompts(prompts, cfg.n_best, stream + 1).to(device)                        # (N, P)
@@ -449,7 +450,7 @@ if __name__ == "__main__":
     # -- conclusions
     for target in targets:
         results |= answers(results[target], target)
-    first, *_, last = results["happy"]
+    first, last = results["happy"][0], results["happy"][-1]
     standardise(results["best_of_n"], first)
     fallen = risen_words(last["texts"], first["texts"])  # with before and after swapped
     line = stats.linregress([row["updates"] for row in results["ppo"]],

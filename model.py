@@ -3,7 +3,7 @@
 A decoder-only transformer (pre-norm, rotary positions, squared-ReLU MLP, no biases), small enough
 to train on a laptop in minutes. Attention, log-probs and sampling come from kernels/.
 
-The last three token ids are reserved: start or end of text, happy, sad. The sampler never draws
+The last three token ids are reserved: start of text, happy, sad. The sampler never draws
 them, so no sample contains a reserved token.
 
 Shapes: B sequences, T tokens, D = d_model, H query heads, Hkv key and value heads, Dh = D / H.
@@ -43,9 +43,9 @@ from kernels.backend import has_bf16, live_path
 from kernels.decoder import can_capture, decoder_for
 
 RESERVED = ("<|text|>", "<|happy|>", "<|sad|>")
-ELSEWHERE = ""  # " --out FOLDER", for commands in messages, if FOLDER is not out
+ELSEWHERE = ""  # " --out FOLDER" unless FOLDER is out: commands in messages end with it
 LOCKS: dict[Path, FileLock] = {}  # on the files that this process writes
-BEGAN = time.monotonic()  # when this process started
+BEGAN = time.monotonic()  # when this process had imported its libraries
 
 
 # ---- The transformer -----------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class GPT(nn.Module):
 
     def angles(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the rotary angles (Su et al. 2021, section 3.4), each (T, 1, Dh); the
-        second half of sin is negative."""
+        second half of sin is negated."""
         half = self.config.d_model // self.config.n_head // 2
         device = self.head.device
         frequency = 10_000.0 ** (-torch.arange(half, device=device) / half)
@@ -185,13 +185,13 @@ class GPT(nn.Module):
         """Completions y (B, T) after prompt (B, P) -> (B, 2): log p(happy), log p(sad) of the next
         token after y, by a softmax over these two only. each: after every token of y, (B, T, 2).
         Only a reward model has learned to predict these two."""
-        x, places = lay_out(y, prompt, self.bos)
         if each:
             hidden = self.hidden_after(y, prompt)[:, 1:]             # (B, T, D)
-        elif x.size(1) == 1 + y.size(1):                             # no prompts
+        elif prompt is None or prompt.size(1) == 0:
+            x, _ = lay_out(y, prompt, self.bos)
             hidden = self(x, last_only=True)[:, 0]                   # (B, D)
         else:
-            hidden = self(x)[torch.arange(len(y)), places[:, -1] + 1]
+            hidden = self.hidden_after(y, prompt)[:, -1]
         head = self.head[[self.happy, self.sad]].to(self.dtype)      # (2, D), rounded as on disk
         return (hidden.float() @ head.float().T).log_softmax(-1)
 
@@ -199,8 +199,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, n: int | torch.Tensor, length: int, seed: int, batch: int | None = None,
                  prompts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw completions at temperature 1: numbers 0 to n - 1, or those in the tensor n. If there
-        are prompts (n, P), each continues one of them. -> tokens (n, length) int64, and their
+        """Draw n completions at temperature 1, or those whose numbers are in the tensor n. With
+        prompts (n, P), each continues its own. -> tokens (n, length) int64, and their
         log-probs (n, length) float32, nats. A completion depends on weights, seed, number and
         prompt, but not on `batch`, which limits memory."""
         device = self.head.device
@@ -286,7 +286,7 @@ def pad(prompts: list[list[int]]) -> torch.Tensor:
 def read_prompts(path: Path, part: str, n_text: int) -> torch.Tensor:
     """The prompts (n, P) that 02 --prompts found in the "train" or "held_out" part of the corpus,
     as token ids below n_text. Raises UserError if the file is missing or damaged."""
-    made_by = "02_sample_label.py --prompts --corpus-fraction 0"
+    made_by = "02_sample_label.py --prompts"
     return pad(read_json(path, made_by, lambda found: len(found[part]) > 0 and all(
         type(t) is int and 0 <= t < n_text for row in found[part] for t in row))[part])
 
@@ -324,6 +324,13 @@ def kl_nats(policy: GPT, reference: GPT, y: torch.Tensor, prompt: torch.Tensor):
        k1 (B,): sum_t log(p_t(y_t) / q_t(y_t)), which is noisier;
        log p_t(y_t) (B, T); entropy of p_t (B, T). All in nats.
     """
+    weight_p, weight_q = policy.unembed(), reference.unembed()
+    hidden_p = chunked(policy.hidden_before, 256, y, prompt)                         # (B, T, D)
+    hidden_q = chunked(reference.hidden_before, 256, y, prompt)
+    if y.is_cuda:  # float32 logits, as in the kernels
+        weight_p, weight_q = weight_p.float(), weight_q.float()
+        hidden_p, hidden_q = hidden_p.float(), hidden_q.float()
+
     def of_rows(y, hidden_p, hidden_q):
         log_p = torch.log_softmax(hidden_p @ weight_p.T, -1, dtype=torch.float32)    # (8, T, V)
         log_q = torch.log_softmax(hidden_q @ weight_q.T, -1, dtype=torch.float32)    # (8, T, V)
@@ -333,12 +340,6 @@ def kl_nats(policy: GPT, reference: GPT, y: torch.Tensor, prompt: torch.Tensor):
         exact = torch.linalg.vecdot(p, log_p - log_q).double().sum(-1)               # (8,)
         k1 = (logp - logq).double().sum(-1)                                          # (8,)
         return exact, k1, logp, -torch.linalg.vecdot(p, log_p)
-    weight_p, weight_q = policy.unembed(), reference.unembed()
-    hidden_p = chunked(policy.hidden_before, 256, y, prompt)                         # (B, T, D)
-    hidden_q = chunked(reference.hidden_before, 256, y, prompt)
-    if y.is_cuda:  # float32 logits, as in the kernels
-        weight_p, weight_q = weight_p.float(), weight_q.float()
-        hidden_p, hidden_q = hidden_p.float(), hidden_q.float()
     return chunked(of_rows, 8, y, hidden_p, hidden_q)  # 8: their logits fit a CPU's cache
 
 
@@ -395,8 +396,9 @@ def require(condition: bool, otherwise: str) -> None:
 
 
 def command(line: str) -> str:
-    """A command for a message, ready to paste: it names the folder of this run."""
-    return f"python {line}{ELSEWHERE}"
+    """A command for a message, ready to paste: a script or -m MODULE with this run's folder. Any
+    other line stays as it is."""
+    return f"python {line}{ELSEWHERE}" if ".py" in line or line.startswith("-m ") else line
 
 
 def first_line(error: Exception) -> str:
@@ -411,7 +413,7 @@ def one_line(kind, error, trace) -> None:
         error = "out of memory: lower the batch sizes"
     elif issubclass(kind, OSError) and error.errno is not None:
         full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        error = f"{error.filename or 'writing'}: {error.strerror}" + "; make room" * full
+        error = f"{error.filename or 'writing'}: {error.strerror}{'; make room' if full else ''}"
     elif not issubclass(kind, UserError):
         sys.stderr = sys.__stderr__
         return sys.__excepthook__(kind, error, trace)
@@ -530,7 +532,7 @@ def finish(next_command: str, earlier_s: float = 0.0) -> None:
     before = f" (before it was resumed {earlier_s:.0f} s)" if earlier_s else ""
     print(f"wall time {time.monotonic() - BEGAN:.0f} s{before}, peak memory {peak:.2f} GiB")
     print(f"next: {next_command}{ELSEWHERE * next_command.startswith('python')}")
-    if by_torchrun:  # now and then a thread of torch's aborts a process that ends the usual way
+    if by_torchrun:  # a thread of torch's sometimes aborts a process that ends the usual way
         sys.stdout.flush()
         os._exit(0)
 
@@ -687,7 +689,7 @@ def read_json(path: Path, made_by: str, right=lambda value: True):
 
 def latest(rows: list[dict]) -> list[dict]:
     """Answers from several files -> one per labeller and item: the one with the latest "time" or,
-    if times are equal, the last one. So a file and its copy count once."""
+    if times are equal, the last one. So a file and its copy count once. Names in lower case."""
     found: dict[tuple, dict] = {}
     for row in rows:
         name = str(row.get("labeller")).casefold()  # "Anna" and "anna" are one person
@@ -733,7 +735,7 @@ class Log:
 
 
 def provenance(cfg, earlier_s: float = 0.0) -> dict:
-    """How a file was made: settings (without paths), seconds, version of PyTorch."""
+    """How a file was made: settings (without paths and --resume), seconds, version of PyTorch."""
     paths = ("corpus", "labels", "out", "resume")
     return {"settings": {k: v for k, v in asdict(cfg).items() if k not in paths},
             "seconds": earlier_s + time.monotonic() - BEGAN, "torch": str(torch.__version__)}
@@ -761,7 +763,7 @@ def resume(path: Path, cfg, inputs: dict) -> dict:
     file is damaged, or if a setting has changed that must not. inputs: what the run starts from."""
     if not cfg.resume:
         if path.exists():
-            print(f"removing {path}: nobody must resume the earlier run by mistake")
+            print(f"removing {path}: without --resume, this run starts from the beginning")
         remove(path)
         return {}
     try:
@@ -782,7 +784,7 @@ def resume(path: Path, cfg, inputs: dict) -> dict:
     may_change = ("measure_every", "save_s", "kl_stop", "max_iterations")
     differ = [k for k, v in provenance(cfg)["settings"].items()
               if state["settings"].get(k) != v and k not in may_change]
-    require(not differ, f"{path} was written with another {', '.join(differ)}: use the same "
-                        "settings, or start again without --resume")
+    require(not differ, f"{path} was written with other values of {', '.join(differ)}: use the "
+                        "same settings, or start again without --resume")
     print(f"resuming at step {state['step']}")
     return state

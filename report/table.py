@@ -4,7 +4,7 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-POLICIES = {"KL, nats": ("kl", ".2f"), "reward": ("proxy", ".3f"), "VADER": ("vader", ".3f"),
+POLICIES = {"KL, nats": ("kl", ".2f"), "score": ("proxy", ".3f"), "VADER": ("vader", ".3f"),
             "AFINN": ("afinn_sd", "+.2f"), "distinct-2": ("distinct_2", ".3f"),
             "entropy": ("entropy", ".2f"), "perplexity": ("base_perplexity", ".1f")}
 BEST = dict(list(POLICIES.items())[:5])

@@ -190,6 +190,13 @@ def test_pooling_weighs_a_machine_below_a_person():
     assert b["target"] == 1 and b["weight"] == 0.5 and not b["person"]
 
 
+def test_a_persons_label_replaces_the_machines():
+    rows = [row(1, "positive", "vader"), row(1, "negative", "anna"), row(2, "positive", "vader")]
+    for first, target in ((True, 0), (False, 0.2 / 1.2)):
+        items = rm.prepare(rows, rm.Config(machine_first=first), None)
+        assert [(item["person"], item["target"]) for item in items] == [(True, target), (False, 1)]
+
+
 def test_cohen_kappa_of_a_worked_example():
     """20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: agreement 0.7, by chance 0.5, kappa 0.4."""
     a = ["y"] * 25 + ["n"] * 25

@@ -105,4 +105,4 @@ def test_bad_input_is_said_once(pipeline, corpus, tmp_path):
     done = subprocess.run(torchrun("01_pretrain.py", tmp_path / "out", "--corpus", str(corpus),
                                    "--batch", "33"), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and '01_pretrain.py", line' not in done.stderr  # no traceback of 01
-    assert done.stderr.count("error: --batch must divide among the processes") == 1
+    assert done.stderr.count("error: --batch must be a multiple of the number of processes") == 1
