@@ -4,7 +4,7 @@
 # make test       set up .venv, check the style, run the tests
 # make seeds      the pipeline on seeds 0, 1, 2 and the table in README
 # make experiments  one question each, after make seeds: docs/experiments.md
-# make clean      delete .venv, and of out/ what the scripts wrote, but for people's answers
+# make clean      delete .venv and what the scripts wrote to out/, but keep all labels and ratings
 # make help       this list
 #
 # VENV= PYTHON=python3 make ...   use an existing environment, for example one with a CUDA torch
@@ -73,8 +73,8 @@ test: .ttsem/ready | $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) $(PYTEST)
 
-# ttsem executes compiled Triton kernels on a CPU. It needs Triton 3.8, which lies apart; where it
-# cannot be had, its test is skipped
+# ttsem executes compiled Triton kernels on a CPU. It needs Triton 3.8. Both go into .ttsem/; without
+# them its test is skipped
 .ttsem/ready: Makefile | $(READY)
 	@$(RUN) -m pip install -q --no-deps --ignore-requires-python --upgrade --target .ttsem ttsem==0.1.0 triton==3.8.0 \
 	  && PYTHONPATH=.ttsem $(RUN) -c 'import ttsem.sanitize' && touch $@ || { echo "no ttsem here"; rm -rf .ttsem; }

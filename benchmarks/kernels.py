@@ -1,4 +1,4 @@
-"""Time our kernels against the alternatives, at the shapes of the scripts.
+"""Time our kernels against the alternatives, at shapes like those of the scripts.
 
     python -m benchmarks.kernels                # tables, and benchmarks/results/kernels-DEVICE.json
     python -m benchmarks.kernels --only sample  # one kernel, or "ppo": an iteration of PPO
@@ -38,9 +38,9 @@ from model import GPT, GPTConfig
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = "cuda" if GPU else "cpu", torch.bfloat16
 ROOT = Path(__file__).parent.parent
-# The defaults of 01 to 04 on this device. A completion has 64 tokens. The reward model reads 65,
-# pretraining 128. Attention and decode: batch, T, heads, key-value heads (each 64 wide). Log-prob:
-# rows, D, V. Sample: batch, D, V.
+# Shapes like those of 01 to 04 on this device. A completion has 64 tokens. The reward model reads
+# 65, pretraining 128. Attention and decode: batch, T, heads, key-value heads (each 64 wide).
+# Log-prob: rows, D, V. Sample: batch, D, V.
 if GPU:
     MODEL, BATCH, MINIBATCH = GPTConfig(4096, 128, 6, 6, 1, 384), 8192, 512
 else:
@@ -277,8 +277,8 @@ def bench_sample(shapes, rounds, bandwidth, peak):
 
 # ---- What they are part of -----------------------------------------------------------------------
 def whole(rounds: int, toy: bool) -> dict:
-    """Time a training step of 01, and a rollout and an iteration of 04 (rollout, scores, update),
-    at their defaults -> milliseconds. On a GPU, with our kernels and without."""
+    """Time a training step of 01, and a rollout and an iteration of 04 (rollout, scores, update)
+    at such shapes -> milliseconds. On a GPU, with our kernels and without."""
     c, batch, minibatch, T = MODEL, BATCH, MINIBATCH, 64
     if toy:
         c, batch, minibatch, T = GPTConfig(70, 8, 1, 2, 1, 32), 4, 2, 8

@@ -156,7 +156,8 @@ def settings_of(out: Path, stage: str) -> dict:
 
 
 def run(seed: int, out: Path) -> None:
-    """Run and time the five scripts. Skips those that an interrupted benchmark has timed."""
+    """Run and time the five scripts. Skips those that are in
+    out/times.json already: delete that file after a change of the code."""
     file = out / "times.json"
     times = json.loads(file.read_text()) if file.exists() else {}
     for script in (s for s in SCRIPTS if f"{s}, s" not in times):

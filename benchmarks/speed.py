@@ -8,12 +8,12 @@ model is Nemotron with our weights. It has the same squared ReLU, rotary positio
 heads, and we compare its log-probs first. Training step: ours against the same step written with
 PyTorch's own functions. On a CPU we measure both twice: with the default allocator, and with freed
 pages kept, as in all scripts (`keep_freed_pages` in model.py). That helps the others too. The floor
-is the time for the arithmetic, or for reading the KV cache once a token, at the rates that a large
-product and a copy reach in this run.
+is the time for the arithmetic, or for reading the KV cache once per token, at the rates that a
+large product and a copy reach in this run.
 
 Then we measure time and peak memory against completions, length, model size and vocabulary. One of
-them changes at a time, and each case runs in its own process. Model and batch are the defaults of
-01 and 04 on this device. Prints Markdown; writes benchmarks/results/speed-DEVICE.json.
+them changes at a time, and each case runs in its own process. The model is 01's default
+on this device. Prints Markdown; writes benchmarks/results/speed-DEVICE.json.
 """
 import importlib
 import json

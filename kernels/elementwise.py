@@ -41,7 +41,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     """Rotary positions: turn each pair (x_i, x_{i + Dh/2}) by position * frequency_i. Then the dot
     product of two rotated vectors depends only on how far apart their positions are.
     x (..., T, heads, Dh), or (B, heads, Dh) at one position; cos, sin (T, 1, Dh) or (1, Dh), with
-    the second half of sin negative. Differentiable in x. Raises ValueError if shapes do not fit."""
+    the second half of sin negated. Differentiable in x. Raises ValueError if shapes do not fit."""
     positions = (x.size(-3), 1) if cos.dim() == 3 else (1,)
     if cos.shape != sin.shape or cos.shape != (*positions, x.size(-1)) or x.size(-1) % 2:
         raise ValueError(f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)} do "

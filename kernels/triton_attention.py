@@ -163,7 +163,7 @@ def attention_backward(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, dq_ptr, dk_
 def load_rotated(ptr, rows, stride, end, cos_ptr, sin_ptr, ROTATE: tl.constexpr, Dh: tl.constexpr,
                  BLOCK_D: tl.constexpr, ACC: tl.constexpr):
     """Like load_rows. ROTATE also turns the rows by the angles of one position, cos and sin (Dh,):
-    y_i = x_i cos_i + x_(i +- Dh/2) sin_i, where the second half of sin is negative."""
+    y_i = x_i cos_i + x_(i +- Dh/2) sin_i, where the second half of sin is negated."""
     x = load_rows(ptr, rows, stride, end, Dh, BLOCK_D)
     if ROTATE:
         d = tl.arange(0, BLOCK_D)

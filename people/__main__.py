@@ -101,7 +101,6 @@ def rate(who: Positional[str], out: Path = OUT, seed: int = 0, n: int = 20,
     else:
         stage.ask(items, out / f"ratings-{who}.jsonl", who, "ratings")
         unblind_ratings(out)
-        print(f"next: {command('-m report')}")
 
 
 @app.command

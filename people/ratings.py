@@ -69,7 +69,7 @@ def load_arms(out: Path, policy: Path | None) -> tuple[dict[str, GPT], dict, Tok
         sad, _, about_sad = load(out / "policy-sad.safetensors", "04_ppo.py", device, dtype)
         policies |= {"sad": sad} if about_sad.get("inputs") == about["made_from"] else {}
     require(path.resolve().parent in (out.resolve(), (out / "checkpoints").resolve()),
-            f"{path} is not of this run: copy it into {out / 'checkpoints'}")
+            f"{path} is not in the folder of this run: copy it into {out / 'checkpoints'}")
     require(header["settings"]["target"] == "happy", f"{path} is not a policy towards happy")
     names = {"happy": path.stem, "sad": "policy-sad"}
     described = {target: {"name": names[target], "fingerprint": fingerprint(policy)}
@@ -140,8 +140,9 @@ def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
     if len(given) > 1:  # adding up raters would count one sample several times
         majority = {}
         for i in arm_of:
-            label, votes = Counter(answers[i] for answers in given.values()).most_common(1)[0]
-            majority[i] = label if 2 * votes > len(given) else "none"
+            votes = Counter(answers[i] for answers in given.values() if answers[i] != "skip")
+            label, most = votes.most_common(1)[0] if votes else ("skip", 0)
+            majority[i] = label if 2 * most > votes.total() or not votes else "none"
         given = given | {"majority": majority}
     results = []
     for rater, answers in given.items():
@@ -178,15 +179,14 @@ def keys_of(out: Path) -> list[dict]:
     keys = list({str(sorted(key["arms"])): key for key in keys}.values())  # a copy counts once
     keys = [key for key in keys
             if {policy["fingerprint"] for policy in key["policies"].values()} <= known]
-    require(len(keys) > 0, f"{out}/key-*.json is missing, or belongs to other policies: it is "
-                           "written by `python -m people rate`, together with what is rated")
+    require(len(keys) > 0, f"{out}/key-*.json is missing, or belongs to other policies: run "
+                           f"{command('-m people rate NAME')} first")
     return keys
 
 
 def unblind(out: Path) -> None:
     """Print the results of all finished ratings of the present policies, and write them to
-    out/ratings.json, which `python -m report` reads. Raises UserError if no key fits.
-    """
+    out/ratings.json, which `python -m report` reads. Raises UserError if no key fits."""
     results, policies, sizes = [], {}, set()
     for key in keys_of(out):
         given = {}
@@ -209,8 +209,10 @@ def unblind(out: Path) -> None:
               "({policy}); difference {low:+.0f} to {high:+.0f} points (95%); Fisher's exact "
               "test, one-sided: p = {p:.2g}".format(low=low, high=high, **r))
     for n in sorted(sizes):
-        powers = (f"{fisher_power(p, q, n):.2f} for {p:.0%} and {q:.0%}"
+        powers = (f"from {p:.0%} to {q:.0%} in {fisher_power(p, q, n):.0%}"
                   for p, q in ((0.2, 0.6), (0.3, 0.6), (0.58, 0.96)))
-        print(f"power of {n} against {n} by the true shares: {', '.join(powers)}")
-    if results:
-        write(out / "ratings.json", as_json({"policies": policies, "results": results}))
+        print(f"with {n} samples of each, such a test finds a rise {', '.join(powers)} of cases")
+    if not results:
+        return print(f"no rating is finished: run {command('-m people rate NAME')}")
+    write(out / "ratings.json", as_json({"policies": policies, "results": results}))
+    print(f"next: {command('-m report')}")

@@ -134,10 +134,10 @@ def collect(sheet: dict, files: list[Path], out: Path) -> int:
         print(f"{path}: {len(rows)} answers, {len(new)} of them new, {minutes:.1f} minutes;",
               stage.counts(labels, kind))
         if old:
-            print(f"warning: {old} answers are older than {name}'s others to these items: left out",
+            print(f"warning: {old} answers are older than those in {path}: left out",
                   file=sys.stderr)
         if changed:
             print(f"warning: {changed} of {name}'s answers replace earlier, different ones. Is it "
-                  f"the same person? If not, undo this: the last {len(new)} lines of {path} are "
-                  "new", file=sys.stderr)
+                  f"the same person? If not, delete the last {len(new)} lines of {path}",
+                  file=sys.stderr)
     return wrong

@@ -76,7 +76,8 @@ def read(path: Path, made_by: str, right, otherwise):
 def is_ratings(found) -> bool:
     keys = ("base", "of_base", "other", "of_other", "p")
     return (all(map(str.isalnum, found["policies"].values())) and all(
-        row["rater"] + row["feeling"] + row["policy"] and len(row["difference_interval"]) == 2
+        row["rater"] + row["feeling"] and row["policy"] in found["policies"]
+        and len(row["difference_interval"]) == 2
         and all(isinstance(row[key], int | float) for key in keys) for row in found["results"]))
 
 
@@ -88,10 +89,11 @@ def is_curve(found) -> bool:
 def read_ratings(path: Path, fingerprints: set[str]) -> list[dict]:
     """Read the blind ratings that `python -m people` wrote, if they are of these policies."""
     ratings = read(path, "-m people unblind", is_ratings, {"policies": {}, "results": []})
-    if not {*ratings["policies"].values()} <= fingerprints:
-        print(f"{path} is of other policies: left out")
-        return []
-    return ratings["results"]
+    kept = [row for row in ratings["results"]
+            if ratings["policies"][row["policy"]] in fingerprints]
+    if len(kept) < len(ratings["results"]):
+        print(f"{path} also rates policies that 05 has not measured: left out")
+    return kept
 
 
 def read_results(out: Path) -> dict:

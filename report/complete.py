@@ -1,4 +1,4 @@
-"""Completions of a prompt by any checkpoint:
+"""Print completions of a prompt by any checkpoint:
 
     python -m report.complete out/policy-happy.safetensors --prompt "ROMEO:" -n 3
 """
@@ -14,7 +14,8 @@ from model import fast_dtype, load, require, steady
 
 
 def encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's tokens. Raises UserError if a terminal with another encoding has garbled it."""
+    """Return the prompt's tokens. Raises UserError if a terminal with another encoding has garbled
+    the prompt."""
     valid = prompt.encode(errors="ignore").decode() == prompt
     require(valid, "the prompt is not UTF-8: the terminal uses another encoding")
     return tokenizer.encode(prompt).ids

@@ -35,8 +35,9 @@ def clipping(updates: list[dict]) -> dict:
     mean = sum(shares) / len(shares)
     return mark("clip", "PPO takes the ratio of each token's new and old probability, and "
                 "clips it if it is far from 1. A few per cent of clipped ratios are healthy: the "
-                "steps are large enough to lead somewhere and small enough to trust. If fewer are "
-                "clipped, the batch doubles. Binding: where clipping sets the gradient to 0. "
+                "steps are large enough to lead somewhere and small enough to trust. If fewer than "
+                "1% are clipped, the batch doubles. Binding: where clipping sets the gradient to "
+                "0. "
                 "Dashed: 1% and 20%.",
                 "the mean after warm-up is 1% to 20%",
                 f"mean {mean:.1f}%, from {min(shares):.1f}% to {max(shares):.1f}%", 1 <= mean <= 20)

@@ -42,8 +42,8 @@ def is_shipped(base: str) -> bool:
 
 
 def made_by(out: Path, report: dict) -> dict:
-    """Collect versions, and each stage's settings and seconds. report: what 05 wrote. The other
-    stages' settings and seconds are in the headers of their files."""
+    """Collect versions, and each stage's settings and seconds. report: what 05 wrote. 02's are
+    in 02.json, those of 01, 03 and 04 in the headers of their models."""
     files = {"01_pretrain.py": "base", "03_reward_model.py": "reward", "04_ppo.py": "policy-happy",
              "04_ppo.py --target sad": "policy-sad"}
     stages, inputs = {"05_eval.py": report}, {}

@@ -119,7 +119,7 @@ def draw_plots(results: dict, learning_curve: list[dict], folder: Path) -> dict[
     risen, fallen = results["risen_words"], results["fallen_words"]
     most = max(max(row["before"], row["after"]) for row in risen + fallen)
     figures = {
-        "judges": by_kl("Reward and judges: policies, and broken the best of n",
+        "judges": by_kl("Reward and judges: policies (solid) and best-of-n (dashed)",
                         "mean, standard deviations of the base model's samples", results,
                         {"proxy_sd": "reward"} | {f"{key}_sd": JUDGES[key] for key in JUDGES},
                         cursors=column(results["happy"], "kl")),

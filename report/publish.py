@@ -16,11 +16,11 @@ from report.made import MODELS, SHIPPED
 
 DOCS = SHIPPED.parent / "docs"
 MEASURED = ("report.json", "02.json")  # from which the page can be made again
-PLOTS = ("kl", "clip", "entropy", "calibration", "risen", "variety")  # README's
+PLOTS = ("kl", "clip", "entropy", "calibration", "risen", "variety")  # docs/results.md shows them
 
 
 def photograph(page: Path, picture: Path) -> None:
-    """A picture of the page's first screen, with its slider at the final policy."""
+    """Take a picture of the page's first screen, with its slider at the final policy."""
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if not program or not shutil.which("chromedriver"):
         print(f"no chromium and chromedriver: {picture} stays as it was")
@@ -41,8 +41,8 @@ def photograph(page: Path, picture: Path) -> None:
 
 
 def publish(out: Path = Path("out")) -> None:
-    """Copy a finished run's models to pretrained/; make its page, docs/index.html, with README's
-    plots and picture."""
+    """Copy a finished run's models to pretrained/; make its page, docs/index.html, its
+    plots and README's picture."""
     set_out(out)
     for name in (*MODELS, *MEASURED):
         require((out / name).exists(), f"{out / name} is missing: publish a finished run")

@@ -57,7 +57,7 @@ def paid(rows: list[dict], best_of_n: list[dict], risen: list[dict]) -> str:
     parts.append(f"The words that rose most, per 1,000 words: {kind}.")
     equal = [row for row in best_of_n if row["proxy"] >= last["proxy"]]
     if equal:
-        parts.append("The reward did not need training: keep the best of "
+        parts.append("You get this reward without training: keep the best of "
                      f"{equal[0]['n']} samples of the base model, and the mean reward is at least "
                      f"as high. That costs no more than {equal[0]['kl']:.1f} nats.")
     else:
@@ -79,7 +79,7 @@ def distrust(results: dict) -> str:
     aucs = ", ".join("{:.2f} [{:.2f}, {:.2f}] on samples of the {}".format(
         row["rm_auc"], *row["rm_auc_interval"], whose) for whose, row in shown)
     held_out = results["reward_model"]["all"]
-    words = ("On held-out samples a bag of words, which ignores their order, does better "
+    words = ("On held-out samples a bag of words, which ignores word order, does better "
              "({bag_of_words_auc:.2f} against {auc:.2f}). ".format(**held_out)
              if held_out["auc_lead_interval"][1] < 0 else "")
     falls = [f"{JUDGES[judge]} finds {worse} worse than {best}, although its reward is no lower: "

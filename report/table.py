@@ -1,4 +1,4 @@
-"""What a run measured, as tables in the terminal: python -m report --table"""
+"""Print what a run measured as tables in the terminal: python -m report --table"""
 import math
 
 from rich.console import Console
@@ -16,7 +16,7 @@ WORDS = {"before": ("before", ".1f"), "after": ("after", ".1f")}
 
 
 def table(title: str, first: str, rows: list[dict], columns: dict[str, tuple]) -> Table:
-    """rows as text. columns: title -> key of a row, format; what a row lacks stays empty."""
+    """Turn rows into text. columns: title -> key of a row, format; what a row lacks stays empty."""
     shown = Table(first, title=title, title_justify="left", box=None)
     for name in columns:
         shown.add_column(name, justify="right")

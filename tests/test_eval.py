@@ -147,6 +147,9 @@ def test_a_skipped_item_is_not_an_answer():
     assert (row["base"], row["of_base"], row["other"], row["of_other"]) == (1, 2, 2, 2)
     assert (row["p"] == ratings.fisher_exact(1, 2, 2, 2)
             and row["difference_interval"][0] < 0.5 < row["difference_interval"][1])
+    bo = dict(zip(arms, ["skip", "skip", "positive", "neutral", "positive", "positive"]))
+    majority = ratings.compare_arms(key, {"anna": answers, "bo": bo})[-1]
+    assert [majority[k] for k in ("base", "of_base", "other", "of_other")] == [1, 2, 2, 3]
 
 
 def test_the_quick_afinn_finds_what_afinn_finds():

@@ -454,7 +454,7 @@ def test_a_person_rates_blind(pipeline, tmp_path):
     assert all(set(r) == {"id", "text", "label", "labeller", "time"} for r in rated)  # no arm shown
     code, shown = type_keys(argv, "pnp0n")
     assert (code == 0 and "Fisher's exact test" in shown.replace("\r\n", " ")
-            and "power of 3 against 3" in shown)
+            and "with 3 samples of each" in shown)
     done = run("report", out)
     assert (done.returncode == 0
             and "Blind ratings" in (out / "report.html").read_text()), done.stderr

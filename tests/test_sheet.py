@@ -156,7 +156,7 @@ def test_two_tabs_share_their_answers_and_the_next_person_starts_anew(tmp_path, 
     first = page.current_window_handle
     page.switch_to.new_window("tab")
     page.get(path.as_uri())
-    assert "2 answers are kept here. Someone else?" in text(page, "warning")
+    assert "2 answers are saved in this browser. Someone else?" in text(page, "warning")
     press(page, "nnnnu")
     page.switch_to.window(first)
     press(page, "p")

@@ -1,7 +1,7 @@
 """PPO as one generator: the loop of 04_ppo.py without its plumbing, for experiments that vary it.
 
-Also the policies part of the way from the base model to 04's final one. At 04's settings and in one
-process, the loop gives 04's numbers bit for bit (tests/test_experiments.py).
+At 04's settings and in one process, the loop gives 04's numbers bit for bit
+(tests/test_experiments.py). `part_way` makes policies between the base model and 04's final one.
 """
 import importlib
 
@@ -12,14 +12,14 @@ from model import GPT, chunked, kl_nats, load
 stage = importlib.import_module("04_ppo")
 
 
-# Rewards of a batch from its scores (B,), and from the mean and deviation of the base model's.
+# Each turns a batch's scores (B,) into rewards. mean, std: of the base model's scores.
 def constant(score, mean, std):
     return (score - mean) / std
 
 
 def batch_mean(score, mean, std):
-    """RLOO, whose baseline is the mean of the other n - 1 samples, times (n - 1) / n (Kool et al.
-    2019; Ahmadian et al. 2024, arXiv:2402.14740)."""
+    """Subtract the batch's mean. This is (n - 1) / n times the advantage of RLOO, whose baseline is
+    the mean of the other n - 1 samples (Ahmadian et al. 2024, arXiv:2402.14740)."""
     return (score - score.mean()) / std
 
 
@@ -29,10 +29,10 @@ def adamw(policy, cfg):
 
 
 def ppo(policy, reference, reward_fn, length: int, cfg, rewards=constant, optimizer_of=adamw):
-    """Train those parameters of `policy` that need a gradient, in place, by cfg (04's Config).
+    """Train the parameters of `policy` that require a gradient, in place, by cfg (04's Config).
 
-    Before each update it yields what 04 logs of a policy, on samples that the policy has just
-    drawn. After the update it adds the clip fraction to that row. rewards: a function as above.
+    Before each update it yields some of what 04 logs of a policy, on samples that the policy has
+    just drawn. After the update it adds the clip fraction to that row. rewards: one of the above.
     optimizer_of: policy, cfg -> the optimizer, with its full learning rates."""
     mean, std = stage.reward_constants(reward_fn, reference, None, length, cfg)
     optimizer = optimizer_of(policy, cfg)

@@ -17,20 +17,20 @@ ink = SimpleNamespace(  # Okabe and Ito 2008: for the colour-blind
 
 
 def over_seeds(values: Iterable[float]) -> tuple[float, float]:
-    """One value a seed -> their mean, and half the width of its 95% interval (Student's t)."""
+    """One value per seed -> their mean, and half the width of its 95% interval (Student's t)."""
     x = np.array(list(values), dtype=float)
     half = t.ppf(0.975, len(x) - 1) * sem(x) if len(x) > 1 else math.nan
     return float(x.mean()), float(half)
 
 
 def panels(rows: int, columns: int, width: float, height: float, **how) -> tuple:
-    """A figure in inches -> figure, its axes."""
+    """Make a figure, width and height in inches -> figure, axes."""
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **how)
 
 
 def lines(ax, seeds: list[dict], styles: dict[str, tuple], x: str, y: str, **axes) -> None:
-    """Draw one line a seed through the rows that have y. styles: name of a list of rows -> line
+    """Draw one line per seed through the rows that have y. styles: name of a list of rows -> line
     style, colour, label. A KL is drawn on a square-root scale."""
     for name, (style, colour, label) in styles.items():
         for i, seed in enumerate(seeds):
@@ -46,8 +46,8 @@ def lines(ax, seeds: list[dict], styles: dict[str, tuple], x: str, y: str, **axe
 
 
 def save_results(cfg, name: str, found: dict[str, list], results, figure: Figure) -> None:
-    """Print found (what -> one value a seed); write NAME.png, then NAME.json, to cfg.out. The JSON
-    file comes last: `make experiments` takes it for "done"."""
+    """Print found (what -> one value per seed). Write NAME.png, then NAME.json, to cfg.out: `make
+    experiments` takes the JSON file for "done"."""
     for what, values in found.items():
         print(what, "{:.3f} +- {:.3f}:".format(*over_seeds(values)), *np.round(values, 3))
     large, png = io.BytesIO(), io.BytesIO()

@@ -5,8 +5,9 @@ INVERSE_BETAS = 2.0 ** np.arange(-3, 9.5, 0.5)
 
 
 def tilt(score: np.ndarray, inverse_betas: np.ndarray, values: np.ndarray):
-    """Describe pi*_beta at K inverse betas by samples of the base: score (N,), values (N, F) ->
-    KL from the base in nats, (K,); mean values, (K, F); log Z, (K,); effective samples, (K,)."""
+    """Describe the best policy at K inverse betas, base * exp(score / beta) / Z, by samples of the
+    base: score (N,), values (N, F) -> KL from the base in nats, (K,); mean values, (K, F); log Z,
+    (K,); effective samples, (K,)."""
     log_w = np.outer(score, inverse_betas)                                       # (N, K)
     w = np.exp(log_w - log_w.max(0))
     share = w / w.sum(0)

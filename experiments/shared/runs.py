@@ -17,10 +17,11 @@ class Config:
 
 
 def load_run(run: Path, device, dtype) -> tuple:
-    """Load a finished run -> base model, reward_fn (tokens (B, T), prompt (B, P) -> log p(happy),
-    (B,)), reward model, tokenizer, report.json of 05. Raises UserError if it is not finished."""
-    require((run / "report.json").exists(), f"{run} is not a finished run: make seeds first, or "
-            "name those that are with --runs")
+    """Load a finished run -> base model, reward_fn, reward model, tokenizer, report.json of 05.
+    reward_fn: tokens (B, T), prompt (B, P) -> log p(happy), (B,); for a model of comparisons, log
+    p(happy) - log p(sad). Raises UserError if the run is not finished."""
+    require((run / "report.json").exists(), f"{run} is not a finished run: run `make seeds`, or "
+            "name finished runs with --runs")
     reference, reward_model, tokenizer, about = ev.load_run(run, device, dtype)
     require(not about["prompted"], f"{run} was made with prompts: these experiments have none")
 
@@ -35,7 +36,7 @@ def labelled(run: Path, spans: bool = False) -> list[dict]:
     """The texts of a run that VADER labelled; with spans, also the labels of their parts. Raises
     UserError if the file is missing."""
     path = run / "labels-vader.jsonl"
-    require(path.exists(), f"{path} is missing: make seeds first, or name finished runs with "
+    require(path.exists(), f"{path} is missing: run `make seeds`, or name finished runs with "
             "--runs")
     rows = read_rows(path, "02_sample_label.py")
     return [row | {"spans": row.get("spans", ()) if spans else ()} for row in rows]

@@ -20,8 +20,8 @@ def person(flipped):
 
 
 def others(texts: list[str], n: int, seed: int) -> list[list[str]]:
-    """Draw n lists of ten words of the lexicon, none of them FLIPPED. Each takes the place of a
-    FLIPPED word, and is within ten ranks of it by how frequent they are in the texts."""
+    """Draw n lists of ten words of the lexicon. In each, every FLIPPED word is replaced by another
+    word that is about as frequent in the texts: at most ten ranks away."""
     lexicon, rng = SentimentIntensityAnalyzer().lexicon, np.random.default_rng(seed)
     counts = Counter(word for text in texts for word in words(text) if word in lexicon)
     ranked = [word for word, _ in counts.most_common() if word not in FLIPPED]
@@ -37,7 +37,8 @@ def others(texts: list[str], n: int, seed: int) -> list[list[str]]:
 
 
 def retrained(reward_model, y, texts: list[str], compound: np.ndarray):
-    """Train the reward model on, as 03 does by a person's labels. compound (n,): how she feels."""
+    """Fine-tune a copy of the reward model on a person's labels, as 03 does. compound (n,): how she
+    feels."""
     rows = [{"id": str(i), "text": text, "tokens": tokens, "source": "model", "labeller": "her",
              "label": label.feeling(feeling)}
             for i, (tokens, text, feeling) in enumerate(zip(y.tolist(), texts, compound))]
@@ -49,5 +50,5 @@ def retrained(reward_model, y, texts: list[str], compound: np.ndarray):
 
 
 def targets(compound: np.ndarray) -> np.ndarray:
-    """Return what 03 makes of the labels that compound scores (n,) stand for: 0, 0.5 or 1, (n,)."""
+    """Turn compound scores (n,) into 03's targets, (n,): 1 positive, 0.5 neutral, 0 negative."""
     return np.array([rm.TARGET[label.feeling(x)] for x in compound])
