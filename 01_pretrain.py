@@ -41,6 +41,7 @@ from model import (
     Log,
     UserError,
     average_gradients,
+    check_numbers,
     decode,
     finish,
     gather,
@@ -96,11 +97,10 @@ ON_GPU = dict(n_layer=6, n_head=6, d_model=384, batch=128, steps=320, muon_lr=0.
 
 
 def check(cfg: Config) -> None:
-    for knob in ("batch", "steps", "warmup", "measure_every", "context", "cooldown", "n_samples",
-                 "n_layer", "n_head", "n_kv_head", "d_model"):
-        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
-    for knob in ("muon_lr", "embed_lr", "head_lr", "weight_decay"):
-        require(getattr(cfg, knob) >= 0, f"--{knob.replace('_', '-')} must not be negative")
+    check_numbers(cfg, not_negative=("muon_lr", "embed_lr", "head_lr", "weight_decay"), positive=(
+        "batch", "steps", "warmup", "measure_every", "context", "cooldown", "n_samples", "n_layer",
+        "n_head", "n_kv_head", "d_model", "vocab_size"))
+    require(cfg.cooldown <= 1, "--cooldown must be at most 1")
     require(cfg.batch % world()[1] == 0, "--batch must be a multiple of the number of processes")
     require(cfg.d_model % (2 * cfg.n_head) == 0, "--d-model must be a multiple of 2 x --n-head")
     require(cfg.n_head % cfg.n_kv_head == 0, "--n-head must be a multiple of --n-kv-head")

@@ -51,6 +51,7 @@ from model import (
     finish,
     jsonl,
     load,
+    old_name,
     only_writer,
     provenance,
     read_lines,
@@ -248,17 +249,18 @@ def read_answers(path: Path, kind: str = "labels") -> list[dict]:
 
     def right(row):
         return isinstance(row["id"], str) and row["label"] in known
-    for row in read_rows(path, f"-m people {kind[:-1]} NAME", right, skip_last=is_cut(path)):
+    for row in read_rows(path, "", right, skip_last=is_cut(path)):
         found.pop(row["id"], None)
         found[row["id"]] = row
     return list(found.values())
 
 
 def is_cut(path: Path) -> bool:
-    """Whether a kill has cut off the last line of a file."""
+    """Whether a kill has cut off the last line of a file, a JSON object."""
     lines = read_lines(path)
     open_end = path.read_bytes()[-1:] not in (b"\n", b"\r", b"\0")
-    return open_end and bool(lines) and not lines[-1][1].rstrip("\0 \t").endswith("}")
+    last = lines[-1][1].strip("\0 \t") if lines else ""
+    return open_end and last.startswith("{") and not last.endswith("}")
 
 
 def own_answers(path: Path, kind: str, labeller: str) -> list[dict]:
@@ -277,9 +279,16 @@ def own_answers(path: Path, kind: str, labeller: str) -> list[dict]:
         lines.pop()
     whole = "".join(f"{line}\n" for line in lines).encode()
     if whole != data:
-        write(path.with_name(path.name + ".bak"), data)
+        write(old_name(path), data)
         write(path, whole)
     return rows
+
+
+def answer_file(out: Path, kind: str, labeller: str) -> Path:
+    """The file of a labeller's answers. "Anna" and "anna" are one person."""
+    path = out / f"{kind}-{labeller}.jsonl"
+    same = [p for p in out.glob(f"{kind}-*.jsonl") if p.name.casefold() == path.name.casefold()]
+    return path if path in same or not same else same[0]
 
 
 def labels_of(rows: list[dict]) -> dict[str, str]:
@@ -375,7 +384,7 @@ if __name__ == "__main__":
             f"--length {cfg.length} is more than the {model.config.context} tokens the model has "
             "learned to read: lower it, or train with a larger --context")
     kind = "comparisons" if cfg.compare else "labels"
-    path = cfg.out / f"{kind}-{cfg.labeller}.jsonl"
+    path = answer_file(cfg.out, kind, cfg.labeller)
     if cfg.labeller != "vader":
         own_answers(path, kind, cfg.labeller)  # raises before anything is overwritten
     corpus = cfg.out / "corpus.txt"

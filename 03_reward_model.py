@@ -58,12 +58,13 @@ from tqdm import tqdm
 
 from model import (
     GPT,
-    Log,
+    check_numbers,
     chunked,
     command,
     files_of,
     fingerprint,
     finish,
+    jsonl,
     latest,
     load,
     only_writer,
@@ -74,6 +75,7 @@ from model import (
     save,
     start,
     words,
+    write,
 )
 
 LABELS = {"positive": 1.0, "neutral": 0.5, "negative": 0.0}  # p(happy) that a label stands for
@@ -106,12 +108,12 @@ ON_GPU = dict(batch_tokens=4096, lr=4.5e-4, embed_lr=0.15, head_lr=0.015)
 
 
 def check(cfg: Config) -> None:
-    for knob in ("batch_tokens", "quarter_epochs", "epochs", "person_epochs", "warmup",
-                 "test_share"):
-        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
-    for knob in ("lr", "embed_lr", "head_lr", "machine_weight", "person_rate"):
-        require(getattr(cfg, knob) >= 0, f"--{knob.replace('_', '-')} must not be negative")
+    check_numbers(cfg, positive=("batch_tokens", "quarter_epochs", "epochs", "person_epochs",
+                                 "warmup", "test_share"),
+                  not_negative=("lr", "embed_lr", "head_lr", "machine_weight", "person_rate"))
     require(cfg.test_share < 1, "--test-share must be below 1")
+    for path in cfg.labels:
+        require(path.is_file(), f"--labels {path} is not a file")
 
 
 # ---- Labels --------------------------------------------------------------------------------------
@@ -143,7 +145,8 @@ def read_labels(path: Path) -> list[dict]:
     """The last row about each item in one label file; its label may be "undo" or "skip". Raises
     UserError if a line is bad, and names the line."""
     rows: dict[str, dict] = {}
-    for row in read_rows(path, "02_sample_label.py", right):
+    made_by = "02_sample_label.py" if path.stem.endswith("-vader") else ""
+    for row in read_rows(path, made_by, right):
         rows.pop(row["id"], None)
         rows[row["id"]] = row
     for name in sorted({row["labeller"] for row in rows.values()} if "-" in path.stem else ()):
@@ -151,6 +154,13 @@ def read_labels(path: Path) -> list[dict]:
             print(f"warning: {path} holds labels of {name}, and they count as {name}'s",
                   file=sys.stderr)
     return list(rows.values())
+
+
+def fits(row: dict, base: GPT, tokenizer) -> bool:
+    """Whether the text of a row is that of its tokens."""
+    tokens = sides([row], "tokens")
+    known = max(map(max, tokens)) < base.n_text
+    return known and tokenizer.decode_batch(tokens) == sides([row], "text")
 
 
 def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
@@ -163,11 +173,11 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
         right_kind = all(isinstance(row["text"], str) != cfg.comparisons for row in new)
         change = "leave out" if cfg.comparisons else "use"
         require(right_kind, f"{path} does not hold {kind}: {change} --comparisons")
-        tokens = sides(new, "tokens")
-        known = all(max(side) < base.n_text for side in tokens)
-        require(known and tokenizer.decode_batch(tokens) == sides(new, "text"),
-                f"{path} was made with another tokenizer than {cfg.out}/base.safetensors: label "
-                f"again with {command('02_sample_label.py')}, or move the file away")
+        other = [row["id"] for row in new if not fits(row, base, tokenizer)]
+        require(len(other) == 0, f"{path}: the text of {len(other)} of {len(new)} samples is not "
+                f"that of its tokens, first of {next(iter(other), '')}: an editor changed it, or "
+                f"another tokenizer than {cfg.out}/base.safetensors made it. Delete these lines, "
+                "or move the file away")
         rows += new
     given = latest(rows)
     if len(given) < len(rows):
@@ -212,7 +222,7 @@ def split(items: list[dict], seed: int, test: float) -> list[str]:
 def prepare(rows: list[dict], cfg: Config, tokenizer) -> list[dict]:
     """Turn the rows of all label files into items. Add "part", "quarters" (none if a person
     labelled the item) and, if there are prompts, "prompt_tokens". Raises UserError if only some
-    items have prompts."""
+    items have prompts, or if they differ in length."""
     if cfg.machine_first:  # the machine has its own phases: a person's label replaces its label
         people = {row["id"] for row in rows if row["labeller"] != "vader"}
         rows = [row for row in rows if row["labeller"] != "vader" or row["id"] not in people]
@@ -221,6 +231,8 @@ def prepare(rows: list[dict], cfg: Config, tokenizer) -> list[dict]:
         item["part"] = part
         item["spans"] = item.get("spans", ()) if cfg.spans and not item["person"] else ()
         item["quarters"] = quarters(item, tokenizer)
+    lengths = {len(side) for side in sides(items, "tokens")}
+    require(len(lengths) == 1, "samples of several lengths: move the labels of one length away")
     prompted = [item for item in items if "prompt" in item]
     require(len(prompted) in (0, len(items)),
             f"{cfg.out}: samples with and without prompts: move the labels of one kind away")
@@ -264,7 +276,7 @@ def phases_of(items: list[dict], cfg: Config) -> list[Phase]:
     labelled, these samples whole, then what people labelled. Without machine_first, one phase has
     all samples. If people labelled any, no machine label is held out. The learning rates do not
     fall at the end of the quarters, because training goes on. Raises UserError if labels are too
-    few or all the same, or if samples differ in length."""
+    few or all the same."""
     person = [item for item in items if item["person"]]
     parts = ("train", "test") if person and cfg.machine_first else ("train",)
     train = [item for item in items if item["part"] in parts]
@@ -298,8 +310,6 @@ def fault(phase: Phase) -> str:
     if clear < 10:
         return (f"only {clear} of {len(target)} labels ({phase.name}) are not neutral, at least 10 "
                 "are needed (VADER, which labels by default, reads English only)")
-    lengths = {len(side) for side in sides(phase.items, "tokens")}
-    require(len(lengths) == 1, "samples of several lengths: move the labels of one length away")
     return ""
 
 
@@ -419,8 +429,8 @@ def tensors(items: list[dict], device) -> tuple[torch.Tensor, ...]:
                                         torch.from_numpy(target), torch.from_numpy(weight)))
 
 
-def train(model: GPT, phase: Phase, cfg: Config, log: Log | None = None) -> None:
-    """Fine-tune the model, in place, on one phase."""
+def train(model: GPT, phase: Phase, cfg: Config, log: list | None = None) -> None:
+    """Fine-tune the model, in place, on one phase. Adds a row for each step to log."""
     tokens, prompt, target, weight = tensors(phase.items, model.head.device)
     each = bool(weight[:, :-1].any())
     if not each:  # only whole samples have labels
@@ -449,8 +459,9 @@ def train(model: GPT, phase: Phase, cfg: Config, log: Log | None = None) -> None
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        if log:
-            log(phase=phase.name, step=len(log.rows), loss=loss.item(), lr_scale=scale)
+        if log is not None:
+            log.append({"phase": phase.name, "step": len(log), "loss": loss.item(),
+                        "lr_scale": scale})
     require(math.isfinite(loss.item()), "the loss is not a number: lower --lr and --embed-lr")
 
 
@@ -471,7 +482,7 @@ if __name__ == "__main__":
 
     # -- train phase by phase, then predict items that were not trained on
     *before, last = phases_of(items, cfg)
-    log = Log(cfg.out / "03.jsonl", [])
+    log = []
     for phase in before:
         train(model, phase, cfg, log)
     known = [item for phase in before for item in phase.items]
@@ -518,7 +529,8 @@ if __name__ == "__main__":
 
     labelled = [(item["id"], item["target"], item["weight"]) for item in items]
     labels = hashlib.sha256(json.dumps(labelled).encode()).hexdigest()
-    save(cfg.out / "reward.safetensors", model, tokenizer, step=len(log.rows),
+    write(cfg.out / "03.jsonl", jsonl(log))
+    save(cfg.out / "reward.safetensors", model, tokenizer, step=len(log),
          kind="comparisons" if cfg.comparisons else "labels", prompted="prompt" in items[0],
          length=np.shape(test[0]["tokens"])[-1], metrics=metrics, calibration=table,
          inputs={"base": base, "labels": labels}, **provenance(cfg))

@@ -57,6 +57,7 @@ from model import (
     Log,
     UserError,
     average_gradients,
+    check_numbers,
     chunked,
     command,
     draw_prompts,
@@ -66,6 +67,7 @@ from model import (
     kl_nats,
     load,
     my_rows,
+    old_name,
     only_writer,
     provenance,
     read_prompts,
@@ -110,12 +112,9 @@ ON_GPU = dict(batch=8192, max_batch=65_536, minibatch=512)  # not tried yet
 
 
 def check(cfg: Config) -> None:
-    for knob in ("batch", "minibatch", "epochs", "warmup", "clip", "kl_stop", "max_iterations"):
-        require(getattr(cfg, knob) > 0, f"--{knob.replace('_', '-')} must be positive")
-    for knob in ("lr", "kl_coef"):
-        require(getattr(cfg, knob) >= 0, f"--{knob.replace('_', '-')} must not be negative")
-    for knob in ("lr", "kl_coef", "clip"):
-        require(math.isfinite(getattr(cfg, knob)), f"--{knob.replace('_', '-')} must be finite")
+    check_numbers(cfg, not_negative=("lr", "kl_coef"), positive=(
+        "batch", "minibatch", "epochs", "warmup", "clip", "max_iterations"))
+    require(cfg.kl_stop > 0, "--kl-stop must be positive")
     require(cfg.reward_samples > 1, "--reward-samples must be at least 2")
     require(cfg.kl_samples >= 2 * world()[1], "--kl-samples must be at least 2 a process")
     require(cfg.minibatch % world()[1] == 0, "--minibatch must be a multiple of the number "
@@ -272,7 +271,7 @@ def begin(cfg: Config, path: Path, inputs: dict, policy, optimizer, **new) -> Si
         old.append(log)
     if world()[0] == 0:
         for path in old:
-            path.replace(f"{path}.old")  # not deleted: this run may fail early
+            path.rename(old_name(path))  # not deleted: this run may fail early
     return run
 
 
@@ -413,4 +412,9 @@ if __name__ == "__main__":
               "--max-iterations")
     print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
           "{entropy:.3f} nats per token".format(target=cfg.target, **run.final))
-    finish("python 05_eval.py" if cfg.reward == "model" else f"read {log.file.name}", run.seconds)
+    if len(run.rows) == 1:
+        finish("python 04_ppo.py --resume", run.seconds)  # 05 needs two iterations
+    elif cfg.reward == "model":
+        finish("python 05_eval.py", run.seconds)
+    else:
+        finish(f"read {log.file.name}", run.seconds)

@@ -118,7 +118,8 @@ def find_policies(out: Path, target: str, made_from: dict) -> tuple[list[Path], 
         isinstance(row[key], int | float) for key in numbers))
     require(len(rows) >= 2, f"{log} has fewer than two iterations: {again}")
     paths = []
-    for path in sorted((out / "checkpoints").glob(f"{target}-kl-*.safetensors")) + [final]:
+    for path in sorted((out / "checkpoints").glob(
+            f"{target}-kl-[0-9][0-9].[0-9][0-9].safetensors")) + [final]:
         header = load(path, f"04_ppo.py --target {target}")[2]
         require((header["step"], header["kl"]) in [(row["step"], row["kl"]) for row in rows],
                 f"{path} does not belong to the run in {log}: {again}, and let it finish")

@@ -85,7 +85,7 @@ KL := kl-[0-9][0-9].[0-9][0-9].safetensors
 WRITTEN := base.safetensors reward.safetensors $(NAMES:%=policy-%.safetensors) $(NAMES:%=checkpoints/%-$(KL)) \
   $(NAMES:%=04-%.jsonl) $(NAMES:%=04-%-state.pt) 01.jsonl 01-state.pt 03.jsonl 02.json corpus.txt samples.jsonl \
   pairs.jsonl prompts.json report.json report.html plots/*.svg curve.json ratings.json times.json \
-  $(NAMES:%=04-%.jsonl.old) $(NAMES:%=04-%-state.pt.old) $(NAMES:%=checkpoints/%-$(KL).old) 01-state.pt.old \
+  $(NAMES:%=04-%.jsonl.old*) $(NAMES:%=04-%-state.pt.old*) $(NAMES:%=checkpoints/%-$(KL).old*) 01-state.pt.old* \
   $(patsubst %,experiments/%.*,$(basename $(notdir $(wildcard experiments/[a-z]*.py))))
 
 clean:

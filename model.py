@@ -453,13 +453,19 @@ def steady() -> None:
         sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
 
 
+def program() -> str:
+    """How this process was started: python 04_ppo.py, or python -m report."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {sys.argv[0]}"
+
+
 def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
     """Read the command line, choose device and dtype, seed torch -> settings, device, dtype.
     on_gpu: the defaults that differ on a GPU."""
     steady()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     defaults = Config(**(on_gpu or {})) if device.type == "cuda" else Config()
-    cfg = tyro.cli(Config, description=doc, default=defaults)
+    cfg = tyro.cli(Config, description=doc, default=defaults, prog=program())
     require(0 <= cfg.seed < 2**31, "--seed must be in [0, 2^31)")
     set_out(getattr(cfg, "out", Path("out")))
     keep_freed_pages()
@@ -484,9 +490,19 @@ def start(Config: type, doc: str, on_gpu: dict | None = None) -> tuple:
 
 
 def set_out(out: Path) -> None:
-    """From now on, commands in messages name this folder."""
+    """From now on, commands in messages name this folder. Raises UserError if it is a file."""
     global ELSEWHERE
+    require(not out.is_file(), f"--out {out} is a file: name a folder")
     ELSEWHERE = "" if str(out) == "out" else f" --out {shlex.quote(str(out))}"
+
+
+def check_numbers(cfg, positive: tuple = (), not_negative: tuple = ()) -> None:
+    """Raises UserError if one of these settings is out of range, or not finite."""
+    for name in (*positive, *not_negative):
+        value, flag = getattr(cfg, name), f"--{name.replace('_', '-')}"
+        require(math.isfinite(value), f"{flag} must be finite")
+        require(value > 0 or name not in positive, f"{flag} must be positive")
+        require(value >= 0, f"{flag} must not be negative")
 
 
 def only_writer(path: Path) -> None:
@@ -586,6 +602,15 @@ def write(path: Path, data: bytes | str) -> None:
         raise
 
 
+def old_name(path: Path) -> Path:
+    """The first name that is free: NAME.old, NAME.old2, NAME.old3 and so on. So nothing is lost."""
+    name, n = path.with_name(f"{path.name}.old"), 1
+    while name.exists():
+        n += 1
+        name = path.with_name(f"{path.name}.old{n}")
+    return name
+
+
 def remove(path: Path) -> None:
     if world()[0] == 0:
         path.unlink(missing_ok=True)
@@ -662,17 +687,21 @@ def checked(value, right):
 
 def read_rows(path: Path, made_by: str, right=lambda row: True, skip_last=False) -> list[dict]:
     """Rows of a JSON Lines file. Raises UserError if the file is missing, or if a line is
-    broken or right(row) is false or raises; it names the line. skip_last: leave out the last."""
-    require(path.exists(), f"{path} is missing: run {command(made_by)} first")
+    broken or right(row) is false or raises; it names the line. made_by: the script that writes the
+    file; "" if a person does. skip_last: leave out the last line."""
+    require(path.exists() or not made_by, f"{path} is missing: run {command(made_by)} first")
     rows = []
     for number, line in read_lines(path)[:-1 if skip_last else None]:
         try:
-            row = parse(line, lambda row: isinstance(row, dict))
+            row = parse(line)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
             row = {key: value for key, value in row.items() if value is not None}
             rows.append(checked(row, right))
         except ValueError as error:
+            again = f", or run {command(made_by)} again" if made_by else ""
             raise UserError(f"{path} line {number} is broken ({line[:40]!r}, {error}): mend or "
-                            f"delete it, or run {command(made_by)} again") from error
+                            f"delete that line{again}") from error
     return rows
 
 
@@ -713,8 +742,8 @@ def files_of(out: Path, kind: str) -> list[Path]:
     """The files KIND-NAME.jsonl in `out`. Warns of files whose names are nearly like this."""
     found = sorted(path for path in out.glob(f"{kind}-*.jsonl") if path.is_file())
     for path in sorted(out.iterdir()) if out.is_dir() else ():
-        near = re.search(rf"{kind[:-1]}", path.name, re.I) and re.search("json", path.name, re.I)
-        ours = re.fullmatch(rf"{kind}\.json|\..*|.*\.(tmp|bak)", path.name)
+        near = re.search(rf"{kind[:-1]}.*(json|csv|tsv|txt|xls)", path.name, re.I)
+        ours = re.fullmatch(rf"{kind}\.json|\..*|.*\.(tmp|old\d*)", path.name)
         if near and not ours and path not in found:
             print(f"warning: {path} is not read: only files named {kind}-NAME.jsonl are",
                   file=sys.stderr)
@@ -777,9 +806,10 @@ def resume(path: Path, cfg, inputs: dict) -> dict:
         print(f"{path} is missing: starting from the beginning")
         return {}
     if state.get("inputs") != inputs:
+        old = old_name(path)
         if world()[0] == 0:
-            os.replace(path, f"{path}.old")
-        print(f"{path} was made from other inputs: it is now {path}.old; starting anew")
+            path.rename(old)
+        print(f"{path} was made from other inputs: it is now {old}; starting anew")
         return {}
     may_change = ("measure_every", "save_s", "kl_stop", "max_iterations")
     differ = [k for k, v in provenance(cfg)["settings"].items()

@@ -26,7 +26,7 @@ import tyro
 
 from experiments.shared.results import over_seeds
 from experiments.shared.simulated_people import person, targets
-from model import as_json, chunked, draw_prompts, fast_dtype, load, read_prompts, write
+from model import as_json, chunked, draw_prompts, fast_dtype, load, program, read_prompts, write
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +84,7 @@ def gold_at(out: Path, kl: float) -> float:
 
 
 if __name__ == "__main__":
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = tyro.cli(Config, description=__doc__, prog=program())
     if len(cfg.seeds) < 2:
         sys.exit("error: an interval needs two --seeds or more")
     results = {}

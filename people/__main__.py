@@ -18,7 +18,7 @@ from people.agreement import print_agreement
 from people.answers import answers_in, read_items, stage
 from people.ratings import items_to_rate
 from people.ratings import unblind as unblind_ratings
-from people.sheet import collect, read_sheet, write_sheet
+from people.sheet import asks_about, collect, read_sheet, write_sheet
 
 app = SubcommandApp()
 OUT = Path("out")
@@ -27,7 +27,7 @@ OUT = Path("out")
 def ask(name: str, kind: str, out: Path, seed: int) -> None:
     """Ask in the terminal, then print how far people agree."""
     items = read_items(out, kind, seed)
-    stage.ask(items, out / f"{kind}-{name}.jsonl", name, kind)
+    stage.ask(items, stage.answer_file(out, kind, name), name, kind)
     print_agreement(answers_in(out, kind), items)
 
 
@@ -54,6 +54,7 @@ def sheet(page: Positional[Path], out: Path = OUT, seed: int = 0, n: int = 300, 
         compare: ask about pairs instead of samples
     """
     require(n > 0 and skip >= 0, "--n must be positive, --skip not negative")
+    require(page.suffix == ".html", f"{page} is not the name of a page: choose one like PAGE.html")
     kind = "comparisons" if compare else "labels"
     items = read_items(out, kind, seed)
     chosen = items[skip:skip + n]
@@ -67,10 +68,10 @@ def sheet(page: Positional[Path], out: Path = OUT, seed: int = 0, n: int = 300, 
 def merge(page: Positional[Path], files: Positional[list[Path]], out: Path = OUT) -> None:
     """Check the answers to a page, and add the valid ones to those in --out."""
     require(len(files) > 0, "name the files that came back, after the page")
-    require((out / "base.safetensors").exists() or (out / "samples.jsonl").exists(),
-            f"{out} is not a run of these scripts: name the folder of one with --out")
     set_out(out)
     asked = read_sheet(page)
+    require(asks_about(asked, out), f"{page} does not ask about the samples in {out}: name the "
+            "folder that they are in with --out")
     wrong = collect(asked, files, out)
     if asked["kind"] == "ratings":
         unblind_ratings(out)
@@ -99,7 +100,7 @@ def rate(who: Positional[str], out: Path = OUT, seed: int = 0, n: int = 20,
         print(f"{who}: {len(items)} items. Keep {key} to yourself.\n"
               f"next: {command(f'-m people merge {quote(who)} FILE.jsonl ...')}")
     else:
-        stage.ask(items, out / f"ratings-{who}.jsonl", who, "ratings")
+        stage.ask(items, stage.answer_file(out, "ratings", who), who, "ratings")
         unblind_ratings(out)
 
 

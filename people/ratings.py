@@ -62,6 +62,7 @@ def load_arms(out: Path, policy: Path | None) -> tuple[dict[str, GPT], dict, Tok
     path = policy or preferred(out)
     happy, _, header = load(path, "04_ppo.py", device, dtype)
     policies = {"happy": happy}
+    require("target" in header["settings"], f"{path} is not a policy: name a checkpoint of 04")
     require(header.get("inputs") == about["made_from"],
             f"{path} was made from another base model or reward model: run {command('04_ppo.py')} "
             "again")

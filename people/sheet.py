@@ -13,10 +13,12 @@ from pathlib import Path
 
 from model import (
     UserError,
+    command,
     jsonl,
     latest,
     parse,
     read_lines,
+    read_rows,
     require,
     time_of,
     write,
@@ -47,14 +49,26 @@ def read_sheet(path: Path) -> dict:
     """Read what `write_sheet` wrote. Raises UserError if the file is something else."""
     element = r'<script type="application/json" id="data">(.*?)</script>'
     keys = {"hash", "kind", "question", "answers", "items"}
-    require(path.is_file(), f"{path} is not a sheet: `python -m people` writes one")
+    other = (f"{path} is not a sheet: name the page first, then the answers. To make a page, run "
+             f"{command('-m people sheet PAGE.html')}")
+    require(path.is_file(), other)
     try:
         page = path.read_text(encoding="utf-8-sig")
         return parse(re.search(element, page, re.S)[1], lambda sheet: keys <= sheet.keys()
                      and sheet["kind"] in stage.ASK and all(map(is_item, sheet["items"]))
                      and all(key + label for key, label in sheet["answers"]))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a sheet: `python -m people` writes one") from error
+        raise UserError(other) from error
+
+
+def asks_about(sheet: dict, out: Path) -> bool:
+    """Say whether a sheet asks about samples, pairs or ratings of the run in `out`."""
+    first = sheet["items"][0]["id"]
+    if sheet["kind"] == "ratings":
+        return (out / f"key-{first.rpartition('-')[0]}.json").exists()
+    path = out / ("pairs.jsonl" if sheet["kind"] == "comparisons" else "samples.jsonl")
+    known = {row["id"] for row in read_rows(path, "02_sample_label.py", is_item)}
+    return any(item["id"] in known for item in sheet["items"])
 
 
 def fault(row, items: dict[str, dict], labels: list[str]) -> str:
@@ -90,6 +104,8 @@ def returned(sheet: dict, files: list[Path]) -> tuple[dict[str, dict[str, dict]]
         require(path.is_file(), f"{path} is missing: name the files that came back")
         lines = read_lines(path)
         require(len(lines) > 0, f"there are no answers in {path}")
+        require(lines[0][1].lstrip().startswith("{"), f"{path} is not the file that the page "
+                "saves: that one has a JSON object on each line")
         for number, line in lines:
             try:
                 row = parse(line, lambda row: isinstance(row, dict))
@@ -102,6 +118,7 @@ def returned(sheet: dict, files: list[Path]) -> tuple[dict[str, dict[str, dict]]
                 continue
             found.append(items[row["id"]] | {"label": row["label"], "labeller": row["labeller"],
                                              "time": time_of(row), "seconds": seconds_of(row)})
+    require(len(found) > 0, "no line is an answer to this page: is it another page's file?")
     given: dict[tuple, set] = {}
     for row in found:
         given.setdefault((row["labeller"].casefold(), row["id"]), set()).add(row["label"])
@@ -120,7 +137,7 @@ def collect(sheet: dict, files: list[Path], out: Path) -> int:
     kind = sheet["kind"]
     people, wrong = returned(sheet, files)
     for name, rows in people.items():
-        path = out / f"{kind}-{name}.jsonl"
+        path = stage.answer_file(out, kind, name)
         before = {row["id"]: row for row in stage.own_answers(path, kind, name)}
         differ = [row for key, row in rows.items()
                   if key not in before or row["label"] != before[key]["label"]]

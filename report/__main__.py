@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from model import only_writer, set_out, steady
+from model import only_writer, program, set_out, steady
 from report import build_report, read_results
 from report.table import print_tables
 
@@ -25,4 +25,4 @@ def main(out: Path = Path("out"), table: bool = False) -> None:
 
 if __name__ == "__main__":
     steady()
-    tyro.cli(main)
+    tyro.cli(main, prog=program())

@@ -10,7 +10,7 @@ import tyro
 from tokenizers import Tokenizer
 from tyro.conf import Positional, arg
 
-from model import fast_dtype, load, require, steady
+from model import fast_dtype, load, program, require, steady
 
 
 def encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -40,4 +40,4 @@ def complete(checkpoint: Positional[Path], prompt: str = "", length: int = 64, s
 
 if __name__ == "__main__":
     steady()
-    tyro.cli(complete)
+    tyro.cli(complete, prog=program())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import fingerprint, load, read_json
+from model import command, fingerprint, load, read_json, require
 
 SHIPPED = Path(__file__).parent.parent / "pretrained"  # a finished run, of seed 0
 MODELS = ("base.safetensors", "reward.safetensors", "policy-happy.safetensors")
@@ -15,10 +15,10 @@ MODELS = ("base.safetensors", "reward.safetensors", "policy-happy.safetensors")
 
 def commit(root: Path) -> str:
     """Name the commit of the code in `root`, or return "none" if that is no git repository."""
-    command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always",
-               "--dirty", "--abbrev=12"]
+    describe = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always",
+                "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=3,
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=3,
                               errors="replace")
     except (OSError, subprocess.SubprocessError):  # no git, or a slow one
         return "none"
@@ -43,14 +43,19 @@ def is_shipped(base: str) -> bool:
 
 def made_by(out: Path, report: dict) -> dict:
     """Collect versions, and each stage's settings and seconds. report: what 05 wrote. 02's are
-    in 02.json, those of 01, 03 and 04 in the headers of their models."""
+    in 02.json, those of 01, 03 and 04 in the headers of their models. Raises
+    UserError if a final policy is not the one that 05 measured."""
     files = {"01_pretrain.py": "base", "03_reward_model.py": "reward", "04_ppo.py": "policy-happy",
              "04_ppo.py --target sad": "policy-sad"}
     stages, inputs = {"05_eval.py": report}, {}
     for script, model in files.items():
         path = out / f"{model}.safetensors"
         if path.exists():
-            stages[script] = header = load(path, script)[2]
+            weights, _, header = load(path, script)
+            rows = report.get(model.removeprefix("policy-"), [])  # of "happy" or "sad"
+            require(not rows or rows[-1]["fingerprint"] == fingerprint(weights),
+                    f"{path} is not the policy in {out}/report.json: run {command('05_eval.py')}")
+            stages[script] = header
             for name, value in header.get("inputs", {}).items():
                 inputs[f"{model} made from {name}"] = value
     if (out / "02.json").exists():

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from model import GPT, UserError, command, load, require, set_out, steady
+from model import GPT, UserError, command, load, program, require, set_out, steady
 from report.complete import encoded
 from report.made import MODELS, SHIPPED
 from report.trust import STEPS, shade, without_blank_lines
@@ -159,4 +159,4 @@ def play(out: Path = Path("out"), prompt: str = "", seed: int = 0) -> None:
 
 if __name__ == "__main__":
     steady()
-    tyro.cli(play)
+    tyro.cli(play, prog=program())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from model import require, set_out, steady, write
+from model import program, require, set_out, steady, write
 from report import build_report
 from report.made import MODELS, SHIPPED
 
@@ -59,4 +59,4 @@ def publish(out: Path = Path("out")) -> None:
 
 if __name__ == "__main__":
     steady()
-    tyro.cli(publish)
+    tyro.cli(publish, prog=program())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from model import UserError
+from model import UserError, old_name
 from people.agreement import cohen_kappa
 from people.ratings import newcombe
 
@@ -180,6 +180,29 @@ def test_a_bad_line_of_answers_is_named(tmp_path):
     with pytest.raises(UserError, match="not UTF-8"):
         label.read_answers(tmp_path / "a.jsonl")
     assert label.read_answers(tmp_path / "none.jsonl") == []
+
+
+def test_nothing_takes_the_place_of_answers(tmp_path):
+    """Guards against an array in one line that counts as cut off, a backup that replaces an earlier
+    one, and a second file for the same person."""
+    path = tmp_path / "labels-anna.jsonl"
+    for text in (json.dumps([row(1, "positive")]), json.dumps([row(1, "positive")])[:-2]):
+        path.write_text(text)
+        with pytest.raises(UserError, match="line 1 is broken .*(object|delimiter)"):
+            label.own_answers(path, "labels", "anna")
+        assert path.read_text() == text
+    for text in ("one", "two", "three"):
+        old_name(path).write_text(text)
+    assert sorted(p.name for p in tmp_path.glob("labels*")) == [
+        path.name, path.name + ".old", path.name + ".old2", path.name + ".old3"]
+    assert label.answer_file(tmp_path, "labels", "Anna") == path
+    assert label.answer_file(tmp_path, "labels", "bo").name == "labels-bo.jsonl"
+
+
+def test_samples_of_two_lengths_do_not_mix():
+    rows = [row(1, "positive", "vader"), row(2, "negative", "anna") | {"tokens": [1, 2, 3]}]
+    with pytest.raises(UserError, match="several lengths"):
+        rm.prepare(rows, rm.Config(), None)
 
 
 def test_pooling_weighs_a_machine_below_a_person():
