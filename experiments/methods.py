@@ -48,8 +48,8 @@ Found (+- half the 95% interval over three seeds):
        batch mean    -0.53 +- 0.07    -0.37 +- 0.04    -0.16 +- 0.03
        between       -0.49 +- 0.11    -0.38 +- 0.12    -0.17 +- 0.05
 
-2. Half right. Best of 16 has -0.51 +- 0.04 at 1 nat. It ends at 1.9 nats with -0.35 +- 0.10, as good
-   as PPO there. It gets 59% of what its target gains, filtered 46%, weighted 41%.
+2. Half right. Best of 16 has -0.51 +- 0.04 at 1 nat. It ends at 1.9 nats with -0.35 +- 0.10, level
+   with PPO there. It gets 59% of what its target gains, filtered 46%, weighted 41%.
 3. A little worse than predicted: DPO is 0.09 below PPO at 2 nats, 0.11 at 5, and it ends at 8.5.
 4. Right for 0.1, which is above by 0.08 +- 0.05, at 2.9 nats. On seed 0, 0.3 is above by 0.06, 1 by
    0.08, and 0.03 not at all.
