@@ -67,6 +67,8 @@ def asks_about(sheet: dict, out: Path) -> bool:
     if sheet["kind"] == "ratings":
         return (out / f"key-{first.rpartition('-')[0]}.json").exists()
     path = out / ("pairs.jsonl" if sheet["kind"] == "comparisons" else "samples.jsonl")
+    if not path.exists():
+        return False
     known = {row["id"] for row in read_rows(path, "02_sample_label.py", is_item)}
     return any(item["id"] in known for item in sheet["items"])
 

@@ -389,9 +389,13 @@ def test_merging_needs_files_and_a_run(out, tmp_path):
     refused(run("people merge", out, str(page)), "name the files that came back")
     (tmp_path / "empty.jsonl").write_text("\n")
     refused(run("people merge", out, str(page), str(tmp_path / "empty.jsonl")), "no answers in")
-    refused(run("people merge", tmp_path / "none", str(page), str(tmp_path / "empty.jsonl")),
-            "is not a run of these scripts")
-    assert not (tmp_path / "none").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    write_rows(other / "samples.jsonl", [{"id": "another-run-1", "text": "What ho!"}])
+    for folder in (tmp_path / "none", other):
+        refused(run("people merge", folder, str(page), str(tmp_path / "empty.jsonl")),
+                "does not ask about the samples in")
+    assert not (tmp_path / "none").exists() and len([*other.iterdir()]) == 1
 
 
 def test_a_linked_file_stays_a_link(out, tmp_path):
