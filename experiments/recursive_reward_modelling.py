@@ -1,6 +1,6 @@
 """Can a reward model help the labeller who trains it, if she reads four words of each text?
 
-    python -m experiments.recursive_reward_modelling    # after `make seeds`; 24 minutes on one core
+    python -m experiments.recursive_reward_modelling    # after `make seeds`; 34 minutes on one core
 
 Claim: a reward model helps people to evaluate what they could not evaluate alone, and so to train a
 better one (Leike et al. 2018, arXiv:1811.07871). Shown a model's critique, they find flaws they
@@ -42,24 +42,23 @@ Predicted (known from half 0: labels of the first 4, 8 and all words give an AUC
    last critique, 0.82 by all words; gold 0.5, 0.8 and 1.0.
 
 Found (+- half the 95% interval over six halves, in 8 and 9 over three runs):
-1. Unaided 56%; by critique 69.5%, 73.4% and 73.6 +- 0.9%; by the first 16 words 73%. AUC: 0.63,
-   then 0.71, 0.735 and 0.740 +- 0.015. Yet the model after critique knows no more words:
+1. Unaided 57%; by critique 70%, 72.5% and 74.2 +- 1.2%; by the first 16 words 74%. AUC: 0.62, then
+   0.71, 0.73 and 0.75 +- 0.01. Yet the model after critique hardly knows more words:
                critique     unaided    first 16 words
-   happy       79 +- 3%     78%        88%
-   sad         73 +- 3%     71%        79%
-2. Right: 62%, 70% and 73%. But 62% is more than by random words (56%).
-3. Right: 90%, AUC 0.77.
-4. Gold: 0.45 +- 0.05 unaided, 0.86 +- 0.06 by critique, 0.92 +- 0.04 by all words.
-5. Right, and better: 69.5%, AUC 0.71, 84% of the happy words and 50 +- 7% of the sad; gold
-   0.81 +- 0.03.
-6. Wrong: 68%, AUC 0.72 +- 0.02.
-7. Right: 42%, 63.5% and 45%; AUC 0.50, 0.68 and 0.53. Lies by the lexicon: 22%, AUC 0.34, gold
-   -0.54.
-8. At 1.84 nats gold is 0.23 +- 0.20 unaided and 0.44 +- 0.14 by critique. At 6 nats it is
-   0.52 +- 0.35 and 0.84 +- 0.12, with critique ahead on each run (0.62 and 0.83 with one learning
-   rate for all of 04's layers).
-9. Unaided is worse than predicted. AUC: 0.52, 0.77 and 0.82 +- 0.02. Gold: 0.06 +- 0.06,
-   0.77 +- 0.08 and 0.94 +- 0.03.
+   happy       80 +- 4%     76%        87%
+   sad         72 +- 5%     71%        80%
+2. Right: 61%, 69% and 72%. But 61% is more than by random words (57%).
+3. Right: 90%, AUC 0.78.
+4. Gold: 0.45 +- 0.07 unaided, 0.90 +- 0.03 by critique, 0.93 +- 0.02 by all words.
+5. Right, and better: 71%, AUC 0.72, 85% of the happy words and 57 +- 8% of the sad; gold
+   0.86 +- 0.04.
+6. Wrong: 70%, AUC 0.73 +- 0.02.
+7. Right: 43%, 62.5% and 44%; AUC 0.52, 0.67 and 0.54. Lies by the lexicon: 22%, AUC 0.34, gold
+   -0.57.
+8. At 1.84 nats gold is 0.32 +- 0.17 unaided and 0.43 +- 0.09 by critique. At 6 nats it is
+   0.66 +- 0.27 and 0.88 +- 0.07, with critique ahead on each run.
+9. Unaided is worse than predicted. AUC: 0.54, 0.79 and 0.84 +- 0.03. Gold: 0.13 +- 0.21,
+   0.89 +- 0.05 and 1.01 +- 0.03.
 
 Left out: people; forged words; flaws that no four words show.
 
