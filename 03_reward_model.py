@@ -232,7 +232,7 @@ def prepare(rows: list[dict], cfg: Config, tokenizer) -> list[dict]:
         item["spans"] = item.get("spans", ()) if cfg.spans and not item["person"] else ()
         item["quarters"] = quarters(item, tokenizer)
     lengths = {len(side) for side in sides(items, "tokens")}
-    require(len(lengths) == 1, "samples of several lengths: move the labels of one length away")
+    require(len(lengths) <= 1, "samples of several lengths: move the labels of one length away")
     prompted = [item for item in items if "prompt" in item]
     require(len(prompted) in (0, len(items)),
             f"{cfg.out}: samples with and without prompts: move the labels of one kind away")

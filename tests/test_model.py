@@ -323,7 +323,7 @@ def test_what_a_run_resumes_from(tmp_path):
     assert resume(path, Config(save_s=9, out=Path("elsewhere")), inputs)["step"] == 3
     assert resume(path, Config(), {"corpus": "y"}) == {} and not path.exists()
     (tmp_path / "state.pt.old").rename(path)  # nothing is lost
-    with pytest.raises(UserError, match="another lr"):
+    with pytest.raises(UserError, match="other values of lr"):
         resume(path, Config(lr=0.1), inputs)
     whole = path.read_bytes()
     for broken in (whole[:-10], b"", b"not a state"):
@@ -387,14 +387,14 @@ def test_rows_as_other_programs_write_them(tmp_path):
     """A byte-order mark, other line ends, blank lines, and a line separator inside a text."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"id": "1"}\r\n\r\n{"id": "\xe2\x80\xa8"}\n\n')
-    assert m.read_rows(path, "it") == [{"id": "1"}, {"id": "\u2028"}]
+    assert m.read_rows(path, "02_sample_label.py") == [{"id": "1"}, {"id": "\u2028"}]
     for line, why in (("[", "line 2 is broken"), ("{}", "line 2 is broken .*'id'"),
                       ("7", "line 2 is broken")):
         path.write_text('{"id": "1"}\n' + line)
         with pytest.raises(UserError, match=why):
-            m.read_rows(path, "it", lambda row: row["id"])
-    with pytest.raises(UserError, match="missing: run python it first"):
-        m.read_rows(tmp_path / "none.jsonl", "it")
+            m.read_rows(path, "02_sample_label.py", lambda row: row["id"])
+    with pytest.raises(UserError, match="missing: run python 02_sample_label.py first"):
+        m.read_rows(tmp_path / "none.jsonl", "02_sample_label.py")
 
 
 def test_the_arrows_run_one_way():

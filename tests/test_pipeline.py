@@ -545,7 +545,7 @@ CASES = [
     ("03_reward_model.py", relabel("positive"), [], "all labels are the same"),
     ("03_reward_model.py", edit("labels-vader.jsonl", lambda d: b""), [],
      "there are no labels in.*run python 02_sample_label.py --out .* first"),
-    ("03_reward_model.py", None, ["--labels", "nowhere.jsonl"], "nowhere.jsonl is missing"),
+    ("03_reward_model.py", None, ["--labels", "nowhere.jsonl"], "nowhere.jsonl is not a file"),
     ("01_pretrain.py", None, ["--corpus", "nowhere.txt"], "nowhere.txt is not a file"),
     ("01_pretrain.py", lambda out: (out / "e.txt").write_text(""), ["--corpus", "OUT/e.txt"],
      "0 characters"),
@@ -579,8 +579,8 @@ CASES = [
     ("02_sample_label.py", None, ["--seed", "-1"], "--seed must be in"),
     ("02_sample_label.py", None, ["--length", "49"], "--length 49 is more than the 48 tokens"),
     ("02_sample_label.py", None, ["--prompts"], "--prompts needs --corpus-fraction 0"),
-    ("02_sample_label.py", None, ["--labeller", "Vader"], "not the machine's name"),
-    ("people sheet", None, ["CORPUS"], "is not a sheet"),
+    ("02_sample_label.py", None, ["--labeller", "Vader"], "is not vader or majority"),
+    ("people sheet", None, ["CORPUS"], "is not the name of a page"),
     ("people sheet", None, ["OUT/s.html", "--skip", "9999"], "no items are left after --skip 9999"),
     ("people merge", None, ["CORPUS", "a.jsonl"], "is not a sheet"),
     ("02_sample_label.py", None, ["--compare", "--n", "1"], "--compare needs --n 2 or more"),
@@ -663,7 +663,7 @@ def test_settings_of_another_run_are_not_continued(pipeline, corpus, tmp_path):
     process.kill()
     process.wait()
     done = run("01_pretrain.py", out, "--corpus", str(corpus), "--resume", "--muon-lr", "0.01")
-    assert done.returncode == 2 and "another muon_lr" in done.stderr
+    assert done.returncode == 2 and "other values of muon_lr" in done.stderr
 
 
 def test_a_second_ppo_run_leaves_no_checkpoint_of_the_first(pipeline, tmp_path):

@@ -260,4 +260,4 @@ def test_ratings_by_mail_stay_blind_until_they_are_back(pipeline, tmp_path):
     shutil.copy(chosen, tmp_path / "elsewhere.safetensors")
     done = run("people rate", out, str(tmp_path / "other.html"), "--n", "2", "--policy",
                str(tmp_path / "elsewhere.safetensors"))
-    assert done.returncode == 2 and "is not of this run: copy it into" in done.stderr
+    assert done.returncode == 2 and "is not in the folder of this run: copy it into" in done.stderr
