@@ -1,6 +1,6 @@
 """Do 300 labels of one person move the reward model towards that person?
 
-    python -m experiments.simulated_person --out out-0     # a finished run; about 20 minutes
+    python -m experiments.simulated_person --out out-0     # a finished run; 35 minutes on one core
 
 The person is simulated, so we know where it disagrees: it feels like VADER, except that ten
 frequent words mean the opposite to it. It labels 300 samples. 03_reward_model.py then runs all its
