@@ -9,7 +9,7 @@ tasks, 80% with a confidence loss, and 10% for reward models.
 
 Design: the texts are pieces of 16 tokens from the base model's samples, as many happy as sad by
 VADER. We leave out neutral ones, so we can measure accuracy, as in the paper, with chance at 50%.
-(From 6,400 true labels of whole samples the base model learns an AUC of only 0.78; AUC is the
+(From 6,400 true labels of whole samples the base model learns an AUC of only 0.79; AUC is the
 chance that a happy text scores above a sad one.) The weak teacher is a transformer with one block,
 d 48 and no pretraining, from 4,000 true labels; or a bag of words, from 1,000. Each gives 6,000
 other texts its probabilities. The student is the base model, trained for two epochs at 03's rates.
