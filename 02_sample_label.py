@@ -191,7 +191,7 @@ def spans_of(length: int) -> list[tuple[int, int]]:
     They are prefixes of the sample and prefixes of each quarter, in steps of 4 tokens.
 
         0               16              32              48              64
-        |---+---+---+---+---+---+---+---+---+---+---+---+---+---+---+---|   15 prefixes, the whole
+        |---+---+---+---+---+---+---+---+---+---+---+---+---+---+---+---|   15 prefixes of a sample
         |---+---+---+---|---+---+---+---|---+---+---+---|---+---+---+---|   4 of each quarter
     """
     quarter = max(length // 4, 1)

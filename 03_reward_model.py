@@ -58,6 +58,7 @@ from tqdm import tqdm
 
 from model import (
     GPT,
+    UserError,
     check_numbers,
     chunked,
     command,
@@ -174,10 +175,11 @@ def read_all_labels(cfg: Config, base: GPT, tokenizer) -> list[dict]:
         change = "leave out" if cfg.comparisons else "use"
         require(right_kind, f"{path} does not hold {kind}: {change} --comparisons")
         other = [row["id"] for row in new if not fits(row, base, tokenizer)]
-        require(len(other) == 0, f"{path}: the text of {len(other)} of {len(new)} samples is not "
-                f"that of its tokens, first of {next(iter(other), '')}: an editor changed it, or "
-                f"another tokenizer than {cfg.out}/base.safetensors made it. Delete these lines, "
-                "or move the file away")
+        if other:
+            raise UserError(f"{path}: the text of {len(other)} of {len(new)} samples is not that "
+                            f"of its tokens, first of {other[0]}: an editor changed it, or another "
+                            f"tokenizer than that of {cfg.out}/base.safetensors made it. Mend "
+                            "these lines, or move the file away")
         rows += new
     given = latest(rows)
     if len(given) < len(rows):

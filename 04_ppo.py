@@ -167,7 +167,7 @@ def next_batch(clip_fractions: list[float], batch: int, max_batch: int) -> tuple
 
 def reward_constants(reward_fn, reference, prompts, length: int, cfg) -> tuple[float, float]:
     """reward_mean and reward_std, from cfg.reward_samples samples of the base model."""
-    n, seed = cfg.reward_samples, (cfg.seed << 32) + (3 << 24)  # 3: rollouts have 4
+    n, seed = cfg.reward_samples, (cfg.seed << 32) + (3 << 24)  # 3: other samples than rollouts'
     prompt = draw_prompts(prompts, n, cfg.seed).to(reference.head.device)    # (n, P)
     y, _ = reference.generate(n, length, seed, prompts=prompt)               # (n, T)
     score = chunked(reward_fn, 256, y, prompt).double()                      # (n,)
@@ -292,7 +292,8 @@ if __name__ == "__main__":
     if about["prompted"]:
         prompts = read_prompts(cfg.out / "prompts.json", "train", reference.n_text)
     length, target = about["length"], ("happy", "sad").index(cfg.target)
-    log_odds = about["kind"] == "comparisons" and cfg.reward == "model"  # pairs fix no zero
+    # pairs teach log p(happy) - log p(sad), not the two log-probs
+    log_odds = about["kind"] == "comparisons" and cfg.reward == "model"
 
     def reward_fn(y: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """Completions y (B, T) after prompt (B, P) -> score (B,). Return your own score here."""
@@ -412,9 +413,7 @@ if __name__ == "__main__":
               "--max-iterations")
     print("final policy: KL {kl:.2f} +- {kl_se:.2f} nats, p({target}) {p_target:.3f}, entropy "
           "{entropy:.3f} nats per token".format(target=cfg.target, **run.final))
-    if len(run.rows) == 1:
-        finish("python 04_ppo.py --resume", run.seconds)  # 05 needs two iterations
-    elif cfg.reward == "model":
-        finish("python 05_eval.py", run.seconds)
-    else:
-        finish(f"read {log.file.name}", run.seconds)
+    next_command = "python 05_eval.py" if cfg.reward == "model" else f"read {log.file.name}"
+    if len(run.rows) == 1:  # 05 needs two
+        next_command = "the same command with --resume and a larger --max-iterations"
+    finish(next_command, run.seconds)

@@ -63,7 +63,7 @@ from model import (
 BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TARGETS = ("happy", "sad")
 POSITIVE = 0.05  # VADER's own threshold
-WORDS = 4000  # distinct-n is measured on so many
+WORDS = 4000  # in which distinct-n is measured
 JUDGES = {"vader": "VADER", "afinn": "AFINN", "pattern": "Pattern"}
 OUTSIDE = ("afinn", "pattern")  # judges that did not make the labels
 

@@ -142,8 +142,8 @@ def compare_arms(key: dict, given: dict[str, dict[str, str]]) -> list[dict]:
         majority = {}
         for i in arm_of:
             votes = Counter(answers[i] for answers in given.values() if answers[i] != "skip")
-            label, most = votes.most_common(1)[0] if votes else ("skip", 0)
-            majority[i] = label if 2 * most > votes.total() or not votes else "none"
+            label, most = votes.most_common(1)[0] if votes else ("skip", 1)
+            majority[i] = label if 2 * most > votes.total() else "none"
         given = given | {"majority": majority}
     results = []
     for rater, answers in given.items():

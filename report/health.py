@@ -37,8 +37,7 @@ def clipping(updates: list[dict]) -> dict:
                 "clips it if it is far from 1. A few per cent of clipped ratios are healthy: the "
                 "steps are large enough to lead somewhere and small enough to trust. If fewer than "
                 "1% are clipped, the batch doubles. Binding: where clipping sets the gradient to "
-                "0. "
-                "Dashed: 1% and 20%.",
+                "0. Dashed: 1% and 20%.",
                 "the mean after warm-up is 1% to 20%",
                 f"mean {mean:.1f}%, from {min(shares):.1f}% to {max(shares):.1f}%", 1 <= mean <= 20)
 

@@ -21,13 +21,13 @@ PLOTS = ("kl", "clip", "entropy", "calibration", "risen", "variety")  # docs/res
 
 def photograph(page: Path, picture: Path) -> None:
     """Take a picture of the page's first screen, with its slider at the final policy."""
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if not program or not shutil.which("chromedriver"):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium or not shutil.which("chromedriver"):
         print(f"no chromium and chromedriver: {picture} stays as it was")
         return
     from selenium import webdriver
     options = webdriver.ChromeOptions()
-    options.binary_location = program
+    options.binary_location = chromium
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                  "--window-size=1280,845"):
         options.add_argument(flag)
