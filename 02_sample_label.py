@@ -50,6 +50,7 @@ from model import (
     fingerprint,
     finish,
     jsonl,
+    last_of_each,
     load,
     old_name,
     only_writer,
@@ -245,14 +246,11 @@ def read_answers(path: Path, kind: str = "labels") -> list[dict]:
     last line that a kill has cut off. Raises UserError if a line is bad, and names the line."""
     if not path.exists() or not path.stat().st_size:
         return []
-    known, found = {*ASK[kind][0].values(), "undo"}, {}
+    known = {*ASK[kind][0].values(), "undo"}
 
     def right(row):
         return isinstance(row["id"], str) and row["label"] in known
-    for row in read_rows(path, "", right, skip_last=is_cut(path)):
-        found.pop(row["id"], None)
-        found[row["id"]] = row
-    return list(found.values())
+    return last_of_each(read_rows(path, "", right, skip_last=is_cut(path)))
 
 
 def is_cut(path: Path) -> bool:

@@ -66,6 +66,7 @@ from model import (
     fingerprint,
     finish,
     jsonl,
+    last_of_each,
     latest,
     load,
     only_writer,
@@ -145,16 +146,13 @@ def right(row: dict) -> bool:
 def read_labels(path: Path) -> list[dict]:
     """The last row about each item in one label file; its label may be "undo" or "skip". Raises
     UserError if a line is bad, and names the line."""
-    rows: dict[str, dict] = {}
     made_by = "02_sample_label.py" if path.stem.endswith("-vader") else ""
-    for row in read_rows(path, made_by, right):
-        rows.pop(row["id"], None)
-        rows[row["id"]] = row
-    for name in sorted({row["labeller"] for row in rows.values()} if "-" in path.stem else ()):
+    rows = last_of_each(read_rows(path, made_by, right))
+    for name in sorted({row["labeller"] for row in rows} if "-" in path.stem else ()):
         if not path.stem.partition("-")[2].casefold().startswith(name.casefold()):
             print(f"warning: {path} holds labels of {name}, and they count as {name}'s",
                   file=sys.stderr)
-    return list(rows.values())
+    return rows
 
 
 def fits(row: dict, base: GPT, tokenizer) -> bool:

@@ -96,7 +96,7 @@ class Attention(nn.Module):
             y = attention(q, k, v)
         else:  # decode_attention rotates q and k itself
             q, k = qk.split((H, Hkv), dim=-2)
-            y = decode_attention(q, k, v, *cache, pos, angles=(cos, sin))
+            y = decode_attention(q, k, v, *cache, pos, (cos, sin))
         if last_only:
             y = y[:, -1:]                                            # (B, 1, D)
         return self.proj(y)
@@ -177,8 +177,7 @@ class GPT(nn.Module):
 
     def logprob(self, y: torch.Tensor, prompt: torch.Tensor | None = None) -> torch.Tensor:
         """Completions y (B, T) after prompt (B, P) -> log-prob of each token of y, (B, T), nats."""
-        logp, _ = linear_logprob(self.hidden_before(y, prompt), self.unembed(), y, entropy=False)
-        return logp
+        return linear_logprob(self.hidden_before(y, prompt), self.unembed(), y)
 
     def sentiment(self, y: torch.Tensor, prompt: torch.Tensor | None = None,
                   each: bool = False) -> torch.Tensor:
@@ -231,7 +230,7 @@ class GPT(nn.Module):
         tokens, logps = [], []
         for t in range(P + length):
             h = self.step(token, angles, cache, t)                   # (B, D)
-            token, logp, _ = sample(h, weight, seed, numbers, t, entropy=False)
+            token, logp = sample(h, weight, seed, numbers, t)
             if t < P:
                 token = torch.where(prompt[:, t] >= 0, prompt[:, t], token)
             tokens.append(token)
@@ -714,6 +713,12 @@ def read_json(path: Path, made_by: str, right=lambda value: True):
     except ValueError as error:
         raise UserError(f"{path} is damaged, or another version wrote it ({error}): "
                         f"run {command(made_by)} again") from error
+
+
+def last_of_each(rows: list[dict]) -> list[dict]:
+    """The last row about each item, in the order in which these were written."""
+    last = {row["id"]: i for i, row in enumerate(rows)}
+    return [rows[i] for i in sorted(last.values())]
 
 
 def latest(rows: list[dict]) -> list[dict]:

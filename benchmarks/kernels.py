@@ -190,16 +190,17 @@ def bench_decode(shapes, rounds, bandwidth, peak):
         size, pos = 4 * B * Hkv * T * 64, T - 1
         cache, at = randn(2, B, Hkv, T, 64), torch.tensor(pos, device=DEVICE)
         q, k, v = (randn(B, x, 64) for x in (H, Hkv, Hkv))
+        angles = randn(T, 1, 64), randn(T, 1, 64)
 
         def slices():
             cache[:, :, :, pos] = torch.stack((k, v))
             F.scaled_dot_product_attention(q[:, :, None], *cache, enable_gqa=H > Hkv)
-        must_agree(*([decode_attention(q, k, v, *cache, at, backend=backend)]
+        must_agree(*([decode_attention(q, k, v, *cache, at, angles, backend=backend)]
                      for backend in ("auto", "torch")))
-        calls = {"ours": lambda: decode_attention(q, k, v, *cache, at),
+        calls = {"ours": lambda: decode_attention(q, k, v, *cache, at, angles),
                  "SDPA, whole cache": slices}
         if GPU:
-            calls["masked products"] = lambda: decode_attention(q, k, v, *cache, pos,
+            calls["masked products"] = lambda: decode_attention(q, k, v, *cache, pos, angles,
                                                                 backend="torch")
         calls = {name: torch.no_grad()(call) for name, call in calls.items()}
         yield (f"B {B:,} slot {pos} of {T} heads {H}/{Hkv}", "decode", size / bandwidth,
@@ -209,7 +210,7 @@ def bench_decode(shapes, rounds, bandwidth, peak):
 # ---- The output head -----------------------------------------------------------------------------
 def eager_logprob(hidden, weight, target):
     log_p = (hidden @ weight.T).float().log_softmax(-1)
-    return log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(1, target[:, None])[:, 0]
 
 
 def logprob_providers():
@@ -220,15 +221,13 @@ def logprob_providers():
     if find_spec("liger_kernel"):
         from liger_kernel.ops import fused_linear_scaled_cross_entropy as liger
         if find_spec("cutlass"):
-            providers["Liger"] = lambda h, w, t: (
-                liger.LigerFusedLinearScaledCrossEntropyFunction.apply(h, w, t, 1.0, -100, 1, True))
+            providers["Liger"] = liger.LigerFusedLinearScaledCrossEntropyFunction.apply
         else:  # on Hopper its own choice needs nvidia-cutlass-dsl
             providers["Liger, PyTorch fallback"] = lambda h, w, t: (
-                liger._FusedLinearPPOFallbackFunction.apply(h, w, t, 1.0, -100, True))
+                liger._FusedLinearPPOFallbackFunction.apply(h, w, t, 1.0, -100, False))
     if find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy as cce
-        providers["CCE, no entropy"] = lambda h, w, t: (
-            cce(h, w, t, reduction="none", filter_eps="high"),)
+        providers["CCE"] = partial(cce, reduction="none", filter_eps="high")
     return providers
 
 
@@ -238,12 +237,12 @@ def bench_logprob(shapes, rounds, bandwidth, peak):
         target, g = torch.randint(V, (N,), device=DEVICE), torch.randn(N, device=DEVICE)
 
         def both(f):
-            torch.autograd.grad((f(hidden, weight, target)[0] * g).sum(), (hidden, weight))
+            torch.autograd.grad((f(hidden, weight, target) * g).sum(), (hidden, weight))
         label, floor = f"N {N:,} D {D} V {V:,}", 2 * N * V * D / peak
         providers = logprob_providers()
         outs = [f(hidden, weight, target) for f in (linear_logprob, eager_logprob)]
-        must_agree(*([*out, *torch.autograd.grad((out[0] * g).sum(), (hidden, weight))]
-                     for out in outs))
+        must_agree(*([logp, *torch.autograd.grad((logp * g).sum(), (hidden, weight))]
+                     for logp in outs))
         calls = {k: torch.no_grad()(partial(f, hidden, weight, target))
                  for k, f in providers.items()}
         yield label, "log-prob forward", floor, compare(calls, rounds)
@@ -254,16 +253,15 @@ def bench_logprob(shapes, rounds, bandwidth, peak):
 def gumbel(hidden, weight):
     z = (hidden @ weight.T).float()
     token = (z - torch.empty_like(z).exponential_().log()).argmax(-1)
-    log_p = z.log_softmax(-1)
-    return token, log_p.gather(1, token[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    return token, z.log_softmax(-1).gather(1, token[:, None])[:, 0]
 
 
 def bench_sample(shapes, rounds, bandwidth, peak):
     for B, D, V in shapes:
         hidden, weight = (randn(x, D) / D**0.25 for x in (B, V))
         row, zero = torch.arange(B, device=DEVICE), torch.tensor(0, device=DEVICE)
-        token, *of_token = sample(hidden, weight, zero, row, zero)
-        must_agree(of_token, eager_logprob(hidden, weight, token))
+        token, logp = sample(hidden, weight, zero, row, zero)
+        must_agree([logp], [eager_logprob(hidden, weight, token)])
         calls = {"ours": lambda: sample(hidden, weight, zero, row, zero),
                  "product alone": lambda: hidden @ weight.T,
                  "Gumbel race": lambda: gumbel(hidden, weight),

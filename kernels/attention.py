@@ -60,15 +60,16 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor,
-                     v_cache: torch.Tensor, pos: int | torch.Tensor, backend: str = "auto",
-                     angles: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+                     v_cache: torch.Tensor, pos: int | torch.Tensor,
+                     angles: tuple[torch.Tensor, torch.Tensor],
+                     backend: str = "auto") -> torch.Tensor:
     """Compute attention for one new token per sequence, and append its key and value to the cache.
 
     q (B, H, Dh); k, v (B, Hkv, Dh); k_cache, v_cache (B, Hkv, Tmax, Dh) with slots [0, pos) filled;
-    0 <= pos < Tmax -> (B, H * Dh). Writes slot `pos` of both caches in place. Equals row `pos` of
-    `attention` over the whole sequence. angles: cos and sin (T, 1, Dh) of all positions; q and k
-    are first rotated by those of `pos`. pos may be a one-element integer tensor on the GPU, so the
-    host need not wait. No gradient. Raises ValueError if shapes do not fit.
+    0 <= pos < Tmax; angles: cos and sin (T, 1, Dh) of all positions -> (B, H * Dh). Rotates q and k
+    by the angles of `pos`, and writes slot `pos` of both caches in place. Equals row `pos` of
+    `attention` over the whole rotated sequence. pos may be a one-element integer tensor on the GPU,
+    so the host need not wait. No gradient. Raises ValueError if shapes do not fit.
 
     PyTorch path: the products run over the whole cache and a mask hides the slots after `pos`, so
     these must be finite. Slicing would halve the arithmetic. But the batched product would first
@@ -84,8 +85,7 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache:
         with torch.cuda.device_of(q):
             return decode(q, k, v, k_cache, v_cache, torch.as_tensor(pos, device=q.device), angles)
     pos = int(pos)
-    if angles:
-        q, k = (rotate(x, *(table[pos] for table in angles), backend="torch") for x in (q, k))
+    q, k = (rotate(x, *(table[pos] for table in angles), backend="torch") for x in (q, k))
     k_cache[:, :, pos] = k
     v_cache[:, :, pos] = v
     keys, values = (x.reshape(B * Hkv, Tmax, Dh) for x in (k_cache, v_cache))

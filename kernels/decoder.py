@@ -62,7 +62,7 @@ class Decoder:
     def step(self) -> None:
         h = self.model.step(self.token, self.angles, self.cache, self.pos)      # (B, D)
         weight = self.model.unembed()
-        token, logp, _ = sample(h, weight, self.seed, self.rows, self.pos, entropy=False)
+        token, logp = sample(h, weight, self.seed, self.rows, self.pos)
         given = self.prompt.index_select(0, self.pos)[0]
         token = torch.where(given >= 0, given, token)
         self.token.copy_(token)

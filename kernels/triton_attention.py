@@ -160,30 +160,27 @@ def attention_backward(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse2_ptr, dq_ptr, dk_
 
 # ---- One new token -------------------------------------------------------------------------------
 @triton.jit
-def load_rotated(ptr, rows, stride, end, cos_ptr, sin_ptr, ROTATE: tl.constexpr, Dh: tl.constexpr,
-                 BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """Like load_rows. ROTATE also turns the rows by the angles of one position, cos and sin (Dh,):
+def load_rotated(ptr, rows, stride, end, cos_ptr, sin_ptr, Dh: tl.constexpr, BLOCK_D: tl.constexpr,
+                 ACC: tl.constexpr):
+    """Like load_rows, and turn the rows by the angles of one position, cos and sin (Dh,):
     y_i = x_i cos_i + x_(i +- Dh/2) sin_i, where the second half of sin is negated."""
     x = load_rows(ptr, rows, stride, end, Dh, BLOCK_D)
-    if ROTATE:
-        d = tl.arange(0, BLOCK_D)
-        other = tl.where(d < Dh // 2, d + Dh // 2, d - Dh // 2)
-        mask = (rows < end)[:, None] & (d < Dh)[None, :]
-        partner = tl.load(ptr + rows[:, None] * stride + other[None, :], mask=mask, other=0.0)
-        cos = tl.load(cos_ptr + d, mask=d < Dh, other=0.0).to(ACC)[None, :]
-        sin = tl.load(sin_ptr + d, mask=d < Dh, other=0.0).to(ACC)[None, :]
-        x = (x.to(ACC) * cos + partner.to(ACC) * sin).to(x.dtype)
-    return x
+    d = tl.arange(0, BLOCK_D)
+    other = tl.where(d < Dh // 2, d + Dh // 2, d - Dh // 2)
+    mask = (rows < end)[:, None] & (d < Dh)[None, :]
+    partner = tl.load(ptr + rows[:, None] * stride + other[None, :], mask=mask, other=0.0)
+    cos = tl.load(cos_ptr + d, mask=d < Dh, other=0.0).to(ACC)[None, :]
+    sin = tl.load(sin_ptr + d, mask=d < Dh, other=0.0).to(ACC)[None, :]
+    return (x.to(ACC) * cos + partner.to(ACC) * sin).to(x.dtype)
 
 
 @triton.jit(do_not_specialize_on_alignment=["pos_ptr"])  # it may point at any element of a range
 def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, cos_ptr, sin_ptr,
                    out_ptr, q_b, q_h, k_b, k_h, v_b, v_h, kc_b, kc_h, vc_b, vc_h, T_max, kv_heads,
-                   group, ROTATE: tl.constexpr, SCALE: tl.constexpr, Dh: tl.constexpr,
-                   BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-                   ACC: tl.constexpr):
-    """Compute all query heads of one (sequence, key-value head), with one read of its cache.
-    ROTATE: first turn queries and key by row `pos` of cos and sin (T, Dh).
+                   group, SCALE: tl.constexpr, Dh: tl.constexpr, BLOCK_G: tl.constexpr,
+                   BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """Compute all query heads of one (sequence, key-value head), with one read of its cache. First
+    turn queries and key by row `pos` of cos and sin (T, Dh).
 
     The new key and value start the online softmax from registers, and are also stored to slot
     `pos`. So no program waits for another's store. `pos` is read from memory, so a captured CUDA
@@ -197,15 +194,14 @@ def decode_forward(q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, pos_ptr, cos_p
     one = tl.arange(0, 1)
     cos_ptr += pos * Dh
     sin_ptr += pos * Dh
-    k_new = load_rotated(k_ptr + b * k_b + kv * k_h, one, 0, 1, cos_ptr, sin_ptr, ROTATE, Dh,
-                         BLOCK_D, ACC)                                # (1, BLOCK_D)
+    k_new = load_rotated(k_ptr + b * k_b + kv * k_h, one, 0, 1, cos_ptr, sin_ptr, Dh, BLOCK_D, ACC)
     v_new = load_rows(v_ptr + b * v_b + kv * v_h, one, 0, 1, Dh, BLOCK_D)
     store_rows(k_cache_ptr, pos + one, Dh, T_max, k_new, Dh, BLOCK_D)
     store_rows(v_cache_ptr, pos + one, Dh, T_max, v_new, Dh, BLOCK_D)
 
     heads = tl.arange(0, BLOCK_G)
-    q = load_rotated(q_ptr + b * q_b + kv * group * q_h, heads, q_h, group, cos_ptr, sin_ptr,
-                     ROTATE, Dh, BLOCK_D, ACC)
+    q = load_rotated(q_ptr + b * q_b + kv * group * q_h, heads, q_h, group, cos_ptr, sin_ptr, Dh,
+                     BLOCK_D, ACC)
     m = tl.sum(q.to(ACC) * k_new.to(ACC), 1) * (SCALE * LOG2E)
     l = tl.full((BLOCK_G,), 1, ACC)
     acc = tl.zeros((BLOCK_G, BLOCK_D), ACC) + v_new.to(ACC)
@@ -281,7 +277,7 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv
 
 
-def decode_attention(q, k, v, k_cache, v_cache, pos, angles=None):
+def decode_attention(q, k, v, k_cache, v_cache, pos, angles):
     """Shapes as in kernels.decode_attention; pos is a one-element integer tensor on the device."""
     (B, H, Dh), (Hkv, T_max) = q.shape, k_cache.shape[1:3]
     if k_cache.stride()[2:] != (Dh, 1) or v_cache.stride()[2:] != (Dh, 1):
@@ -290,9 +286,8 @@ def decode_attention(q, k, v, k_cache, v_cache, pos, angles=None):
     out = torch.empty(B, H * Dh, dtype=q.dtype, device=q.device)
     if B:
         decode_forward[B * Hkv,](
-            q, k, v, k_cache, v_cache, pos, *(angles or (q, q)), out, *q.stride()[:2],
-            *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], T_max,
-            Hkv, H // Hkv, ROTATE=angles is not None,
+            q, k, v, k_cache, v_cache, pos, *angles, out, *q.stride()[:2], *k.stride()[:2],
+            *v.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], T_max, Hkv, H // Hkv,
             BLOCK_G=max(16, triton.next_power_of_2(H // Hkv)),
             BLOCK_T=64 if q.element_size() == 2 else 16, **DECODE, **shared(Dh, q.dtype))
     return out

@@ -21,6 +21,7 @@ from experiments import (
     elk,
     frontier,
     goodhart,
+    labels_or_comparisons,
     methods,
 )
 from experiments import gradient_protection as gp
@@ -457,6 +458,53 @@ def test_goodhart_at_toy_size(pipeline):
     json.dumps(seed)
     goodhart.draw([seed, seed])
     goodhart.findings([seed, seed])
+
+
+# ---- labels or comparisons -----------------------------------------------------------------------
+def test_a_run_of_comparisons_is_made_once(tmp_path, monkeypatch):
+    """The four scripts get their flags in order. A second call finds all and runs nothing."""
+    made = iter(("comparisons-vader.jsonl", "reward.safetensors", "policy-happy.safetensors",
+                 "report.json"))
+    commands, out = [], tmp_path / "out-1" / "prompted-comparisons"
+
+    def stage(command, **how):
+        commands.append(command[1:2] + command[6:])  # less python, --seed and --out
+        (out / next(made)).touch()
+    monkeypatch.setattr(labels_or_comparisons, "ROOT", tmp_path)
+    monkeypatch.setattr(labels_or_comparisons.subprocess, "run", stage)
+    out.parent.mkdir()
+    for name in ("base.safetensors", "corpus.txt"):
+        (out.parent / name).write_text(name)
+    for _ in range(2):
+        labels_or_comparisons.run(out, 1, comparisons=True, prompts=True)
+    assert commands == [["02_sample_label.py", "--compare", "--prompts"],
+                        ["03_reward_model.py", "--comparisons"], ["04_ppo.py"], ["05_eval.py"]]
+    assert (out / "base.safetensors").read_text() == "base.safetensors"
+
+
+def test_a_ranking_by_counting_pairs(pipeline, monkeypatch):
+    """AUC: over all pairs of a positive and a negative sample. Pair accuracy: of neighbours."""
+    out, seen = pipeline[0], {}
+    x = labels_or_comparisons
+
+    def auc(score, target, auc=x.rm.auc):
+        seen.update(score=score, target=target)
+        return auc(score, target)
+    monkeypatch.setattr(x.rm, "auc", auc)
+    found = x.ranking(out, 512, False, 0)
+    score, target = seen["score"], seen["target"]
+    happy, sad = score[target == 1], score[target == 0]
+    assert len(score) == 512 and len(happy) > 10 and len(sad) > 10
+    wins = (happy[:, None] > sad).mean() + (happy[:, None] == sad).mean() / 2
+    assert found["AUC"] == pytest.approx(wins) and found["AUC"] > 0.6
+    assert 55 < found["pair accuracy, %"] <= 100
+
+
+def test_gold_is_read_off_a_line_in_sqrt_kl(tmp_path):
+    rows = [{"kl": 9.0, "vader": 3.0}, {"kl": -0.01, "vader": 0.0}, {"kl": 4.0, "vader": 1.0}]
+    (tmp_path / "report.json").write_text(json.dumps({"happy": rows}))
+    gold = [labels_or_comparisons.gold_at(tmp_path, kl) for kl in (1, 4, 6.25, 10)]
+    assert gold == pytest.approx([0.5, 1, 2, 3])
 
 
 # ---- amplification -------------------------------------------------------------------------------
@@ -914,6 +962,7 @@ def test_over_optimisation_at_toy_size(pipeline, monkeypatch):
     assert {len(x) for x in seed["AUC"].values()} == {1, 5} and set(seed["lines"]) == {
         "best of n, VADER", "PPO, 300", "best of n, shuffled", "PPO, shuffled", "PPO, 64, minimum",
         "PPO, 64, less variance", "best of n, 64, all five",
+        *(f"PPO, 300, subset {i}" for i in (2, 3, 4, 5)),
         *(f"best of n, {n}{rule}" for n in (64, 300)
           for rule in ("", ", mean", ", minimum", ", less variance"))}
     oracle = over.table(*seed["lines"]["best of n, VADER"])

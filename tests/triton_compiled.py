@@ -22,7 +22,16 @@ from kernels import (
     triton_elementwise,
     triton_head,
 )
-from tests.triton_values import attention64, broken, draw, error, logprob64, randn, sample_numpy
+from tests.triton_values import (
+    attention64,
+    broken,
+    draw,
+    error,
+    logprob64,
+    randn,
+    random_angles,
+    sample_numpy,
+)
 
 BF16 = torch.bfloat16
 
@@ -55,12 +64,10 @@ def test_attention_of_odd_shapes(B, T, H, Hkv, Dh):
 
 
 def check_decode(H, Hkv, Dh, kernels=triton_attention):
-    """At some positions, with and without the rotation inside. Slots not yet filled hold NaN."""
+    """At some positions. Slots not yet filled hold NaN."""
     B, T = 2, 66
     q, k, v = (randn(B, T, n, Dh, dtype=BF16, seed=n + i) for i, n in enumerate((H, Hkv, Hkv)))
-    angle = randn(T, 1, Dh // 2, seed=9)
-    angles = tuple(torch.cat((a, sign * a), -1).to(BF16)
-                   for a, sign in ((angle.cos(), 1), (angle.sin(), -1)))
+    angles = random_angles(T, Dh, BF16)
     turned = [rotate(x, *angles, backend="torch") for x in (q, k)]
     exact, caches = attention64(*turned, v), []
     for x in (turned[1], v):
@@ -70,16 +77,14 @@ def check_decode(H, Hkv, Dh, kernels=triton_attention):
         pos = torch.tensor(t, device=q.device)
         to_come = torch.arange(t, T, device=q.device)
         empty = [cache.index_fill(2, to_come, math.nan) for cache in caches]
-        rest = (v[:, t], *empty, pos)
-        plain = kernels.decode_attention(turned[0][:, t], turned[1][:, t], *rest, None)
-        assert torch.equal(empty[0][:, :, t], caches[0][:, :, t])
-        assert empty[0][:, :, t + 1:].isnan().all()
-        fused = kernels.decode_attention(q[:, t], k[:, t], *rest, angles)
-        eager = decode_attention(turned[0][:, t], turned[1][:, t], v[:, t],
-                                 *(cache[:, :, :T].clone() for cache in caches), t,
+        ours = kernels.decode_attention(q[:, t], k[:, t], v[:, t], *empty, pos, angles)
+        assert error(empty[0][:, :, t], caches[0][:, :, t]) < 1e-2
+        assert torch.equal(empty[1][:, :, t], caches[1][:, :, t])
+        assert all(cache[:, :, t + 1:].isnan().all() for cache in empty)
+        eager = decode_attention(q[:, t], k[:, t], v[:, t],
+                                 *(cache[:, :, :T].clone() for cache in caches), t, angles,
                                  backend="torch")
-        no_worse(plain, eager, exact[:, t])
-        no_worse(fused, eager, exact[:, t])
+        no_worse(ours, eager, exact[:, t])
 
 
 @pytest.mark.parametrize("H, Hkv, Dh", [(6, 1, 64), (3, 1, 64), (4, 2, 24)])
@@ -92,17 +97,15 @@ def check_logprob(N, D, V, kernels=triton_head):
     hidden, weight = (randn(n, D, dtype=BF16, seed=n, scale=s).requires_grad_()
                       for n, s in ((N, 1.0), (V, 2 / math.sqrt(D))))
     target = torch.randint(V, (N,), generator=torch.Generator().manual_seed(0)).to(hidden.device)
-    g, h = randn(N, seed=1), randn(N, seed=2)
-    logp, entropy = kernels.linear_logprob(hidden[:, None], weight, target[:, None], 1.0)
-    outs = [(logp[:, 0], entropy[:, 0]), eager_logprob(hidden, weight, target),
-            logprob64(hidden, weight, target, 1.0)]
-    grads = [torch.autograd.grad((a * g + b * h).sum(), (hidden, weight)) for a, b in outs]
-    for each in (*zip(*outs), *zip(*grads)):
+    outs = [f(hidden, weight, target) for f in (kernels.linear_logprob, eager_logprob, logprob64)]
+    g = randn(N, seed=1)
+    grads = [torch.autograd.grad((logp * g).sum(), (hidden, weight)) for logp in outs]
+    for each in (outs, *zip(*grads)):
         no_worse(*each)
 
 
 @pytest.mark.parametrize("N, D, V", [(70, 384, 1021), (70, 192, 1021), (33, 40, 129)])
-def test_log_prob_entropy_and_both_gradients(N, D, V):
+def test_log_prob_and_both_gradients(N, D, V):
     check_logprob(N, D, V)
 
 
@@ -111,11 +114,10 @@ def check_tokens(B, D, V, kernels=triton_head):
     hidden, weight = (randn(n, D, dtype=BF16, seed=n, scale=s)
                       for n, s in ((B, 1.0), (V, D**-0.5)))
     rows = torch.arange(B)
-    token, logp, entropy = draw(hidden, weight, 3, rows, 5, kernels=kernels)
+    token, logp = draw(hidden, weight, 3, rows, 5, kernels)
     logits = (hidden.double() @ weight.double().T).cpu().numpy()
     assert (token.cpu().numpy() == sample_numpy(logits, 3, rows.numpy(), 5)).mean() >= 0.99
-    exact = logprob64(hidden, weight, token, 1.0)
-    assert error(logp, exact[0]) < 1e-5 and error(entropy, exact[1]) < 1e-5
+    assert error(logp, logprob64(hidden, weight, token)) < 1e-5
 
 
 @pytest.mark.parametrize("B, D, V", [(128, 384, 1021), (128, 192, 1021), (100, 40, 65)])
@@ -127,9 +129,7 @@ def test_tokens(B, D, V):
 def check_elementwise(B, T, heads, Dh, kernels=triton_elementwise):
     projection = randn(B, T, heads + 2, Dh, dtype=BF16).requires_grad_()
     x, upstream = projection[:, :, :heads], randn(B, T, heads, Dh, dtype=BF16, seed=1)
-    angle = randn(T, 1, Dh // 2, seed=2)
-    cos, sin = (torch.cat((a, sign * a), -1).to(BF16)
-                for a, sign in ((angle.cos(), 1), (angle.sin(), -1)))
+    cos, sin = random_angles(T, Dh, BF16)
 
     def turned(x, cos, sin):
         a, b = x.split(Dh // 2, -1)

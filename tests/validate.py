@@ -23,10 +23,10 @@ def backward_of(T: int) -> None:
 
 
 def head_backward() -> None:
-    hidden, weight = randn(1, 32, 64), randn(129, 64)
-    target, entropy = torch.zeros(1, 32, dtype=torch.long, device="cpu"), torch.ones(1, 32)
-    context = type("", (), {"saved_tensors": (hidden, weight, target, entropy), "temperature": 1.0})
-    triton_head.LinearLogprob.backward.__wrapped__(context, torch.ones(1, 32), torch.ones(1, 32))
+    hidden, weight = randn(32, 64), randn(129, 64)
+    target = torch.zeros(32, dtype=torch.long, device="cpu")
+    context = type("", (), {"saved_tensors": (hidden, weight, target)})
+    triton_head.LinearLogprob.backward.__wrapped__(context, torch.ones(32))
 
 
 KERNELS = {
@@ -36,13 +36,13 @@ KERNELS = {
     "attention_backward_128": lambda: backward_of(128),
     "decode": lambda: triton_attention.decode_attention(
         *(randn(2, heads, 64) for heads in (6, 1, 1)), randn(2, 1, 66, 64), randn(2, 1, 66, 64),
-        torch.tensor(65, device="cpu")),
+        torch.tensor(65, device="cpu"), (randn(66, 1, 64), randn(66, 1, 64))),
     "logprob_forward": lambda: triton_head.linear_logprob(
-        randn(32, 192), randn(129, 192), torch.zeros(32, dtype=torch.long, device="cpu"), 1.0),
+        randn(32, 192), randn(129, 192), torch.zeros(32, dtype=torch.long, device="cpu")),
     "logprob_backward": head_backward,
     "sample": lambda: triton_head.sample(
         randn(32, 192), randn(129, 192), torch.tensor(3, dtype=torch.uint64), torch.arange(32),
-        torch.tensor(5), 1.0),
+        torch.tensor(5)),
     "squared_relu": lambda: triton_elementwise.SquaredReLU.apply(randn(2, 64, 384))}
 
 
