@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from kernels import attention, decode_attention, linear_logprob, sample
+from kernels import attention, decode_attention, linear_logprob, rotate, sample
 from model import GPT, GPTConfig
 
 GPU = torch.cuda.is_available()
@@ -193,8 +193,9 @@ def bench_decode(shapes, rounds, bandwidth, peak):
         angles = randn(T, 1, 64), randn(T, 1, 64)
 
         def slices():
-            cache[:, :, :, pos] = torch.stack((k, v))
-            F.scaled_dot_product_attention(q[:, :, None], *cache, enable_gqa=H > Hkv)
+            turned, key = (rotate(x, *(table[pos] for table in angles)) for x in (q, k))
+            cache[:, :, :, pos] = torch.stack((key, v))
+            F.scaled_dot_product_attention(turned[:, :, None], *cache, enable_gqa=H > Hkv)
         must_agree(*([decode_attention(q, k, v, *cache, at, angles, backend=backend)]
                      for backend in ("auto", "torch")))
         calls = {"ours": lambda: decode_attention(q, k, v, *cache, at, angles),
