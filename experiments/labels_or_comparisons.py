@@ -1,6 +1,6 @@
 """Labels or comparisons, with or without prompts: which reward model ranks better?
 
-    python -m experiments.labels_or_comparisons   # after `make seeds`; two to three hours on one core
+    python -m experiments.labels_or_comparisons  # after `make seeds`; one core: two to three hours
 
 All runs use the default settings, so all have VADER read 24,576 samples. It labels each of them, or
 compares them in pairs, 12,288 of them. The samples have no prompt, or complete prompts. Labels
