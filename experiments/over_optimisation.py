@@ -285,6 +285,7 @@ def draw(seed: dict):
     shown = [({f"{how}, {name}": ("o-", colour, name) for name, colour in COLOURS.items()},
                f"{how} (dashes: {form} of the lower half)", FORMS[form])
               for how, form in zip(("best of n", "PPO"), FORMS)]
+    # thin lines, without a legend ("_"): the other four subsets
     shown[1][0].update({f"PPO, 3000, subset {i}": ("-", ink.green, "_") for i in range(2, 6)})
     shown.append(({f"{how}, 300{rule}": (style, colour, how + (rule or ", one of five"))
                     for how, style in (("best of n", "s:"), ("PPO", "o-"))

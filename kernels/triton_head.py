@@ -161,7 +161,8 @@ def uniform(word):
     return tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
 
 
-@triton.jit(do_not_specialize_on_alignment=["seed_ptr", "step_ptr"])
+# V = 1 would become a constant, and the compiler then spills registers
+@triton.jit(do_not_specialize=["V"], do_not_specialize_on_alignment=["seed_ptr", "step_ptr"])
 def sample_tiles(hidden_ptr, w_ptr, row_ptr, seed_ptr, step_ptr, m_ptr, l_ptr, z_ptr, token_ptr, B,
                  h_b, w_v, V, D, D0: tl.constexpr, D1: tl.constexpr, TILES: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):

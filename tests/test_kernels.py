@@ -87,7 +87,7 @@ def test_decode_step_equals_row_of_prefill(H, Hkv):
     for t in range(T):
         row = decode_attention(q[:, t], k[:, t], v[:, t], k_cache, v_cache, t, angles)
         torch.testing.assert_close(row, whole[:, t], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(k_cache[:, :, :T], turned[1].transpose(1, 2))
+    assert torch.equal(k_cache[:, :, :T], turned[1].transpose(1, 2))
     assert torch.equal(v_cache[:, :, :T], v.transpose(1, 2))
     assert (k_cache[:, :, T:] == 1e6).all() and (v_cache[:, :, T:] == 1e6).all()
 
@@ -180,7 +180,7 @@ def test_sample_frequencies_match_the_probabilities():
         return float(((token.bincount(minlength=23) - n * p) ** 2 / (n * p)).sum())
     logits = (hidden.double() @ weight.double().T)[0]
     limit = 22 + 4 * math.sqrt(2 * 22)  # mean + 4 standard deviations at 22 degrees of freedom
-    assert chi_square(logits.softmax(-1)) < limit < chi_square((logits / 1.1).softmax(-1))
+    assert chi_square(logits.softmax(-1)) < limit < chi_square((logits / 1.08).softmax(-1))
 
 
 def test_sample_never_draws_the_impossible():
